@@ -1,0 +1,154 @@
+//! The HTTP side: wire types become jobs, outcomes become answers, errors become statuses in one place.
+
+mod coderunner;
+mod error;
+pub mod server;
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use futures_util::StreamExt;
+use serde::de::DeserializeOwned;
+use serde_json::json;
+use warp::filters::BoxedFilter;
+use warp::http::{Method, StatusCode};
+use warp::reply::Response;
+use warp::{Filter, Rejection, Reply};
+
+use crate::runner::Runner;
+use error::ApiError;
+
+/// How long a client may take to send its body.
+const BODY_TIME: Duration = Duration::from_secs(10);
+
+/// How long a browser may remember the answer to a preflight, in seconds: the most that Firefox takes is a day.
+const PREFLIGHT_AGE: u32 = 86_400;
+
+/// What the API needs of the settings.
+#[derive(Debug, Clone)]
+pub struct ApiSettings {
+    /// Origins whose pages may call, `*` for any.
+    pub cors_origins: Vec<String>,
+    /// Largest body in bytes.
+    pub body_limit: usize,
+    /// Largest source in bytes.
+    pub source_limit: usize,
+}
+
+/// All routes.
+pub fn routes(runner: Arc<Runner>, settings: ApiSettings) -> BoxedFilter<(Response,)> {
+    let cors = cors(&settings.cors_origins);
+    let settings = Arc::new(settings);
+    let ready_runner = Arc::clone(&runner);
+
+    let run = warp::path!("coderunner")
+        .and(warp::post())
+        .and(json_body(settings.body_limit))
+        .then(move |request| coderunner::run(request, Arc::clone(&runner), Arc::clone(&settings)));
+    let healthz = warp::path!("healthz")
+        .and(warp::get())
+        .map(|| warp::reply::json(&json!({"status": "ok"})).into_response());
+    let readyz = warp::path!("readyz").and(warp::get()).map(move || ready(&ready_runner));
+    let other_method = warp::path!("coderunner")
+        .map(|| "POST, OPTIONS")
+        .or(warp::path!("healthz").or(warp::path!("readyz")).map(|_| "GET, HEAD"))
+        .unify()
+        .map(|allow| ApiError::MethodNotAllowed(allow).into_response());
+
+    let all = run.or(healthz).unify().or(readyz).unify().or(other_method).unify();
+    match cors {
+        Some(cors) => all.recover(refuse).with(cors).map(Reply::into_response).boxed(),
+        None => all.recover(refuse).map(Reply::into_response).boxed(),
+    }
+}
+
+/// Turns what no route took into an answer.
+async fn refuse(rejection: Rejection) -> Result<Response, Infallible> {
+    Ok(ApiError::from_rejection(&rejection).into_response())
+}
+
+/// The answers to other origins' preflights; `None` where no other origin may call.
+fn cors(origins: &[String]) -> Option<warp::cors::Builder> {
+    let any = origins.iter().any(|origin| origin == "*");
+    let builder = warp::cors()
+        .allow_methods([Method::GET, Method::POST])
+        .allow_header("content-type");
+    let builder = builder.max_age(PREFLIGHT_AGE);
+    match origins {
+        [] => None,
+        _ if any => Some(builder.allow_any_origin()),
+        _ => Some(builder.allow_origins(origins.iter().map(String::as_str))),
+    }
+}
+
+/// A JSON body of any framing, within its bounds of size and time.
+fn json_body<T: DeserializeOwned + Send>(
+    limit: usize,
+) -> impl Filter<Extract = (Result<T, ApiError>,), Error = Rejection> + Clone + Send + Sync {
+    warp::header::optional::<String>("content-type")
+        .and(warp::body::stream())
+        .then(move |kind: Option<String>, body| async move {
+            if !is_json(kind.as_deref()) {
+                return Err(ApiError::UnsupportedMediaType);
+            }
+            let bytes = read_body(body, limit).await?;
+            serde_json::from_slice(&bytes).map_err(|error| ApiError::BadBody(error.to_string()))
+        })
+}
+
+fn is_json(kind: Option<&str>) -> bool {
+    let essence = kind.and_then(|kind| kind.split(';').next()).unwrap_or_default().trim();
+    essence.eq_ignore_ascii_case("application/json")
+}
+
+async fn read_body(
+    body: impl futures_util::Stream<Item = Result<impl Buf, warp::Error>>,
+    limit: usize,
+) -> Result<Bytes, ApiError> {
+    let reading = async {
+        let mut body = std::pin::pin!(body);
+        let mut bytes = BytesMut::new();
+        while let Some(chunk) = body.next().await {
+            let chunk = chunk.map_err(|_| ApiError::BadBody("it ended too early".into()))?;
+            if bytes.len() + chunk.remaining() > limit {
+                return Err(ApiError::TooLarge { what: "body", limit });
+            }
+            bytes.put(chunk);
+        }
+        Ok(bytes.freeze())
+    };
+    tokio::time::timeout(BODY_TIME, reading)
+        .await
+        .unwrap_or(Err(ApiError::BodyTimeout))
+}
+
+/// 200 once the default language has had a sandbox.
+fn ready(runner: &Runner) -> Response {
+    let mut languages = serde_json::Map::new();
+    let mut ready = false;
+    let mut missing: Vec<&str> = Vec::new();
+    for (rank, language) in runner.languages().iter().enumerate() {
+        let status = runner.pool().status(&language.name);
+        let lacking = status.enforced.map(|enforced| enforced.missing()).unwrap_or_default();
+        let works = status.enforced.is_some() && status.problem.is_none();
+        if rank == 0 {
+            ready = works;
+            missing = lacking;
+        }
+        let problem = if works {
+            None
+        } else {
+            status.problem.or_else(|| Some("no sandbox yet".into()))
+        };
+        languages.insert(language.name.clone(), json!({"ready": works, "problem": problem}));
+    }
+    let body = json!({"ready": ready, "languages": languages, "limitsNotEnforced": missing});
+    let status = if ready {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    warp::reply::with_status(warp::reply::json(&body), status).into_response()
+}

@@ -1,0 +1,75 @@
+//! Connections: accepted within a bound, each with the routes of its time, closed gracefully.
+
+use std::time::Duration;
+
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use std::sync::Arc;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+use warp::filters::BoxedFilter;
+use warp::reply::Response;
+
+/// Connections at once; further ones wait to be accepted.
+const MAX_CONNECTIONS: usize = 10_000;
+
+/// How long a client may take for the head of a request, the wait between two requests included.
+const HEADER_TIME: Duration = Duration::from_secs(30);
+
+/// How long to wait after a failed accept: descriptors may have run out, and come back.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Largest head of a request in bytes.
+const MAX_HEAD: usize = 32 * 1024;
+
+/// How long connections may take to close once their requests are answered.
+const CLOSE_TIME: Duration = Duration::from_secs(2);
+
+/// Accepts until `stop`, then returns a future that ends when all connections have closed.
+pub async fn serve(
+    listener: TcpListener,
+    routes: watch::Receiver<BoxedFilter<(Response,)>>,
+    stop: CancellationToken,
+) -> impl Future<Output = ()> {
+    let graceful = GracefulShutdown::new();
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let accepted = tokio::select! {
+            accepted = async {
+                let place = Arc::clone(&places).acquire_owned().await;
+                (listener.accept().await, place)
+            } => accepted,
+            () = stop.cancelled() => break,
+        };
+        let (stream, place) = match accepted {
+            (Ok((stream, _)), place) => (stream, place),
+            (Err(error), _) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        // Answers are small, and the client waits for them.
+        let _ = stream.set_nodelay(true);
+        let service = TowerToHyperService::new(warp::service(routes.borrow().clone()));
+        let connection = hyper::server::conn::http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADER_TIME)
+            .max_buf_size(MAX_HEAD)
+            .serve_connection(TokioIo::new(stream), service);
+        let connection = graceful.watch(connection);
+        tokio::spawn(async move {
+            // A client that breaks off is its own business.
+            let _ = connection.await;
+            drop(place);
+        });
+    }
+    drop(listener);
+    async move {
+        if tokio::time::timeout(CLOSE_TIME, graceful.shutdown()).await.is_err() {
+            tracing::info!("some connections did not close in time");
+        }
+    }
+}

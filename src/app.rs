@@ -1,0 +1,352 @@
+//! Builds everything from the settings and owns the order of shutdown.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{mpsc, watch};
+use tokio_util::task::TaskTracker;
+
+use crate::api::{self, ApiSettings};
+use crate::cache::MemoCache;
+use crate::config::{EngineKind, Overrides, Settings};
+use crate::control;
+use crate::image::{ImageUpdater, Request};
+use crate::instance::{self, Instance};
+use crate::language::Language;
+use crate::runner::{Runner, Tasks};
+use crate::sandbox::podman::{EngineSettings, Info, Podman, PodmanEngine};
+use crate::sandbox::pool::Pool;
+use crate::sandbox::reaper::{self, Living};
+use crate::sandbox::{Engine, HEALTH_SLOT};
+use crate::shutdown::{self, Phases};
+
+/// How long containers may take to go at the end, before what is left is removed by force.
+const KEEPERS_TIME: Duration = Duration::from_secs(15);
+
+/// How long an order such as `update` may keep its place until the updater takes it.
+const ORDERS: usize = 4;
+
+/// What verbs that make sandboxes share: a name of their own, podman, an engine, and who cleans up.
+pub struct Workshop {
+    /// The name and its directory.
+    pub instance: Instance,
+    /// The user's podman.
+    pub podman: Podman,
+    /// Makes sandboxes.
+    pub engine: Arc<dyn Engine>,
+    keepers: TaskTracker,
+    living: Living,
+}
+
+impl Workshop {
+    /// Takes the instance's name and clears what an earlier one left behind.
+    pub fn open(settings: &Settings) -> anyhow::Result<Workshop> {
+        refuse_root()?;
+        let instance = Instance::take(&settings.instance)?;
+        let jobs = instance.jobs();
+        reaper::empty(&jobs).with_context(|| format!("cannot make {}", jobs.display()))?;
+        let executable = std::env::current_exe().context("cannot find the path of this executable")?;
+        instance::mountable(&executable)?;
+        let podman = Podman::new(&settings.podman);
+        let (keepers, living) = (TaskTracker::new(), Living::default());
+        let engine = match settings.engine {
+            EngineKind::Podman => PodmanEngine::new(
+                podman.clone(),
+                EngineSettings {
+                    instance: instance.name.clone(),
+                    jobs,
+                    executable,
+                    require_limits: settings.require_limits,
+                    keepers: keepers.clone(),
+                    living: living.clone(),
+                },
+            ),
+        };
+        Ok(Workshop {
+            instance,
+            podman,
+            engine: Arc::new(engine),
+            keepers,
+            living,
+        })
+    }
+
+    /// Waits until all containers have gone, then removes by label whatever has not.
+    pub async fn close(self) {
+        self.keepers.close();
+        if tokio::time::timeout(KEEPERS_TIME, self.keepers.wait()).await.is_err() {
+            tracing::warn!(containers = self.keepers.len(), "containers did not go by themselves");
+        }
+        match reaper::sweep(&self.podman, &self.instance.name, &Living::default()).await {
+            Ok(0) => {}
+            Ok(removed) => tracing::warn!(removed, "containers had to be removed by force"),
+            Err(error) => tracing::error!(%error, "containers may be left; the next start removes them"),
+        }
+    }
+}
+
+/// Serves until a signal ends it.
+pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Result<()> {
+    let settings = Settings::load(file.as_deref(), &overrides)?;
+    let phases = Phases::default();
+    let (reload, reloads) = mpsc::channel(1);
+    let _signals = shutdown::listen(phases.clone(), reload).context("cannot listen for signals")?;
+    let workshop = Workshop::open(&settings)?;
+    let listener = TcpListener::bind(settings.listen)
+        .await
+        .with_context(|| format!("cannot listen on {}", settings.listen))?;
+    let address = listener.local_addr().context("cannot tell the address")?;
+    report_host(&workshop.podman, settings.require_limits).await?;
+
+    let languages = settings.enabled()?;
+    let pool = Arc::new(Pool::new(
+        Arc::clone(&workshop.engine),
+        slots(&settings),
+        settings.queue,
+        &languages,
+    ));
+    let tasks = Tasks::default();
+    let (routes, current_routes) = watch::channel(routes(&settings, &languages, &pool, &tasks)?);
+
+    let (orders, taken) = mpsc::channel(ORDERS);
+    let announced = Arc::clone(&pool);
+    let updater = updater(&workshop, &settings, languages, move |language, image| {
+        announced.set_image(language, image)
+    })?;
+    let stop_background = phases.stop.child_token();
+    let background = TaskTracker::new();
+    background.spawn(updater.run(taken, stop_background.clone()));
+    background.spawn(reaper::run(
+        workshop.podman.clone(),
+        workshop.instance.name.clone(),
+        workshop.living.clone(),
+        stop_background.clone(),
+    ));
+    background.spawn(control::serve(
+        control_socket(&workshop.instance)?,
+        orders.clone(),
+        stop_background.clone(),
+    ));
+    let reloader = Reloader {
+        file,
+        overrides,
+        routes,
+        pool: Arc::clone(&pool),
+        tasks: tasks.clone(),
+        orders,
+    };
+    background.spawn(reloader.run(reloads, settings.clone(), stop_background));
+    tracing::info!(%address, languages = settings.languages.join(" "), "listening");
+
+    let closing = api::server::serve(listener, current_routes, phases.stop.clone()).await;
+    tokio::select! {
+        () = tasks.shut_down(settings.shutdown.drain) => {}
+        () = phases.cut.cancelled() => tasks.shut_down(Duration::ZERO).await,
+    }
+    closing.await;
+    pool.drain();
+    background.close();
+    if tokio::time::timeout(KEEPERS_TIME, background.wait()).await.is_err() {
+        tracing::warn!("background tasks did not end in time");
+    }
+    workshop.close().await;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Applies a new configuration whenever SIGHUP asks for it.
+struct Reloader {
+    file: Option<PathBuf>,
+    overrides: Overrides,
+    routes: watch::Sender<warp::filters::BoxedFilter<(warp::reply::Response,)>>,
+    pool: Arc<Pool>,
+    tasks: Tasks,
+    orders: mpsc::Sender<Request>,
+}
+
+impl Reloader {
+    async fn run(
+        self,
+        mut reloads: mpsc::Receiver<()>,
+        mut settings: Settings,
+        stop: tokio_util::sync::CancellationToken,
+    ) {
+        loop {
+            tokio::select! {
+                Some(()) = reloads.recv() => {}
+                () = stop.cancelled() => return,
+            }
+            match Settings::load(self.file.as_deref(), &self.overrides).map_err(anyhow::Error::from) {
+                Ok(new) => match self.apply(&settings, &new).await {
+                    Ok(()) => {
+                        tracing::info!(languages = new.languages.join(" "), "configuration reloaded");
+                        settings = new;
+                    }
+                    Err(error) => tracing::error!(error = format!("{error:#}"), "configuration not changed"),
+                },
+                Err(error) => tracing::error!(error = format!("{error:#}"), "configuration not changed"),
+            }
+        }
+    }
+
+    async fn apply(&self, old: &Settings, new: &Settings) -> anyhow::Result<()> {
+        let fixed = |s: &Settings| {
+            (
+                s.listen,
+                s.instance.clone(),
+                s.engine,
+                s.podman.clone(),
+                s.require_limits,
+            )
+        };
+        if fixed(old) != fixed(new) {
+            tracing::warn!("listen, instance, engine, podman and require_limits change with a restart only");
+        }
+        let languages = new.enabled()?;
+        let routes = routes(new, &languages, &self.pool, &self.tasks)?;
+        self.pool.reconfigure(slots(new), new.queue, &languages);
+        self.routes.send_replace(routes);
+        let told = self.orders.send(Request::Languages(languages, new.update)).await;
+        told.map_err(|_| anyhow::anyhow!("the image updater has ended"))
+    }
+}
+
+fn routes(
+    settings: &Settings,
+    languages: &[Arc<Language>],
+    pool: &Arc<Pool>,
+    tasks: &Tasks,
+) -> anyhow::Result<warp::filters::BoxedFilter<(warp::reply::Response,)>> {
+    let memo = MemoCache::new(settings.cache).context("cannot make the cache")?;
+    let runner = Runner::new(languages.to_vec(), memo, Arc::clone(pool), tasks.clone());
+    let bytes = |size: bytesize::ByteSize| usize::try_from(size.as_u64()).unwrap_or(usize::MAX);
+    Ok(api::routes(
+        Arc::new(runner),
+        ApiSettings {
+            cors_origins: settings.cors_origins.clone(),
+            body_limit: bytes(settings.body_limit),
+            source_limit: bytes(settings.source_limit),
+        },
+    ))
+}
+
+fn slots(settings: &Settings) -> u32 {
+    u32::try_from(settings.containers).unwrap_or(u32::MAX)
+}
+
+fn updater(
+    workshop: &Workshop,
+    settings: &Settings,
+    languages: Vec<Arc<Language>>,
+    announce: impl Fn(&str, crate::sandbox::pool::Image) + Send + Sync + 'static,
+) -> anyhow::Result<ImageUpdater> {
+    Ok(ImageUpdater {
+        podman: workshop.podman.clone(),
+        engine: Arc::clone(&workshop.engine),
+        instance: workshop.instance.name.clone(),
+        languages,
+        settings: settings.update,
+        stamp: state_dir()?.join(format!("{}.updated", workshop.instance.name)),
+        slot: HEALTH_SLOT,
+        announce: Box::new(announce),
+    })
+}
+
+/// Updates the images now: through the server where one runs, else by itself. Whether all went well.
+pub async fn update(settings: &Settings) -> anyhow::Result<bool> {
+    refuse_root()?;
+    let socket = instance::control_path(&settings.instance)?;
+    let ordered = control::update(&socket)
+        .await
+        .with_context(|| format!("cannot order on {}", socket.display()))?;
+    if let Some(ok) = ordered {
+        return Ok(ok);
+    }
+    let workshop = Workshop::open(settings)?;
+    let reports = updater(&workshop, settings, settings.enabled()?, |_, _| ())?
+        .update()
+        .await;
+    workshop.close().await;
+    let (text, ok) = control::summary(&reports);
+    print!("{text}");
+    Ok(ok)
+}
+
+fn control_socket(instance: &Instance) -> anyhow::Result<UnixListener> {
+    let path = instance.control();
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+    .and_then(|()| {
+        let listener = UnixListener::bind(&path)?;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+        Ok(listener)
+    })
+    .with_context(|| format!("cannot listen on {}", path.display()))
+}
+
+/// Where the time of the last update is kept over restarts.
+fn state_dir() -> anyhow::Result<PathBuf> {
+    let state = std::env::var_os("XDG_STATE_HOME")
+        .map(PathBuf::from)
+        .filter(|dir| dir.is_absolute());
+    let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".local/state"));
+    Ok(state
+        .or_else(home)
+        .context("neither HOME nor XDG_STATE_HOME is set")?
+        .join("coderunner"))
+}
+
+/// Containers of root's would be root's: a wall less.
+pub fn refuse_root() -> anyhow::Result<()> {
+    if nix::unistd::geteuid().is_root() {
+        bail!(
+            "coderunner does not run as root: its containers are to belong to an ordinary user. As root run \
+             `systemctl start coderunner`, or `runuser -u coderunner -- coderunner …` with XDG_RUNTIME_DIR set"
+        );
+    }
+    Ok(())
+}
+
+/// Says in the log what this host is, and refuses one that cannot limit where it must.
+async fn report_host(podman: &Podman, require_limits: bool) -> anyhow::Result<()> {
+    let info = match podman.info().await {
+        Ok(info) => info,
+        Err(error) => {
+            // It may come back: until then requests are refused with a reason.
+            tracing::error!(%error, "podman does not work here");
+            return Ok(());
+        }
+    };
+    let missing = missing_controllers(&info);
+    tracing::info!(
+        podman = info.version,
+        runtime = info.runtime,
+        storage = info.driver,
+        cgroups = info.cgroup_version
+    );
+    if !missing.is_empty() && require_limits {
+        bail!(
+            "this host cannot limit {} of containers (cgroup {}), and require_limits is set. `coderunner doctor` says \
+             how to mend it",
+            missing.join(", "),
+            info.cgroup_version
+        );
+    }
+    Ok(())
+}
+
+/// The limits that podman's containers cannot have here.
+pub fn missing_controllers(info: &Info) -> Vec<&'static str> {
+    let has = |name: &str| info.cgroup_version == "v2" && info.controllers.iter().any(|c| c == name);
+    [("memory", "memory"), ("pids", "processes"), ("cpu", "CPU")]
+        .into_iter()
+        .filter(|(controller, _)| !has(controller))
+        .map(|(_, what)| what)
+        .collect()
+}

@@ -1,0 +1,161 @@
+//! The memo: outcomes that would come out the same again, for a time and in a bounded amount of memory.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cached::{Cached, LruTtlCache};
+
+use crate::config::CacheSettings;
+use crate::job::{JobKey, Outcome};
+
+/// Most entries, whatever their size: bounds the index.
+const ENTRIES: usize = 100_000;
+
+/// Outcomes by key, the least recently used given up first.
+pub struct MemoCache {
+    entries: Mutex<LruTtlCache<JobKey, Arc<Outcome>>>,
+    bytes: Arc<AtomicUsize>,
+    capacity: usize,
+}
+
+impl MemoCache {
+    /// An empty memo. A `size` of 0 keeps nothing.
+    pub fn new(settings: CacheSettings) -> Result<MemoCache, cached::BuildError> {
+        let bytes = Arc::new(AtomicUsize::new(0));
+        let freed = Arc::clone(&bytes);
+        let entries = LruTtlCache::builder()
+            .max_size(ENTRIES)
+            .ttl(settings.ttl)
+            .on_evict(move |_, outcome: &Arc<Outcome>| {
+                freed.fetch_sub(outcome.size(), Ordering::Relaxed);
+            })
+            .build()?;
+        let capacity = usize::try_from(settings.size.as_u64()).unwrap_or(usize::MAX);
+        Ok(MemoCache {
+            entries: Mutex::new(entries),
+            bytes,
+            capacity,
+        })
+    }
+
+    /// An outcome that was kept.
+    pub fn get(&self, key: &JobKey) -> Option<Arc<Outcome>> {
+        self.entries
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .cache_get(key)
+            .cloned()
+    }
+
+    /// Keeps an outcome, if it is of a kind that may be kept.
+    pub fn put(&self, key: JobKey, outcome: &Arc<Outcome>) {
+        let size = outcome.size();
+        if !outcome.verdict().is_repeatable() || size > self.capacity {
+            return;
+        }
+        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        self.bytes.fetch_add(size, Ordering::Relaxed);
+        if let Some(replaced) = entries.cache_set(key, Arc::clone(outcome)) {
+            self.bytes.fetch_sub(replaced.size(), Ordering::Relaxed);
+        }
+        if self.bytes.load(Ordering::Relaxed) > self.capacity {
+            let _expired = entries.evict();
+        }
+        while self.bytes.load(Ordering::Relaxed) > self.capacity && entries.cache_size() > 1 {
+            // The store's way of giving up its least recently used entry.
+            let fewer = entries.cache_size() - 1;
+            entries.set_max_size(fewer);
+        }
+        entries.set_max_size(ENTRIES);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::{Ended, Output, Stage, StageOutcome, Stream, Usage};
+    use bytesize::ByteSize;
+    use std::time::Duration;
+
+    fn outcome(ended: Ended, printed: usize) -> Arc<Outcome> {
+        let mut output = Output::default();
+        output.push(Stream::Stdout, &vec![b'x'; printed], usize::MAX);
+        let run = StageOutcome {
+            stage: Stage::Run,
+            ended,
+            artifact: true,
+            usage: Usage::default(),
+            output,
+        };
+        Arc::new(Outcome {
+            compile: None,
+            run: Some(run),
+        })
+    }
+
+    fn key(n: u8) -> JobKey {
+        crate::job::tests::job(&[n]).key("image")
+    }
+
+    fn memo(ttl: Duration, size: u64) -> MemoCache {
+        MemoCache::new(CacheSettings {
+            ttl,
+            size: ByteSize(size),
+        })
+        .unwrap()
+    }
+
+    fn bytes(memo: &MemoCache) -> usize {
+        memo.bytes.load(Ordering::Relaxed)
+    }
+
+    #[test]
+    fn keeps_what_is_repeatable() {
+        let memo = memo(Duration::from_secs(60), 1 << 20);
+        for (n, ended) in [(1, Ended::Exited(0)), (2, Ended::Exited(3)), (3, Ended::Signalled(11))] {
+            memo.put(key(n), &outcome(ended, 1));
+            assert!(memo.get(&key(n)).is_some());
+        }
+    }
+
+    #[test]
+    fn never_keeps_a_limit() {
+        let memo = memo(Duration::from_secs(60), 1 << 20);
+        for (n, ended) in [(1, Ended::WallTime), (2, Ended::CpuTime), (3, Ended::Killed)] {
+            memo.put(key(n), &outcome(ended, 1));
+            assert!(memo.get(&key(n)).is_none());
+        }
+        let mut killed = (*outcome(Ended::Signalled(9), 1)).clone();
+        killed.run.as_mut().unwrap().usage.oom_kills = 1;
+        memo.put(key(4), &Arc::new(killed));
+        assert!(memo.get(&key(4)).is_none());
+    }
+
+    #[test]
+    fn forgets_after_its_time() {
+        let memo = memo(Duration::from_millis(50), 1 << 20);
+        memo.put(key(1), &outcome(Ended::Exited(0), 1));
+        std::thread::sleep(Duration::from_millis(80));
+        assert!(memo.get(&key(1)).is_none());
+    }
+
+    #[test]
+    fn stays_below_its_size_and_gives_up_the_oldest() {
+        let memo = memo(Duration::from_secs(60), 10_000);
+        for n in 0..100 {
+            memo.put(key(n), &outcome(Ended::Exited(0), 1000));
+            assert!(bytes(&memo) <= 10_000, "{}", bytes(&memo));
+        }
+        assert!(memo.get(&key(0)).is_none());
+        assert!(memo.get(&key(99)).is_some());
+    }
+
+    #[test]
+    fn replacing_an_entry_counts_it_once() {
+        let memo = memo(Duration::from_secs(60), 1 << 20);
+        for _ in 0..3 {
+            memo.put(key(1), &outcome(Ended::Exited(0), 1000));
+        }
+        assert_eq!(bytes(&memo), outcome(Ended::Exited(0), 1000).size());
+    }
+}

@@ -1,0 +1,95 @@
+//! Orders to a running server: a socket in its runtime directory, which only its user can reach.
+//!
+//! There is one order, `update`. The answer is a line per image, and `failed` or `done` at the end.
+
+use std::path::Path;
+use std::time::Duration;
+
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use crate::image::{self, Report, Request, Updated};
+
+/// How long who connects may take to say what it wants.
+const ORDER_TIME: Duration = Duration::from_secs(5);
+
+/// Takes orders until `stop`.
+pub async fn serve(listener: UnixListener, updates: mpsc::Sender<Request>, stop: CancellationToken) {
+    loop {
+        let stream = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = stop.cancelled() => return,
+        };
+        match stream {
+            Ok((stream, _)) => {
+                let updates = updates.clone();
+                let stop = stop.clone();
+                tokio::spawn(async move {
+                    tokio::select! {
+                        _ = answer(stream, updates) => {}
+                        () = stop.cancelled() => {}
+                    }
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept on the control socket");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        }
+    }
+}
+
+async fn answer(mut stream: UnixStream, updates: mpsc::Sender<Request>) -> std::io::Result<()> {
+    let mut order = [0; 7];
+    tokio::time::timeout(ORDER_TIME, stream.read_exact(&mut order)).await??;
+    if &order != b"update\n" {
+        return stream.write_all(b"the only order is update\nfailed\n").await;
+    }
+    let (reply, reports) = oneshot::channel();
+    let asked = updates.send(Request::Update(reply)).await.is_ok();
+    let (text, ok) = match reports.await {
+        Ok(reports) if asked => summary(&reports),
+        _ => ("the server is shutting down\n".to_owned(), false),
+    };
+    let end = if ok { "done\n" } else { "failed\n" };
+    stream.write_all((text + end).as_bytes()).await
+}
+
+/// The lines of some reports, and whether all went well.
+pub fn summary(reports: &[Report]) -> (String, bool) {
+    let text = reports.iter().map(|report| image::line(report) + "\n").collect();
+    (
+        text,
+        reports
+            .iter()
+            .all(|(_, updated)| !matches!(updated, Updated::Failed(_))),
+    )
+}
+
+/// Has the server behind this socket update its images; prints its answer. `None` where no server listens.
+pub async fn update(socket: &Path) -> std::io::Result<Option<bool>> {
+    let mut stream = match UnixStream::connect(socket).await {
+        Ok(stream) => stream,
+        Err(error)
+            if matches!(
+                error.kind(),
+                std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused
+            ) =>
+        {
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
+    };
+    stream.write_all(b"update\n").await?;
+    let mut lines = BufReader::new(stream).lines();
+    while let Some(line) = lines.next_line().await? {
+        match line.as_str() {
+            "done" => return Ok(Some(true)),
+            "failed" => return Ok(Some(false)),
+            line => println!("{line}"),
+        }
+    }
+    Err(std::io::Error::other("the server ended in the middle of its answer"))
+}

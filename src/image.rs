@@ -1,0 +1,429 @@
+//! Images: pulled where missing, looked for weekly, checked before they are used, the old one deleted.
+//!
+//! The image in use has a name of our own besides its public one. So a pull never changes what sandboxes are
+//! made from: only a new image that passed its health program takes that name, and whatever happens in
+//! between, also a kill, the old one stays in use.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::UpdateSettings;
+use crate::job::{Streams, Verdict};
+use crate::language::Language;
+use crate::process::ProcessError;
+use crate::sandbox::podman::Podman;
+use crate::sandbox::pool::Image;
+use crate::sandbox::{Engine, Live, SandboxError, SandboxSpec, Slot};
+
+/// Our names of the images in use, one per instance and public name.
+const CURRENT: &str = "localhost/coderunner-current";
+/// Our names of images that are to be deleted once their last container is gone.
+const OLD: &str = "localhost/coderunner-old";
+
+/// First and longest pause before a failed pull or check is tried again, doubled in between.
+const RETRY_FIRST: Duration = Duration::from_secs(10);
+const RETRY_LONGEST: Duration = Duration::from_secs(3600);
+
+/// How often, and how many times, deleting a replaced image is tried while jobs still run on it.
+const DELETE_PAUSE: Duration = Duration::from_secs(1);
+const DELETE_TRIES: u32 = 30;
+
+/// Why an image cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// podman failed: registry down, disk full.
+    #[error(transparent)]
+    Podman(#[from] ProcessError),
+    /// It is named as local, and is not there.
+    #[error("there is no image {0}; a name under localhost/ is never pulled: build it")]
+    NoLocal(String),
+    /// No sandbox came up from it, or it failed under the program.
+    #[error("its health program could not be run: {0}")]
+    Sandbox(#[from] SandboxError),
+    /// The health program did not print what it must.
+    #[error("the health program of {language} ended with {verdict:?} and printed {printed:?} instead of {expected:?}")]
+    Unhealthy {
+        /// Whose program.
+        language: String,
+        /// What became of it.
+        verdict: Verdict,
+        /// What it and the compiler printed, the beginning.
+        printed: String,
+        /// What it should have printed.
+        expected: String,
+    },
+}
+
+/// What a look for a newer image came to.
+#[derive(Debug)]
+pub enum Updated {
+    /// The one in use is the newest.
+    Unchanged,
+    /// A new one is in use.
+    Replaced {
+        /// Id of the one before; `None` where there was none.
+        old: Option<String>,
+        /// Id of the new one.
+        new: String,
+    },
+    /// It failed; what was in use stays so.
+    Failed(ImageError),
+}
+
+/// Name of an image and what its update came to.
+pub type Report = (String, Updated);
+
+/// A report as a line for people.
+pub fn line((name, updated): &Report) -> String {
+    let short = |id: &str| id.trim_start_matches("sha256:").chars().take(12).collect::<String>();
+    match updated {
+        Updated::Unchanged => format!("{name}: the newest is in use"),
+        Updated::Replaced { old: None, new } => format!("{name}: {} is in use", short(new)),
+        Updated::Replaced { old: Some(old), new } => format!("{name}: {} replaces {}", short(new), short(old)),
+        Updated::Failed(error) => format!("{name}: failed, nothing changed: {error}"),
+    }
+}
+
+/// What the updater's task is told from outside.
+pub enum Request {
+    /// Look for newer images now; the reports go back.
+    Update(oneshot::Sender<Vec<Report>>),
+    /// Other languages are served from now on.
+    Languages(Vec<Arc<Language>>, UpdateSettings),
+}
+
+/// Is told the image of a language.
+pub type Announce = Box<dyn Fn(&str, Image) + Send + Sync>;
+
+/// Keeps the images of the languages up to date.
+pub struct ImageUpdater {
+    /// The user's podman.
+    pub podman: Podman,
+    /// Makes the sandboxes of health programs.
+    pub engine: Arc<dyn Engine>,
+    /// Whose images these are.
+    pub instance: String,
+    /// What is served.
+    pub languages: Vec<Arc<Language>>,
+    /// How often, how long.
+    pub settings: UpdateSettings,
+    /// A file whose time is that of the last update.
+    pub stamp: PathBuf,
+    /// Slot of the health programs' sandboxes: none of the pool's.
+    pub slot: u32,
+    /// Is told the image of a language whenever it changes.
+    pub announce: Announce,
+}
+
+impl ImageUpdater {
+    /// Finds or pulls all images, then looks for newer ones whenever it is time or somebody asks.
+    pub async fn run(mut self, mut requests: mpsc::Receiver<Request>, stop: CancellationToken) {
+        let work = async {
+            let mut retry = RETRY_FIRST;
+            let mut complete = self.find_all().await;
+            loop {
+                let pause = match complete {
+                    true => {
+                        retry = RETRY_FIRST;
+                        self.until_due()
+                    }
+                    false => {
+                        retry = (retry * 2).min(RETRY_LONGEST);
+                        retry / 2
+                    }
+                };
+                tokio::select! {
+                    request = requests.recv() => match request {
+                        Some(Request::Update(reply)) => {
+                            let reports = self.update().await;
+                            complete = reports.iter().all(|(_, updated)| !matches!(updated, Updated::Failed(_)));
+                            // Who asked may have left.
+                            let _ = reply.send(reports);
+                        }
+                        Some(Request::Languages(languages, settings)) => {
+                            self.languages = languages;
+                            self.settings = settings;
+                            complete = self.find_all().await;
+                        }
+                        None => return,
+                    },
+                    () = tokio::time::sleep(pause) => {
+                        let reports = self.update().await;
+                        complete = reports.iter().all(|(_, updated)| !matches!(updated, Updated::Failed(_)));
+                    }
+                }
+            }
+        };
+        tokio::select! {
+            () = work => {}
+            () = stop.cancelled() => {}
+        }
+    }
+
+    /// Looks for a newer image of each name, and uses those that pass their health programs.
+    pub async fn update(&self) -> Vec<Report> {
+        self.delete_old(1).await;
+        let mut reports = Vec::new();
+        for (name, languages) in self.by_image() {
+            let updated = match self.current(&name).await {
+                Ok(current) => {
+                    if let Some(id) = &current {
+                        self.announce_all(&languages, &Image::Ready(id.clone()));
+                    }
+                    self.replace(&name, &languages, current.as_deref())
+                        .await
+                        .unwrap_or_else(Updated::Failed)
+                }
+                Err(error) => Updated::Failed(error.into()),
+            };
+            let report = (name, updated);
+            match &report.1 {
+                Updated::Failed(_) => tracing::warn!("image {}", line(&report)),
+                _ => tracing::info!("image {}", line(&report)),
+            }
+            reports.push(report);
+        }
+        self.delete_old(DELETE_TRIES).await;
+        self.note_update();
+        reports
+    }
+
+    /// Announces the images that are here, then pulls the missing ones. Whether all are there now.
+    async fn find_all(&self) -> bool {
+        let mut missing = Vec::new();
+        for (name, languages) in self.by_image() {
+            match self.current(&name).await {
+                Ok(Some(id)) => self.announce_all(&languages, &Image::Ready(id)),
+                Ok(None) => missing.push((name, languages)),
+                Err(error) => {
+                    tracing::error!(image = name, %error, "cannot look for an image");
+                    self.announce_all(&languages, &Image::Missing("podman does not answer".into()));
+                    missing.push((name, languages));
+                }
+            }
+        }
+        let mut complete = true;
+        for (name, languages) in missing {
+            if let Err(error) = self.fetch(&name, &languages).await {
+                complete = false;
+                tracing::error!(image = name, %error, "cannot use an image");
+                let reason = match error {
+                    ImageError::Unhealthy { .. } | ImageError::Sandbox(_) => "its image failed its health check",
+                    ImageError::NoLocal(_) => "its image is not installed",
+                    ImageError::Podman(_) => "its image cannot be pulled",
+                };
+                self.announce_all(&languages, &Image::Missing(format!("{reason}; trying again")));
+            }
+        }
+        complete
+    }
+
+    /// The first image of a name: the one that is here, or a pulled one.
+    async fn fetch(&self, name: &str, languages: &[Arc<Language>]) -> Result<(), ImageError> {
+        let id = match self.podman.image_id(name).await? {
+            Some(id) => id,
+            None => {
+                self.announce_all(languages, &Image::Missing("its image is being pulled".into()));
+                self.pull(name).await?
+            }
+        };
+        self.announce_all(languages, &Image::Missing("its image is being checked".into()));
+        self.check(&id, languages).await?;
+        self.podman.tag(&id, &self.current_name(name)).await?;
+        tracing::info!(image = name, id, "an image is in use");
+        self.announce_all(languages, &Image::Ready(id));
+        Ok(())
+    }
+
+    async fn replace(
+        &self,
+        name: &str,
+        languages: &[Arc<Language>],
+        current: Option<&str>,
+    ) -> Result<Updated, ImageError> {
+        let new = match is_local(name) {
+            true => self
+                .podman
+                .image_id(name)
+                .await?
+                .ok_or_else(|| ImageError::NoLocal(name.into()))?,
+            false => match self.pull(name).await {
+                // No registry, and nothing in use: what is here is better than nothing.
+                Err(error) if current.is_none() => self.podman.image_id(name).await?.ok_or(error)?,
+                pulled => pulled?,
+            },
+        };
+        if Some(new.as_str()) == current {
+            return Ok(Updated::Unchanged);
+        }
+        if let Err(error) = self.check(&new, languages).await {
+            if let (Some(current), false) = (current, is_local(name)) {
+                // The public name back to what is in use, and the broken one away.
+                self.podman.tag(current, name).await?;
+                let _ = self.podman.remove_image(&new).await;
+            }
+            return Err(error);
+        }
+        if let Some(old) = current {
+            self.podman.tag(old, &self.old_name(old)).await?;
+        }
+        self.podman.tag(&new, &self.current_name(name)).await?;
+        self.announce_all(languages, &Image::Ready(new.clone()));
+        Ok(Updated::Replaced {
+            old: current.map(str::to_owned),
+            new,
+        })
+    }
+
+    /// Runs the health program of each language in a sandbox of the image.
+    async fn check(&self, id: &str, languages: &[Arc<Language>]) -> Result<(), ImageError> {
+        for language in languages {
+            let (free, mut freed) = mpsc::unbounded_channel();
+            let spec = SandboxSpec {
+                language: Arc::clone(language),
+                image: id.to_owned(),
+                slot: Slot::new(self.slot, free),
+            };
+            let sandbox = self.engine.start(spec).await?;
+            let job = language.job(language.health.code.clone().into(), Streams::Merged);
+            let outcome = sandbox.run(language, &job, Live::default()).await?;
+            // The slot, and with it the uid, is the next program's: wait until the container is gone.
+            let _ = freed.recv().await;
+            let printed = outcome.run.as_ref().map(|run| run.output.text()).unwrap_or_default();
+            if outcome.verdict() != Verdict::Ok || printed != language.health.output {
+                let compiler = outcome.compile.map(|compile| compile.output.text()).unwrap_or_default();
+                return Err(ImageError::Unhealthy {
+                    language: language.name.clone(),
+                    verdict: match (outcome.run, printed.is_empty()) {
+                        (Some(run), _) => run.verdict(),
+                        (None, _) => Verdict::CompileError,
+                    },
+                    printed: (compiler + &printed).chars().take(300).collect(),
+                    expected: language.health.output.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    async fn pull(&self, name: &str) -> Result<String, ImageError> {
+        if is_local(name) {
+            return Err(ImageError::NoLocal(name.into()));
+        }
+        tracing::info!(image = name, "pulling");
+        let progress = |line: &str| tracing::info!(image = name, "{}", line.trim());
+        Ok(self.podman.pull(name, self.settings.pull_timeout, progress).await?)
+    }
+
+    /// Deletes replaced images whose containers have gone; waits a while for those that have not.
+    async fn delete_old(&self, most: u32) {
+        let ours = format!("{OLD}:{}-", self.instance_tag());
+        for tries in 1..=most {
+            let left = match self.podman.names(&ours).await {
+                Ok(left) if left.is_empty() => return,
+                Ok(left) => left,
+                Err(error) => return tracing::warn!(%error, "cannot list replaced images"),
+            };
+            for name in left {
+                let deleted = self.delete(&name).await;
+                if let (Err(error), true) = (deleted, tries == most) {
+                    tracing::info!(image = name, %error, "a replaced image stays until the next update");
+                }
+            }
+            if tries < most {
+                tokio::time::sleep(DELETE_PAUSE).await;
+            }
+        }
+    }
+
+    async fn delete(&self, old_name: &str) -> Result<(), ProcessError> {
+        let Some(id) = self.podman.image_id(old_name).await? else {
+            return Ok(());
+        };
+        let names = self.podman.names_of(&id).await?;
+        if names.iter().any(|name| name != old_name) {
+            // In use under another name: another instance's, or in use again.
+            return self.podman.untag(&id, old_name).await;
+        }
+        self.podman.remove_image(&id).await
+    }
+
+    /// The image that is in use for a name.
+    async fn current(&self, name: &str) -> Result<Option<String>, ProcessError> {
+        self.podman.image_id(&self.current_name(name)).await
+    }
+
+    fn current_name(&self, name: &str) -> String {
+        format!("{CURRENT}:{}-{}", self.instance_tag(), tag_of(name))
+    }
+
+    fn old_name(&self, id: &str) -> String {
+        format!("{OLD}:{}-{}", self.instance_tag(), tag_of(id))
+    }
+
+    fn instance_tag(&self) -> String {
+        tag_of(&self.instance)
+    }
+
+    /// The languages by their image, the default language's image first.
+    fn by_image(&self) -> Vec<(String, Vec<Arc<Language>>)> {
+        let mut order: Vec<String> = Vec::new();
+        let mut groups: BTreeMap<String, Vec<Arc<Language>>> = BTreeMap::new();
+        for language in &self.languages {
+            if !groups.contains_key(&language.image) {
+                order.push(language.image.clone());
+            }
+            groups
+                .entry(language.image.clone())
+                .or_default()
+                .push(Arc::clone(language));
+        }
+        order
+            .into_iter()
+            .filter_map(|name| groups.remove_entry(&name))
+            .collect()
+    }
+
+    fn announce_all(&self, languages: &[Arc<Language>], image: &Image) {
+        languages
+            .iter()
+            .for_each(|language| (self.announce)(&language.name, image.clone()));
+    }
+
+    fn until_due(&self) -> Duration {
+        let updated = std::fs::metadata(&self.stamp)
+            .and_then(|meta| meta.modified())
+            .unwrap_or_else(|_| {
+                self.note_update();
+                SystemTime::now()
+            });
+        // A clock that was set back counts from now.
+        let age = SystemTime::now().duration_since(updated).unwrap_or_default();
+        self.settings.interval.saturating_sub(age).max(Duration::from_secs(1))
+    }
+
+    fn note_update(&self) {
+        let note = || {
+            self.stamp.parent().map_or(Ok(()), std::fs::create_dir_all)?;
+            std::fs::write(&self.stamp, b"")
+        };
+        if let Err(error) = note() {
+            tracing::warn!(file = %self.stamp.display(), %error, "cannot note the time of an update");
+        }
+    }
+}
+
+/// Names that only this host knows: nothing to pull.
+pub fn is_local(name: &str) -> bool {
+    name.starts_with("localhost/")
+}
+
+/// A short name for a long one, of characters that a tag may have.
+fn tag_of(name: &str) -> String {
+    blake3::hash(name.as_bytes()).to_hex().chars().take(12).collect()
+}

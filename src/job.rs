@@ -1,0 +1,552 @@
+//! What is asked for and what came of it: pure data, no I/O.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+/// One file of a job, placed in the working directory before the first stage.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceFile {
+    /// Relative path without `..`, checked where the job is built.
+    pub name: String,
+    /// Contents, byte for byte.
+    pub content: Bytes,
+}
+
+/// One program to compile and run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Job {
+    /// Name in the catalogue.
+    pub language: String,
+    /// Sources of the client and files that the language adds.
+    pub files: Vec<SourceFile>,
+    /// Standard input of the run stage.
+    pub stdin: Bytes,
+    /// Arguments appended to the language's run command.
+    pub args: Vec<String>,
+    /// Whether both output streams share one pipe, which keeps their order exact.
+    pub streams: Streams,
+    /// Limits in force, the language's unless the client asked for lower ones.
+    pub limits: Limits,
+}
+
+/// How the two output streams of a program are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Streams {
+    /// One pipe for both: order exact, everything counts as stdout.
+    Merged,
+    /// A pipe each: streams told apart, their order that of arrival.
+    Separate,
+}
+
+/// Key of the memo: a hash of everything that can change an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct JobKey([u8; 32]);
+
+impl Job {
+    /// The memo key of this job on an image; `image` is its content id, not its name.
+    pub fn key(&self, image: &str) -> JobKey {
+        let mut hash = blake3::Hasher::new();
+        // Each field behind its length: no two jobs feed the same bytes.
+        let mut feed = |bytes: &[u8]| {
+            hash.update(&(bytes.len() as u64).to_le_bytes());
+            hash.update(bytes);
+        };
+        feed(self.language.as_bytes());
+        feed(image.as_bytes());
+        feed(&(self.files.len() as u64).to_le_bytes());
+        for file in &self.files {
+            feed(file.name.as_bytes());
+            feed(&file.content);
+        }
+        feed(&self.stdin);
+        feed(&(self.args.len() as u64).to_le_bytes());
+        for arg in &self.args {
+            feed(arg.as_bytes());
+        }
+        feed(&[matches!(self.streams, Streams::Merged).into()]);
+        feed(format!("{:?}", self.limits).as_bytes());
+        JobKey(*hash.finalize().as_bytes())
+    }
+}
+
+/// Limits of a container and of the two stages in it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Memory of the container with its files; swap is the same, so none.
+    pub memory: bytesize::ByteSize,
+    /// Processes and threads at once.
+    pub processes: u32,
+    /// CPUs that may be kept busy.
+    pub cpus: f64,
+    /// Open files of a process.
+    pub open_files: u64,
+    /// Size of each writable directory.
+    pub disk: bytesize::ByteSize,
+    /// Files in each writable directory.
+    pub inodes: u64,
+    /// Bytes kept of each output stream.
+    pub output: bytesize::ByteSize,
+    /// Bytes that a stage may print before it is killed.
+    pub output_total: bytesize::ByteSize,
+    /// Wall time of the compile stage.
+    #[serde(with = "humantime_serde")]
+    pub compile_time: Duration,
+    /// CPU time of the compile stage, all its processes together.
+    #[serde(with = "humantime_serde")]
+    pub compile_cpu_time: Duration,
+    /// Wall time of the run stage.
+    #[serde(with = "humantime_serde")]
+    pub run_time: Duration,
+    /// CPU time of the run stage, all its processes together.
+    #[serde(with = "humantime_serde")]
+    pub run_cpu_time: Duration,
+}
+
+/// The two steps of a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// Source to artifact.
+    Compile,
+    /// The program itself.
+    Run,
+}
+
+impl Limits {
+    /// Wall time of a stage.
+    pub fn time(&self, stage: Stage) -> Duration {
+        match stage {
+            Stage::Compile => self.compile_time,
+            Stage::Run => self.run_time,
+        }
+    }
+
+    /// CPU time of a stage.
+    pub fn cpu_time(&self, stage: Stage) -> Duration {
+        match stage {
+            Stage::Compile => self.compile_cpu_time,
+            Stage::Run => self.run_cpu_time,
+        }
+    }
+}
+
+/// How the main process of a stage ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ended {
+    /// By itself, with this exit code.
+    Exited(i32),
+    /// By a signal that was not ours.
+    Signalled(i32),
+    /// Killed at its wall time limit.
+    WallTime,
+    /// Killed at its CPU time limit.
+    CpuTime,
+    /// Killed because the server said so (output limit, cancelled).
+    Killed,
+    /// It could not be started; the reason.
+    NotStarted(String),
+}
+
+/// What a stage used, and what the kernel refused it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// From start to end, in microseconds.
+    pub wall_us: u64,
+    /// User and system time of all processes, in microseconds.
+    pub cpu_us: u64,
+    /// Peak memory in bytes.
+    pub memory: u64,
+    /// Processes that the kernel killed at the memory limit.
+    pub oom_kills: u64,
+    /// Forks that the kernel refused at the process limit.
+    pub forks_refused: u64,
+}
+
+/// What became of a stage or a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// Exit code 0.
+    Ok,
+    /// The compiler refused the source.
+    CompileError,
+    /// Exit code other than 0.
+    RuntimeError,
+    /// Ended by a signal.
+    Signalled,
+    /// Wall or CPU time ran out.
+    TimeLimit,
+    /// The kernel killed at the memory limit.
+    MemoryLimit,
+    /// The kernel refused forks at the process limit, and the program failed.
+    ProcessLimit,
+    /// Printed more than a stage may.
+    OutputLimit,
+    /// Nobody waits for the answer any more.
+    Cancelled,
+    /// Our fault.
+    InternalError,
+}
+
+impl Verdict {
+    /// Whether the same job would be judged the same again: what the memo may keep.
+    pub fn is_repeatable(self) -> bool {
+        matches!(
+            self,
+            Verdict::Ok | Verdict::CompileError | Verdict::RuntimeError | Verdict::Signalled
+        )
+    }
+}
+
+/// One stage: how it ended, what it printed and used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StageOutcome {
+    /// Which stage.
+    pub stage: Stage,
+    /// How its main process ended.
+    pub ended: Ended,
+    /// Whether the language's artifact was there at the end; true where it has none.
+    pub artifact: bool,
+    /// What it used.
+    pub usage: Usage,
+    /// What it printed.
+    pub output: Output,
+}
+
+impl StageOutcome {
+    /// The truth about this stage: limits from counters and our own kills, never from exit codes.
+    pub fn verdict(&self) -> Verdict {
+        let failed = self.ended != Ended::Exited(0);
+        match self.ended {
+            Ended::Killed if self.output.overflowed => Verdict::OutputLimit,
+            Ended::Killed => Verdict::Cancelled,
+            _ if self.usage.oom_kills > 0 => Verdict::MemoryLimit,
+            _ if failed && self.usage.forks_refused > 0 => Verdict::ProcessLimit,
+            Ended::WallTime | Ended::CpuTime => Verdict::TimeLimit,
+            _ if self.stage == Stage::Compile && (failed || !self.artifact) => Verdict::CompileError,
+            Ended::Exited(0) => Verdict::Ok,
+            Ended::Exited(_) | Ended::NotStarted(_) => Verdict::RuntimeError,
+            Ended::Signalled(_) => Verdict::Signalled,
+        }
+    }
+}
+
+impl StageOutcome {
+    /// What it printed, with a last line where it was cut short or something was left out.
+    pub fn explained(&self) -> String {
+        let mut text = self.output.text();
+        if let Some(notes) = self.notes() {
+            if !text.is_empty() && !text.ends_with('\n') {
+                text.push('\n');
+            }
+            text += &notes;
+        }
+        text
+    }
+
+    /// Why it was cut short and what was left out, in lines of their own.
+    pub fn notes(&self) -> Option<String> {
+        let seconds = |us: u64| us as f64 / 1e6;
+        let why = match (self.verdict(), &self.ended) {
+            (Verdict::MemoryLimit, _) => Some("killed: out of memory".to_owned()),
+            (Verdict::ProcessLimit, _) => Some("failed: no more processes or threads allowed".to_owned()),
+            (Verdict::OutputLimit, _) => Some("killed: too much output".to_owned()),
+            (_, Ended::WallTime) => Some(format!(
+                "killed: out of time after {:.1} s",
+                seconds(self.usage.wall_us)
+            )),
+            (_, Ended::CpuTime) => Some(format!(
+                "killed: out of CPU time after {:.1} s",
+                seconds(self.usage.cpu_us)
+            )),
+            (_, Ended::Killed) => Some("killed".to_owned()),
+            (_, Ended::Signalled(number)) => Some(match nix::sys::signal::Signal::try_from(*number) {
+                Ok(signal) => format!("ended by signal {number} ({signal})"),
+                Err(_) => format!("ended by signal {number}"),
+            }),
+            (_, Ended::NotStarted(reason)) => Some(reason.clone()),
+            (_, Ended::Exited(0)) if !self.artifact && self.output.kept() == 0 => {
+                Some("the compiler made no program".to_owned())
+            }
+            (_, Ended::Exited(_)) => None,
+        };
+        let cut = self.output.truncated().then(|| {
+            format!(
+                "output cut: {} of {} bytes shown",
+                self.output.kept(),
+                self.output.total_both()
+            )
+        });
+        let lines: String = cut
+            .into_iter()
+            .chain(why)
+            .map(|line| format!("coderunner: {line}\n"))
+            .collect();
+        (!lines.is_empty()).then_some(lines)
+    }
+}
+
+/// What became of a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// The compile stage, where the language has one.
+    pub compile: Option<StageOutcome>,
+    /// The run stage, unless compiling failed.
+    pub run: Option<StageOutcome>,
+}
+
+impl Outcome {
+    /// The verdict of the last stage that there was.
+    pub fn verdict(&self) -> Verdict {
+        match (&self.compile, &self.run) {
+            (_, Some(run)) => run.verdict(),
+            (Some(compile), None) => compile.verdict(),
+            (None, None) => Verdict::InternalError,
+        }
+    }
+
+    /// Whether the program got as far as being run.
+    pub fn compiled(&self) -> bool {
+        self.run.is_some()
+    }
+
+    /// Bytes of memory that keeping this costs, about.
+    pub fn size(&self) -> usize {
+        let stage = |s: &Option<StageOutcome>| s.as_ref().map_or(0, |s| s.output.kept() + 256);
+        stage(&self.compile) + stage(&self.run) + 256
+    }
+}
+
+/// One of the two output streams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+/// What a stage printed: the first bytes of each stream in order of arrival, and how much there was.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Output {
+    chunks: Vec<(Stream, Vec<u8>)>,
+    kept: [usize; 2],
+    total: [u64; 2],
+    /// Whether the stage printed more than it may at all.
+    pub overflowed: bool,
+}
+
+impl Output {
+    /// Takes what a stream brought, keeps what fits under `cap` bytes of that stream, returns that part.
+    pub fn push<'a>(&mut self, stream: Stream, bytes: &'a [u8], cap: usize) -> &'a [u8] {
+        let at = stream as usize;
+        self.total[at] += bytes.len() as u64;
+        let fits = &bytes[..bytes.len().min(cap.saturating_sub(self.kept[at]))];
+        self.kept[at] += fits.len();
+        match self.chunks.last_mut() {
+            _ if fits.is_empty() => {}
+            Some((last, chunk)) if *last == stream => chunk.extend_from_slice(fits),
+            _ => self.chunks.push((stream, fits.to_vec())),
+        }
+        fits
+    }
+
+    /// Bytes printed on both streams.
+    pub fn total_both(&self) -> u64 {
+        self.total.iter().sum()
+    }
+
+    /// Bytes kept of both streams.
+    pub fn kept(&self) -> usize {
+        self.kept.iter().sum()
+    }
+
+    /// Whether something was printed that was not kept.
+    pub fn truncated(&self) -> bool {
+        self.total_both() > self.kept() as u64
+    }
+
+    /// Both streams as text in order of arrival. Bytes that are no UTF-8 become U+FFFD.
+    pub fn text(&self) -> String {
+        // A character may be split over two chunks: join first, then decode.
+        let mut bytes: Vec<u8> = self.chunks.iter().flat_map(|(_, chunk)| chunk).copied().collect();
+        if self.truncated() {
+            bytes.truncate(whole_characters(&bytes));
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+}
+
+/// Length of `bytes` without a character that was cut off at the end.
+pub fn whole_characters(bytes: &[u8]) -> usize {
+    let start = bytes.len().saturating_sub(3);
+    let last = (start..bytes.len())
+        .rev()
+        .find(|&at| bytes[at] & 0b1100_0000 != 0b1000_0000);
+    match last.map(|at| (at, &bytes[at..])) {
+        Some((at, tail)) => match std::str::from_utf8(tail) {
+            Err(error) if error.error_len().is_none() => at,
+            _ => bytes.len(),
+        },
+        None => bytes.len(),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    pub(crate) fn job(code: &[u8]) -> Job {
+        let language = crate::config::tests::language("c");
+        language.job(Bytes::copy_from_slice(code), Streams::Merged)
+    }
+
+    fn stage(stage: Stage, ended: Ended) -> StageOutcome {
+        StageOutcome {
+            stage,
+            ended,
+            artifact: true,
+            usage: Usage::default(),
+            output: Output::default(),
+        }
+    }
+
+    #[test]
+    fn verdicts_tell_limits_from_failures() {
+        let run = |ended| stage(Stage::Run, ended);
+        assert_eq!(run(Ended::Exited(0)).verdict(), Verdict::Ok);
+        assert_eq!(run(Ended::Exited(137)).verdict(), Verdict::RuntimeError);
+        assert_eq!(run(Ended::Signalled(9)).verdict(), Verdict::Signalled);
+        assert_eq!(run(Ended::WallTime).verdict(), Verdict::TimeLimit);
+        assert_eq!(run(Ended::CpuTime).verdict(), Verdict::TimeLimit);
+        assert_eq!(run(Ended::Killed).verdict(), Verdict::Cancelled);
+        let mut killed = run(Ended::Signalled(9));
+        killed.usage.oom_kills = 1;
+        assert_eq!(killed.verdict(), Verdict::MemoryLimit);
+        let mut refused = run(Ended::Exited(1));
+        refused.usage.forks_refused = 3;
+        assert_eq!(refused.verdict(), Verdict::ProcessLimit);
+        refused.ended = Ended::Exited(0);
+        assert_eq!(refused.verdict(), Verdict::Ok);
+        let mut flood = run(Ended::Killed);
+        flood.output.overflowed = true;
+        assert_eq!(flood.verdict(), Verdict::OutputLimit);
+    }
+
+    #[test]
+    fn compiled_means_exit_code_and_artifact() {
+        assert_eq!(stage(Stage::Compile, Ended::Exited(0)).verdict(), Verdict::Ok);
+        assert_eq!(stage(Stage::Compile, Ended::Exited(1)).verdict(), Verdict::CompileError);
+        let mut linked_nothing = stage(Stage::Compile, Ended::Exited(0));
+        linked_nothing.artifact = false;
+        assert_eq!(linked_nothing.verdict(), Verdict::CompileError);
+    }
+
+    #[test]
+    fn a_run_that_was_cut_short_says_why_in_its_last_line() {
+        let mut outcome = stage(Stage::Run, Ended::WallTime);
+        outcome.output.push(Stream::Stdout, b"so far", 100);
+        outcome.usage.wall_us = 5_000_000;
+        assert_eq!(
+            outcome.explained(),
+            "so far\ncoderunner: killed: out of time after 5.0 s\n"
+        );
+        let mut long = stage(Stage::Run, Ended::Exited(0));
+        long.output.push(Stream::Stdout, b"0123456789", 4);
+        assert_eq!(long.explained(), "0123\ncoderunner: output cut: 4 of 10 bytes shown\n");
+        assert_eq!(stage(Stage::Run, Ended::Exited(7)).explained(), "");
+    }
+
+    #[test]
+    fn output_keeps_order_and_counts_all() {
+        let mut output = Output::default();
+        output.push(Stream::Stdout, b"a", 2);
+        output.push(Stream::Stderr, b"b", 2);
+        output.push(Stream::Stdout, b"cd", 2);
+        assert_eq!(output.text(), "abc");
+        assert_eq!((output.kept(), output.total_both(), output.truncated()), (3, 4, true));
+    }
+
+    proptest! {
+        #[test]
+        fn truncation_never_splits_a_character(text in ".{0,40}", cap in 0usize..60, pieces in 1usize..7) {
+            let mut output = Output::default();
+            for piece in text.as_bytes().chunks(pieces) {
+                output.push(Stream::Stdout, piece, cap);
+            }
+            let kept = output.text();
+            prop_assert!(text.starts_with(&kept), "{kept:?} is no beginning of {text:?}");
+            prop_assert!(kept.len() <= cap && kept.len() + 4 > cap.min(text.len()));
+        }
+
+        #[test]
+        fn any_bytes_are_text(bytes in proptest::collection::vec(any::<u8>(), 0..200), cap in 0usize..200) {
+            let mut output = Output::default();
+            output.push(Stream::Stdout, &bytes, cap);
+            let json = serde_json::to_string(&output.text()).unwrap();
+            prop_assert!(serde_json::from_str::<String>(&json).is_ok());
+        }
+
+        #[test]
+        fn the_key_differs_whenever_an_input_does(
+            a in (any::<String>(), any::<Vec<u8>>(), proptest::collection::vec(any::<String>(), 0..3), "[ab]{0,3}"),
+            b in (any::<String>(), any::<Vec<u8>>(), proptest::collection::vec(any::<String>(), 0..3), "[ab]{0,3}"),
+        ) {
+            let key = |(code, stdin, args, image): &(String, Vec<u8>, Vec<String>, String)| {
+                let job = Job { stdin: stdin.clone().into(), args: args.clone(), ..job(code.as_bytes()) };
+                job.key(image)
+            };
+            prop_assert_eq!(key(&a) == key(&b), a == b);
+            prop_assert_eq!(key(&a), key(&a));
+        }
+    }
+
+    #[test]
+    fn the_key_differs_for_each_single_change() {
+        let base = job(b"x");
+        let mut others = vec![job(b"y")];
+        others.push(Job {
+            language: "d".into(),
+            ..base.clone()
+        });
+        others.push(Job {
+            stdin: "x".into(),
+            ..base.clone()
+        });
+        others.push(Job {
+            args: vec!["x".into()],
+            ..base.clone()
+        });
+        others.push(Job {
+            args: vec![String::new()],
+            ..base.clone()
+        });
+        others.push(Job {
+            streams: Streams::Separate,
+            ..base.clone()
+        });
+        let limits = |change: &dyn Fn(&mut Limits)| {
+            let mut job = base.clone();
+            change(&mut job.limits);
+            job
+        };
+        others.push(limits(&|l| l.run_time += Duration::from_nanos(1)));
+        others.push(limits(&|l| l.memory = bytesize::ByteSize(l.memory.as_u64() + 1)));
+        others.push(limits(&|l| l.cpus += 0.001));
+        others.push(limits(&|l| l.output = bytesize::ByteSize(l.output.as_u64() + 1)));
+        let mut renamed = base.clone();
+        renamed.files[0].name = "other.c".into();
+        others.push(renamed);
+        let mut keys: Vec<JobKey> = others.iter().map(|job| job.key("image")).collect();
+        keys.push(base.key("image"));
+        keys.push(base.key("another image"));
+        let distinct: std::collections::HashSet<&JobKey> = keys.iter().collect();
+        assert_eq!(distinct.len(), keys.len());
+    }
+}

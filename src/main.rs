@@ -1,0 +1,163 @@
+//! coderunner compiles and runs code of strangers, each run in a fresh rootless container.
+
+mod api;
+mod app;
+mod cache;
+mod config;
+mod control;
+mod doctor;
+mod image;
+mod instance;
+mod job;
+mod language;
+mod once;
+mod process;
+mod runner;
+mod sandbox;
+mod shutdown;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use config::{EngineKind, Overrides, Settings};
+
+/// Compiles and runs code of strangers, each run in a fresh rootless container.
+#[derive(Debug, Parser)]
+#[command(version, about, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Serve HTTP until SIGTERM or Ctrl-C.
+    Serve {
+        #[command(flatten)]
+        common: Common,
+        /// Address and port to listen on [default: 127.0.0.1:8080]
+        #[arg(long, value_name = "ADDRESS")]
+        listen: Option<SocketAddr>,
+        /// How sandboxes are made
+        #[arg(long)]
+        engine: Option<EngineKind>,
+    },
+    /// Run one program; its input, output and exit code pass through.
+    Run {
+        /// The configuration [default: /etc/coderunner/coderunner.toml]
+        #[arg(long, value_name = "FILE", env = "CODERUNNER_CONFIG")]
+        config: Option<PathBuf>,
+        /// The language [default: that of the file's name]
+        #[arg(short, long)]
+        language: Option<String>,
+        /// The source
+        file: PathBuf,
+        /// Arguments of the program
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Check whether this host can do what is promised; exit code 1 if not.
+    Doctor(Common),
+    /// Look for newer images now, in the running server if there is one.
+    Update(Common),
+    /// Print the settings in effect.
+    Config(Common),
+    /// PID 1 of a sandbox.
+    #[command(hide = true)]
+    Init,
+}
+
+#[derive(Debug, Args)]
+struct Common {
+    /// The configuration [default: /etc/coderunner/coderunner.toml]
+    #[arg(long, value_name = "FILE", env = "CODERUNNER_CONFIG")]
+    config: Option<PathBuf>,
+    /// A language to serve; the first is the default one
+    #[arg(long = "language", value_name = "NAME")]
+    languages: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    let verb = Cli::parse().verb;
+    if let Verb::Init = verb {
+        // Before anything that makes threads.
+        return sandbox::init::main();
+    }
+    let level = match verb {
+        Verb::Serve { .. } => "info",
+        _ => "warn",
+    };
+    let filter = EnvFilter::try_from_env("CODERUNNER_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("coderunner: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let ended = runtime.block_on(run(verb));
+    // A read of our stdin may be under way, and cannot be cancelled.
+    runtime.shutdown_background();
+    ended.unwrap_or_else(|error| {
+        eprintln!("coderunner: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+async fn run(verb: Verb) -> anyhow::Result<ExitCode> {
+    let code = |ok: bool| if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    let load = |common: &Common| {
+        Settings::load(
+            common.config.as_deref(),
+            &Overrides {
+                languages: common.languages.clone(),
+                ..Overrides::default()
+            },
+        )
+    };
+    match verb {
+        Verb::Serve { common, listen, engine } => {
+            let overrides = Overrides {
+                listen,
+                engine,
+                languages: common.languages,
+                ..Overrides::default()
+            };
+            app::serve(common.config, overrides).await.map(|()| ExitCode::SUCCESS)
+        }
+        Verb::Run {
+            config,
+            language,
+            file,
+            args,
+        } => once::run(once::Once {
+            file,
+            language,
+            args,
+            config,
+        })
+        .await
+        .map(ExitCode::from),
+        Verb::Doctor(common) => {
+            let mut settings = load(&common)?;
+            // Beside a server that runs.
+            settings.instance = format!("doctor-{}", std::process::id());
+            Ok(code(doctor::run(&settings).await))
+        }
+        Verb::Update(common) => app::update(&load(&common)?).await.map(code),
+        Verb::Config(common) => {
+            print!("{}", toml::to_string(&load(&common)?)?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Init => Ok(ExitCode::FAILURE),
+    }
+}

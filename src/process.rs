@@ -1,0 +1,346 @@
+//! The only place that starts host processes: each has a deadline, a cap on its output, and is reaped.
+
+use std::ffi::OsString;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use command_fds::{CommandFdExt, FdMapping};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::process::{Child, Command};
+
+/// Most that is kept of an output stream of a host process, in bytes: `podman ps` of a thousand containers fits.
+const OUTPUT_CAP: usize = 4 * 1024 * 1024;
+
+/// Most that is kept of the messages of a long-running child, in bytes.
+const TAIL_CAP: usize = 4 * 1024;
+
+/// How long pipes may stay open after the process itself has ended: a grandchild may hold them.
+const PIPE_GRACE: Duration = Duration::from_millis(500);
+
+/// Variables that would tell a child something about us that is not meant for it.
+const NOT_INHERITED: [&str; 6] = [
+    "NOTIFY_SOCKET",
+    "WATCHDOG_PID",
+    "WATCHDOG_USEC",
+    "LISTEN_FDS",
+    "LISTEN_PID",
+    "LISTEN_FDNAMES",
+];
+
+/// Why a host process did not do what it was started for.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    /// It is not there or may not be executed.
+    #[error("cannot start {program}: {source}; is it installed and on PATH?")]
+    NotStarted {
+        /// What was to be started.
+        program: String,
+        /// Why it was not.
+        source: std::io::Error,
+    },
+    /// It took longer than it may and was killed.
+    #[error("{command} did not end within {}: killed", humantime::format_duration(*.deadline))]
+    TimedOut {
+        /// The command's first words.
+        command: String,
+        /// What it was given.
+        deadline: Duration,
+    },
+    /// It failed.
+    #[error("{command} failed ({status}): {message}")]
+    Failed {
+        /// The command's first words.
+        command: String,
+        /// Exit code or signal.
+        status: ExitStatus,
+        /// The end of what it said on stderr.
+        message: String,
+    },
+    /// The host could not provide what running it takes.
+    #[error("{command}: {source}")]
+    Io {
+        /// The command's first words.
+        command: String,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+}
+
+/// A command: an argument vector, never a shell string.
+#[derive(Debug, Clone)]
+pub struct Cmd {
+    program: PathBuf,
+    args: Vec<OsString>,
+}
+
+impl Cmd {
+    /// A command with its arguments.
+    pub fn new(program: &Path, args: impl IntoIterator<Item = impl Into<OsString>>) -> Cmd {
+        Cmd {
+            program: program.to_owned(),
+            args: args.into_iter().map(Into::into).collect(),
+        }
+    }
+
+    /// Program and verb, for messages: the rest may be long.
+    fn name(&self) -> String {
+        let verbs = self
+            .args
+            .iter()
+            .map(|arg| arg.to_string_lossy())
+            .take_while(|arg| !arg.starts_with('-'));
+        std::iter::once(self.program.to_string_lossy())
+            .chain(verbs.take(2))
+            .collect::<Vec<_>>()
+            .join(" ")
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(&self.args);
+        for name in NOT_INHERITED {
+            command.env_remove(name);
+        }
+        // A group of its own: Ctrl-C is for us, and a kill reaches podman's second process too.
+        command.process_group(0).stdin(Stdio::null());
+        command
+    }
+
+    fn start(&self, command: &mut Command) -> Result<Child, ProcessError> {
+        command.spawn().map_err(|source| ProcessError::NotStarted {
+            program: self.program.display().to_string(),
+            source,
+        })
+    }
+
+    /// Runs to the end and returns stdout. A code other than 0 is an error with the end of stderr; after
+    /// `deadline`, or when the future is dropped, the whole process group is killed.
+    pub async fn output(&self, deadline: Duration) -> Result<Vec<u8>, ProcessError> {
+        self.output_with(deadline, |_| {}).await
+    }
+
+    /// Like [`Cmd::output`], and hands over each line of stderr as it comes.
+    pub async fn output_with(&self, deadline: Duration, on_line: impl Fn(&str)) -> Result<Vec<u8>, ProcessError> {
+        let mut command = self.command();
+        let mut child = Group(self.start(command.stdout(Stdio::piped()).stderr(Stdio::piped()))?);
+        let io = |source| ProcessError::Io {
+            command: self.name(),
+            source,
+        };
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        let (out, err) = (child.0.stdout.take(), child.0.stderr.take());
+        let status = tokio::time::timeout(deadline, async {
+            let reading = async {
+                tokio::join!(
+                    read_capped(out, &mut stdout, OUTPUT_CAP, |_| {}),
+                    read_capped(err, &mut stderr, OUTPUT_CAP, |chunk| {
+                        String::from_utf8_lossy(chunk).lines().for_each(&on_line);
+                    })
+                )
+            };
+            tokio::pin!(reading);
+            let status = tokio::select! {
+                _ = &mut reading => None,
+                status = child.0.wait() => Some(status),
+            };
+            match status {
+                None => child.0.wait().await,
+                Some(status) => {
+                    let _ = tokio::time::timeout(PIPE_GRACE, reading).await;
+                    status
+                }
+            }
+        })
+        .await
+        .map_err(|_| ProcessError::TimedOut {
+            command: self.name(),
+            deadline,
+        })?
+        .map_err(io)?;
+        if status.success() {
+            return Ok(stdout);
+        }
+        Err(ProcessError::Failed {
+            command: self.name(),
+            status,
+            message: tail(&stderr),
+        })
+    }
+
+    /// Starts a child that lives on, with `fd` as its descriptor 3; stdout is thrown away.
+    pub fn spawn(&self, fd: OwnedFd) -> Result<Running, ProcessError> {
+        let mut command = self.command();
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+            .fd_mappings(vec![FdMapping {
+                parent_fd: fd,
+                child_fd: 3,
+            }])
+            .map_err(|error| ProcessError::Io {
+                command: self.name(),
+                source: std::io::Error::other(error),
+            })?;
+        let mut child = self.start(&mut command)?;
+        let messages = Arc::new(Mutex::new(Vec::new()));
+        let (kept, stderr) = (Arc::clone(&messages), child.stderr.take());
+        let reader = tokio::spawn(async move {
+            let mut unused = Vec::new();
+            read_capped(stderr, &mut unused, 0, |chunk| {
+                let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                kept.extend_from_slice(chunk);
+                let excess = kept.len().saturating_sub(TAIL_CAP);
+                kept.drain(..excess);
+            })
+            .await;
+        });
+        Ok(Running {
+            child: Group(child),
+            messages,
+            reader,
+        })
+    }
+}
+
+/// A child that lives on; when dropped, its process group is killed.
+pub struct Running {
+    child: Group,
+    messages: Arc<Mutex<Vec<u8>>>,
+    reader: tokio::task::JoinHandle<()>,
+}
+
+impl Running {
+    /// Waits for its end. May be called again.
+    pub async fn wait(&mut self) -> std::io::Result<ExitStatus> {
+        let status = self.child.0.wait().await;
+        let _ = tokio::time::timeout(PIPE_GRACE, &mut self.reader).await;
+        status
+    }
+
+    /// The end of what it said on stderr so far.
+    pub fn messages(&self) -> String {
+        tail(&self.messages.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+/// A child that takes its process group with it when it is given up.
+struct Group(Child);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // `id` is None once it was reaped: the number may be another's by then. tokio reaps the leader.
+        if let Some(id) = self.0.id() {
+            let _ = killpg(Pid::from_raw(id.cast_signed()), Signal::SIGKILL);
+        }
+    }
+}
+
+async fn read_capped(
+    pipe: Option<impl AsyncRead + Unpin>,
+    kept: &mut Vec<u8>,
+    cap: usize,
+    mut on_chunk: impl FnMut(&[u8]),
+) {
+    let Some(mut pipe) = pipe else { return };
+    let mut chunk = [0; 8192];
+    // A read error is the end of what can be had.
+    while let Ok(length @ 1..) = pipe.read(&mut chunk).await {
+        on_chunk(&chunk[..length]);
+        kept.extend_from_slice(&chunk[..length.min(cap.saturating_sub(kept.len()))]);
+    }
+}
+
+/// The last lines, in one line: what goes into an error message.
+fn tail(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(TAIL_CAP)..]).into_owned();
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let last = &lines[lines.len().saturating_sub(4)..];
+    if last.is_empty() {
+        "no message".into()
+    } else {
+        last.join("; ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sh(script: &str) -> Cmd {
+        Cmd::new(Path::new("/bin/sh"), ["-c", script])
+    }
+
+    #[tokio::test]
+    async fn output_is_stdout() {
+        assert_eq!(
+            sh("echo out; echo err >&2")
+                .output(Duration::from_secs(5))
+                .await
+                .unwrap(),
+            b"out\n"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_failure_says_what_stderr_said() {
+        let error = sh("echo no such thing >&2; exit 7")
+            .output(Duration::from_secs(5))
+            .await
+            .unwrap_err();
+        assert!(error.to_string().contains("no such thing"), "{error}");
+        assert!(error.to_string().contains('7'), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_deadline_kills_the_whole_group() {
+        let dir = tempfile::tempdir().unwrap();
+        let alive = dir.path().join("alive");
+        let script = format!("(sleep 1; touch {}) & sleep 60", alive.display());
+        let error = sh(&script).output(Duration::from_millis(100)).await.unwrap_err();
+        assert!(matches!(error, ProcessError::TimedOut { .. }), "{error}");
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        assert!(!alive.exists());
+    }
+
+    #[tokio::test]
+    async fn a_grandchild_that_holds_the_pipes_does_not_delay() {
+        let before = std::time::Instant::now();
+        assert_eq!(
+            sh("sleep 30 & echo done")
+                .output(Duration::from_secs(20))
+                .await
+                .unwrap(),
+            b"done\n"
+        );
+        assert!(before.elapsed() < Duration::from_secs(10));
+    }
+
+    #[tokio::test]
+    async fn a_missing_program_is_named() {
+        let error = Cmd::new(Path::new("/nonexistent/podman"), ["ps"])
+            .output(Duration::from_secs(5))
+            .await
+            .unwrap_err();
+        assert!(error.to_string().contains("/nonexistent/podman"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn output_beyond_the_cap_is_drained() {
+        let length = OUTPUT_CAP + 100_000;
+        let kept = sh(&format!("head -c {length} /dev/zero"))
+            .output(Duration::from_secs(20))
+            .await
+            .unwrap();
+        assert_eq!(kept.len(), OUTPUT_CAP);
+    }
+}

@@ -1,0 +1,195 @@
+//! The way of a job: memo, then one flight per key, then a sandbox from the pool, then the outcome.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
+
+use crate::cache::MemoCache;
+use crate::job::{Job, JobKey, Outcome};
+use crate::language::Language;
+use crate::sandbox::pool::{Pool, PoolError};
+use crate::sandbox::{Live, SandboxError};
+
+/// Why a job has no outcome.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum RunError {
+    /// No language of that name is served.
+    #[error("language {0:?} is not served here")]
+    UnknownLanguage(String),
+    /// No sandbox could be had.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// The sandbox failed under the job.
+    #[error(transparent)]
+    Sandbox(Arc<SandboxError>),
+    /// The server is going down and its time to drain is over.
+    #[error("the server is shutting down")]
+    ShuttingDown,
+}
+
+type Landed = Option<Result<Arc<Outcome>, RunError>>;
+
+/// A run that one or more requests wait for. The last who drops it ends the run.
+struct Flight {
+    landed: watch::Receiver<Landed>,
+    _last_left: DropGuard,
+}
+
+/// Runs jobs.
+pub struct Runner {
+    languages: Vec<Arc<Language>>,
+    memo: Arc<MemoCache>,
+    pool: Arc<Pool>,
+    flights: Arc<Mutex<HashMap<JobKey, Weak<Flight>>>>,
+    tasks: Tasks,
+}
+
+/// The runs of all runners there have been since the start: a reload makes a new runner, and the runs of
+/// the old one go on.
+#[derive(Debug, Clone, Default)]
+pub struct Tasks {
+    running: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Tasks {
+    /// Refuses new runs, lets the others go on until `drain` is over, then ends them.
+    pub async fn shut_down(&self, drain: Duration) {
+        self.running.close();
+        if tokio::time::timeout(drain, self.running.wait()).await.is_err() {
+            tracing::warn!(
+                running = self.running.len(),
+                "requests are cut off: the time to drain is over"
+            );
+        }
+        self.stop.cancel();
+        self.running.wait().await;
+    }
+}
+
+impl Runner {
+    /// A runner of these languages, the default one first.
+    pub fn new(languages: Vec<Arc<Language>>, memo: MemoCache, pool: Arc<Pool>, tasks: Tasks) -> Runner {
+        Runner {
+            languages,
+            memo: Arc::new(memo),
+            pool,
+            flights: Arc::default(),
+            tasks,
+        }
+    }
+
+    /// The languages that are served, the default one first.
+    pub fn languages(&self) -> &[Arc<Language>] {
+        &self.languages
+    }
+
+    /// A language by its name or an alias; the default one where none is named.
+    pub fn language(&self, name: Option<&str>) -> Result<&Arc<Language>, RunError> {
+        let Some(name) = name else {
+            return self
+                .languages
+                .first()
+                .ok_or_else(|| RunError::UnknownLanguage("default".into()));
+        };
+        let is =
+            |language: &&Arc<Language>| language.name == name || language.aliases.iter().any(|alias| alias == name);
+        self.languages
+            .iter()
+            .find(is)
+            .ok_or_else(|| RunError::UnknownLanguage(name.into()))
+    }
+
+    /// The sandboxes that this runner takes from.
+    pub fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+
+    /// Answers a job from the memo, from a run of the same job in flight, or by running it. Dropping the
+    /// future gives the job up, unless others wait for the same one.
+    pub async fn run(&self, job: Job) -> Result<Arc<Outcome>, RunError> {
+        if self.tasks.running.is_closed() {
+            return Err(RunError::ShuttingDown);
+        }
+        let key = job.key(&self.pool.image(&job.language)?);
+        if let Some(outcome) = self.memo.get(&key) {
+            return Ok(outcome);
+        }
+        let flight = self.board(key, job)?;
+        let mut landed = flight.landed.clone();
+        match landed.wait_for(Option::is_some).await {
+            Ok(landed) => landed.clone().unwrap_or(Err(RunError::ShuttingDown)),
+            Err(_) => Err(RunError::ShuttingDown),
+        }
+    }
+
+    /// Runs a job for one who watches it: never from the memo, never shared.
+    pub async fn run_live(&self, job: Job, live: Live) -> Result<Arc<Outcome>, RunError> {
+        let language = Arc::clone(self.language(Some(&job.language))?);
+        let (outcome, _) = execute(&self.pool, &language, &job, live).await?;
+        Ok(Arc::new(outcome))
+    }
+
+    /// Joins the flight of the same job, or starts one.
+    fn board(&self, key: JobKey, job: Job) -> Result<Arc<Flight>, RunError> {
+        let language = Arc::clone(self.language(Some(&job.language))?);
+        let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(flight) = flights.get(&key).and_then(Weak::upgrade) {
+            return Ok(flight);
+        }
+        let (land, landed) = watch::channel(None);
+        let given_up = CancellationToken::new();
+        let flight = Arc::new(Flight {
+            landed,
+            _last_left: given_up.clone().drop_guard(),
+        });
+        flights.insert(key, Arc::downgrade(&flight));
+        drop(flights);
+
+        let (pool, memo, flights, stop) = (
+            Arc::clone(&self.pool),
+            Arc::clone(&self.memo),
+            Arc::clone(&self.flights),
+            self.tasks.stop.clone(),
+        );
+        self.tasks.running.spawn(async move {
+            let executed = tokio::select! {
+                executed = execute(&pool, &language, &job, Live::default()) => executed,
+                () = given_up.cancelled() => Err(RunError::ShuttingDown),
+                () = stop.cancelled() => Err(RunError::ShuttingDown),
+            };
+            let result = executed.map(|(outcome, image)| {
+                let outcome = Arc::new(outcome);
+                // Under the image that it ran on: a newer one may have come while it was queued.
+                memo.put(job.key(&image), &outcome);
+                outcome
+            });
+            {
+                let mut flights = flights.lock().unwrap_or_else(PoisonError::into_inner);
+                // A flight of the same job may have started after ours was given up.
+                if !given_up.is_cancelled() || flights.get(&key).is_some_and(|flight| flight.strong_count() == 0) {
+                    flights.remove(&key);
+                }
+            }
+            let _ = land.send(Some(result));
+        });
+        Ok(flight)
+    }
+}
+
+/// A job in a sandbox of its own; also tells the image that it ran on.
+async fn execute(pool: &Pool, language: &Language, job: &Job, live: Live) -> Result<(Outcome, String), RunError> {
+    let sandbox = pool.acquire(&job.language).await?;
+    let image = sandbox.image.clone();
+    match sandbox.run(language, job, live).await {
+        Ok(outcome) => Ok((outcome, image)),
+        Err(error) => {
+            tracing::error!(language = job.language, %error, "a run failed");
+            Err(RunError::Sandbox(Arc::new(error)))
+        }
+    }
+}

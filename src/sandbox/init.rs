@@ -1,0 +1,453 @@
+//! PID 1 of a sandbox: runs stages as another uid, keeps their limits, reaps, measures.
+//!
+//! One thread and one `poll`: the channel, SIGCHLD and the next deadline. It trusts the server and
+//! nothing else; programs run as a uid that can neither signal it nor read its memory. When the channel
+//! closes it exits, and the kernel kills what is left in its pid namespace.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::unistd::{Gid, Pid, Uid, setegid, seteuid};
+
+use super::protocol::{self, CHANNEL_FD, Enforced, FromInit, JOB_DIR, StageSpec, ToInit, VERSION, WORK_DIR};
+use crate::job::{Ended, Usage};
+
+/// Longest that killed processes may take to die; they can be stuck in the kernel, and then the container goes.
+const REAP_TIME: Duration = Duration::from_secs(5);
+
+/// Shortest time between two looks at the CPU time used.
+const CPU_CHECK: Duration = Duration::from_millis(20);
+
+/// Where a cgroup v2 container sees its own counters.
+const CGROUP: &str = "/sys/fs/cgroup";
+
+/// Serves the channel until it closes.
+pub fn main() -> ExitCode {
+    // SAFETY: first thing in a process of one thread: descriptor 3 is the channel that the server passed,
+    // and nothing here has opened a descriptor that closing the others could take away.
+    let channel = unsafe {
+        libc::close_range(CHANNEL_FD as u32 + 1, u32::MAX, 0);
+        OwnedFd::from_raw_fd(CHANNEL_FD)
+    };
+    match Init::new(channel).and_then(Init::serve) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("coderunner init: {error}; it is started by the server, not by hand");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+struct Init {
+    channel: OwnedFd,
+    children: SignalFd,
+    cgroup: Cgroup,
+    ids: Option<(Uid, Gid)>,
+}
+
+impl Init {
+    fn new(channel: OwnedFd) -> io::Result<Init> {
+        nix::fcntl::fcntl(&channel, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
+        // Nobody reads our memory or descriptors through /proc/1.
+        nix::sys::prctl::set_dumpable(false)?;
+        let mut mask = SigSet::empty();
+        mask.add(Signal::SIGCHLD);
+        mask.thread_block()?;
+        let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+        Ok(Init {
+            channel,
+            children,
+            cgroup: Cgroup::open(),
+            ids: None,
+        })
+    }
+
+    fn serve(mut self) -> io::Result<()> {
+        self.send(&FromInit::Ready {
+            version: VERSION,
+            enforced: self.cgroup.enforced(),
+        })?;
+        while let Some((message, pipes)) = protocol::receive(self.channel.as_fd())? {
+            let answer = match message {
+                ToInit::Prepare { uid, files } => match self.prepare(uid, &files) {
+                    Ok(()) => continue,
+                    Err(error) => FromInit::Failed(format!("cannot place the sources: {error}")),
+                },
+                ToInit::Stage(spec) => match <[OwnedFd; 3]>::try_from(pipes) {
+                    Ok(pipes) => match self.stage(&spec, pipes)? {
+                        Some(answer) => answer,
+                        None => return Ok(()),
+                    },
+                    Err(_) => FromInit::Failed("a stage without its three pipes".into()),
+                },
+                // For a stage that has just ended.
+                ToInit::Signal(_) | ToInit::Kill => continue,
+            };
+            self.send(&answer)?;
+        }
+        Ok(())
+    }
+
+    fn send(&self, message: &FromInit) -> io::Result<()> {
+        protocol::send(self.channel.as_fd(), message, &[])
+    }
+
+    /// Copies the files into the working directory as the programs' uid, so that they own them.
+    fn prepare(&mut self, uid: u32, files: &[String]) -> io::Result<()> {
+        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(uid));
+        self.ids = Some((uid, gid));
+        let mut contents = Vec::with_capacity(files.len());
+        for name in files {
+            contents.push((Path::new(WORK_DIR).join(name), fs::read(Path::new(JOB_DIR).join(name))?));
+        }
+        setegid(gid)?;
+        seteuid(uid)?;
+        let written = contents.iter().try_for_each(|(path, content)| {
+            path.parent().map_or(Ok(()), fs::create_dir_all)?;
+            fs::write(path, content)
+        });
+        seteuid(Uid::from_raw(0))?;
+        setegid(Gid::from_raw(0))?;
+        written
+    }
+
+    /// Runs one stage to its end; `None` when the server has gone meanwhile.
+    fn stage(&mut self, spec: &StageSpec, pipes: [OwnedFd; 3]) -> io::Result<Option<FromInit>> {
+        let Some(ids) = self.ids else {
+            return Ok(Some(FromInit::Failed("a stage before its sources".into())));
+        };
+        let before = self.cgroup.counters();
+        let started = Instant::now();
+        let mut reaped = Reaped::default();
+        let ended = match spawn(spec, pipes, ids, self.cgroup.enforced()) {
+            Ok(main) => match self.watch(main, spec, started, &before, &mut reaped)? {
+                Some(ended) => ended,
+                None => return Ok(None),
+            },
+            Err(error) if is_programs_fault(&error) => {
+                Ended::NotStarted(format!("cannot start {:?}: {error}", spec.argv.first()))
+            }
+            Err(error) => return Ok(Some(FromInit::Failed(format!("cannot start a stage: {error}")))),
+        };
+        let wall = started.elapsed();
+        self.kill_all(&mut reaped)?;
+        let after = self.cgroup.counters();
+        let artifact = spec
+            .artifact
+            .as_ref()
+            .is_none_or(|name| is_file(&Path::new(WORK_DIR).join(name)));
+        Ok(Some(FromInit::StageEnded {
+            ended,
+            artifact,
+            usage: usage(wall, &before, &after, &reaped),
+        }))
+    }
+
+    /// Waits until the main process ends or has to be ended.
+    fn watch(
+        &self,
+        main: Pid,
+        spec: &StageSpec,
+        started: Instant,
+        before: &Counters,
+        reaped: &mut Reaped,
+    ) -> io::Result<Option<Ended>> {
+        let deadline = started + Duration::from_micros(spec.time_us);
+        let cpu_limit = Duration::from_micros(spec.cpu_time_us);
+        let mut next_cpu_check = started + cpu_limit.min(Duration::from_micros(spec.time_us)) / 4;
+        loop {
+            while let Some((pid, ended)) = reaped.reap()? {
+                if pid == main {
+                    return Ok(Some(ended));
+                }
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                return Ok(Some(Ended::WallTime));
+            }
+            if now >= next_cpu_check {
+                let used = self
+                    .cgroup
+                    .cpu_since(before)
+                    .unwrap_or_else(|| reaped.cpu + living_cpu());
+                if used >= cpu_limit {
+                    return Ok(Some(Ended::CpuTime));
+                }
+                // As many CPUs as there are can burn the rest.
+                next_cpu_check = now + ((cpu_limit - used) / cpus()).max(CPU_CHECK);
+            }
+            let wait = deadline.min(next_cpu_check).saturating_duration_since(now) + Duration::from_millis(1);
+            let mut fds = [
+                PollFd::new(self.channel.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.children.as_fd(), PollFlags::POLLIN),
+            ];
+            match poll(&mut fds, PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            if fds[1].any().unwrap_or(true) {
+                while let Ok(Some(_)) = self.children.read_signal() {}
+            }
+            if fds[0].any().unwrap_or(true) {
+                match protocol::receive(self.channel.as_fd())? {
+                    None => return Ok(None),
+                    Some((ToInit::Kill, _)) => return Ok(Some(Ended::Killed)),
+                    Some((ToInit::Signal(number), _)) => {
+                        if let Ok(signal) = Signal::try_from(number) {
+                            // Gone already is as good.
+                            let _ = kill(main, signal);
+                        }
+                    }
+                    Some((other, _)) => return Err(io::Error::other(format!("{other:?} during a stage"))),
+                }
+            }
+        }
+    }
+
+    /// Kills everything else in this pid namespace and waits until it is gone.
+    fn kill_all(&self, reaped: &mut Reaped) -> io::Result<()> {
+        let deadline = Instant::now() + REAP_TIME;
+        loop {
+            // As PID 1, -1 is everything but ourselves.
+            let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
+            while reaped.reap()?.is_some() {}
+            if reaped.none_left {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(io::Error::other("killed processes do not die"));
+            }
+            let mut fds = [PollFd::new(self.children.as_fd(), PollFlags::POLLIN)];
+            let _ = poll(&mut fds, PollTimeout::from(10u8));
+            while let Ok(Some(_)) = self.children.read_signal() {}
+        }
+    }
+}
+
+/// Starts the stage's command as `ids`, without anything of ours but the three pipes.
+fn spawn(spec: &StageSpec, pipes: [OwnedFd; 3], (uid, gid): (Uid, Gid), enforced: Enforced) -> io::Result<Pid> {
+    let Some((program, args)) = spec.argv.split_first() else {
+        return Err(Errno::ENOENT.into());
+    };
+    let [stdin, stdout, stderr] = pipes;
+    let mut command = Command::new(program);
+    command
+        .args(args)
+        .current_dir(WORK_DIR)
+        .env_clear()
+        .envs(image_environment())
+        .env("HOME", WORK_DIR)
+        .envs(spec.env.iter().map(|(name, value)| (name, value)))
+        .stdin(Stdio::from(stdin))
+        .stdout(Stdio::from(stdout))
+        .stderr(Stdio::from(stderr));
+    let limits = resource_limits(spec, enforced);
+    // SAFETY: this process has one thread, so the child may do whatever the parent may.
+    unsafe {
+        command.pre_exec(move || {
+            // The kernel's first choice at the memory limit, before init.
+            fs::write("/proc/self/oom_score_adj", "1000")?;
+            for &(resource, value) in &limits {
+                setrlimit(resource, value, value)?;
+            }
+            nix::unistd::setsid()?;
+            nix::unistd::setgroups(&[])?;
+            nix::unistd::setresgid(gid, gid, gid)?;
+            nix::unistd::setresuid(uid, uid, uid)?;
+            nix::sys::prctl::set_no_new_privs()?;
+            SigSet::empty().thread_set_mask()?;
+            Ok(())
+        });
+    }
+    let child = command.spawn()?;
+    Ok(Pid::from_raw(child.id().cast_signed()))
+}
+
+/// What the image (and podman for it) set, without podman's own marks.
+fn image_environment() -> impl Iterator<Item = (OsString, OsString)> {
+    std::env::vars_os().filter(|(name, _)| name != "container" && name != "HOSTNAME" && name != "TERM")
+}
+
+fn resource_limits(spec: &StageSpec, enforced: Enforced) -> Vec<(Resource, u64)> {
+    let mut limits = vec![
+        (Resource::RLIMIT_NOFILE, spec.open_files),
+        (Resource::RLIMIT_FSIZE, spec.file_size),
+        (Resource::RLIMIT_CORE, 0),
+        // Message queues and queued signals are kernel memory that outlives no limit of ours.
+        (Resource::RLIMIT_MSGQUEUE, 0),
+        (Resource::RLIMIT_SIGPENDING, 1024),
+        (Resource::RLIMIT_MEMLOCK, 64 * 1024),
+        // Only if this loop were to fail: the kernel's own count, per process, in whole seconds.
+        (Resource::RLIMIT_CPU, spec.cpu_time_us.div_ceil(1_000_000) + 1),
+    ];
+    if !enforced.processes {
+        // Counted per uid, and the uid is this sandbox's alone. Where there is a pids cgroup it stays
+        // out of its way, for only that one tells that it refused a fork.
+        limits.push((Resource::RLIMIT_NPROC, spec.processes));
+    }
+    limits
+}
+
+/// Whether a failed exec says something about the program rather than about us.
+fn is_programs_fault(error: &io::Error) -> bool {
+    use libc::{E2BIG, EACCES, EISDIR, ELIBBAD, ELOOP, ENOENT, ENOEXEC, ENOMEM, ENOTDIR, ETXTBSY};
+    let faults = [
+        E2BIG, EACCES, EISDIR, ELIBBAD, ELOOP, ENOENT, ENOEXEC, ENOMEM, ENOTDIR, ETXTBSY,
+    ];
+    error.raw_os_error().is_some_and(|code| faults.contains(&code))
+        // std refuses a NUL in an argument before it forks.
+        || error.kind() == io::ErrorKind::InvalidInput
+}
+
+fn is_file(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file())
+}
+
+fn cpus() -> u32 {
+    std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1))
+}
+
+/// What the ended children of a stage used.
+#[derive(Default)]
+struct Reaped {
+    cpu: Duration,
+    max_rss: u64,
+    none_left: bool,
+}
+
+impl Reaped {
+    /// Reaps one child that has ended, if there is one.
+    fn reap(&mut self) -> io::Result<Option<(Pid, Ended)>> {
+        let mut status = 0;
+        // SAFETY: rusage is plain numbers, for which zero is a value; wait4 writes to these two and
+        // nothing else. nix has no wait4, and only it tells the usage of one child.
+        let (pid, rusage) = unsafe {
+            let mut rusage: libc::rusage = std::mem::zeroed();
+            (libc::wait4(-1, &raw mut status, libc::WNOHANG, &raw mut rusage), rusage)
+        };
+        match pid {
+            0 => Ok(None),
+            -1 => match Errno::last() {
+                Errno::ECHILD => {
+                    self.none_left = true;
+                    Ok(None)
+                }
+                Errno::EINTR => self.reap(),
+                error => Err(error.into()),
+            },
+            pid => {
+                let time = |t: libc::timeval| {
+                    Duration::new(t.tv_sec.unsigned_abs(), u32::try_from(t.tv_usec).unwrap_or(0) * 1000)
+                };
+                self.cpu += time(rusage.ru_utime) + time(rusage.ru_stime);
+                self.max_rss = self.max_rss.max(rusage.ru_maxrss.unsigned_abs() * 1024);
+                let ended = if libc::WIFSIGNALED(status) {
+                    Ended::Signalled(libc::WTERMSIG(status))
+                } else {
+                    Ended::Exited(libc::WEXITSTATUS(status))
+                };
+                Ok(Some((Pid::from_raw(pid), ended)))
+            }
+        }
+    }
+}
+
+/// CPU time of the processes that still run, for hosts without a cgroup that counts it.
+fn living_cpu() -> Duration {
+    let Ok(processes) = fs::read_dir("/proc") else {
+        return Duration::ZERO;
+    };
+    let ticks: u64 = processes
+        .flatten()
+        .filter(|entry| entry.file_name() != "1")
+        .filter_map(|entry| fs::read_to_string(entry.path().join("stat")).ok())
+        .filter_map(|stat| {
+            // Fields 14 and 15, counted behind the command's name, which may hold anything.
+            let fields: Vec<&str> = stat.rsplit(')').next()?.split_whitespace().collect();
+            Some(fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?)
+        })
+        .sum();
+    // USER_HZ is 100 on every Linux that /proc shows to user space.
+    Duration::from_millis(ticks * 10)
+}
+
+/// The counters of the container's own cgroup, as far as there are any.
+struct Cgroup;
+
+#[derive(Default)]
+struct Counters {
+    cpu: Option<Duration>,
+    peak: Option<u64>,
+    oom_kills: u64,
+    forks_refused: u64,
+}
+
+impl Cgroup {
+    fn open() -> Cgroup {
+        Cgroup
+    }
+
+    fn enforced(&self) -> Enforced {
+        let is_set = |name: &str| self.read(name).is_some_and(|text| !text.starts_with("max"));
+        Enforced {
+            memory: is_set("memory.max"),
+            processes: is_set("pids.max"),
+            cpu: is_set("cpu.max"),
+        }
+    }
+
+    fn counters(&self) -> Counters {
+        Counters {
+            cpu: self.field("cpu.stat", "usage_usec").map(Duration::from_micros),
+            peak: self.read("memory.peak").and_then(|text| text.trim().parse().ok()),
+            oom_kills: self.field("memory.events", "oom_kill").unwrap_or(0),
+            forks_refused: self.field("pids.events", "max").unwrap_or(0),
+        }
+    }
+
+    fn cpu_since(&self, before: &Counters) -> Option<Duration> {
+        Some(self.counters().cpu?.saturating_sub(before.cpu?))
+    }
+
+    fn read(&self, name: &str) -> Option<String> {
+        fs::read_to_string(Path::new(CGROUP).join(name)).ok()
+    }
+
+    fn field(&self, file: &str, name: &str) -> Option<u64> {
+        self.read(file)?
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+    }
+}
+
+fn usage(wall: Duration, before: &Counters, after: &Counters, reaped: &Reaped) -> Usage {
+    let cpu = match (before.cpu, after.cpu) {
+        (Some(before), Some(after)) => after.saturating_sub(before),
+        _ => reaped.cpu,
+    };
+    // The peak is that of the container's whole life: a stage that did not raise it stayed below.
+    let memory = match (before.peak, after.peak) {
+        (Some(before), Some(after)) if after > before => after,
+        _ => reaped.max_rss,
+    };
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    Usage {
+        wall_us: micros(wall),
+        cpu_us: micros(cpu),
+        memory,
+        oom_kills: after.oom_kills.saturating_sub(before.oom_kills),
+        forks_refused: after.forks_refused.saturating_sub(before.forks_refused),
+    }
+}

@@ -1,0 +1,196 @@
+//! Sandboxes: one container each, made ahead of time, used by one job, then deleted.
+//!
+//! Who owns what: a [`Sandbox`] holds our end of the channel to init. Dropping it, whatever the reason,
+//! closes the channel; init exits, and the container with it. Its *keeper*, a task of the engine, owns the
+//! rest (the engine's process, the job directory, the [`Slot`]) and gives it back when the container is gone.
+
+mod channel;
+pub mod init;
+pub mod podman;
+pub mod pool;
+pub mod protocol;
+pub mod reaper;
+mod stage;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use tokio::sync::mpsc;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::job::{Job, Outcome, Stage, Stream, Verdict};
+use crate::language::Language;
+use crate::process::ProcessError;
+use channel::Channel;
+use protocol::{Enforced, ToInit};
+
+/// Label of every container of ours; its value is 1.
+pub const LABEL: &str = "io.coderunner";
+/// Label with the name of the server that made a container.
+pub const LABEL_INSTANCE: &str = "io.coderunner.instance";
+/// Label with the language of a sandbox.
+pub const LABEL_LANGUAGE: &str = "io.coderunner.language";
+
+/// First uid of programs; a sandbox's is this plus its slot, so no two that live at once share one.
+const FIRST_UID: u32 = 10_000;
+
+/// Slot of the sandboxes in which new images are checked: beyond any number of containers that can be set.
+pub const HEALTH_SLOT: u32 = 1000;
+
+/// How long after its time limit a stage's end may reach us, killing and reaping included.
+const STAGE_GRACE: Duration = Duration::from_secs(7);
+
+/// Why there is no outcome: never the program's doing.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// The engine could not make one.
+    #[error("cannot make a sandbox for {language}: {reason}")]
+    NotMade {
+        /// For which language.
+        language: String,
+        /// What the engine said.
+        reason: String,
+    },
+    /// An engine's command failed.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// The container ended under a job.
+    #[error("the sandbox ended by itself: {0}")]
+    Gone(String),
+    /// Init said that it cannot go on.
+    #[error("init failed: {0}")]
+    Init(String),
+    /// Init did not answer in time.
+    #[error("init did not answer within {}", humantime::format_duration(*.0))]
+    Silent(Duration),
+    /// The host refused a file or a pipe.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+}
+
+impl SandboxError {
+    fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> SandboxError {
+        move |source| SandboxError::Io { what, source }
+    }
+}
+
+/// Makes sandboxes.
+pub trait Engine: Send + Sync {
+    /// Makes one and waits until its init is ready. The slot is given back when the container is gone,
+    /// also where this fails or is dropped.
+    fn start(&self, spec: SandboxSpec) -> BoxFuture<'_, Result<Sandbox, SandboxError>>;
+}
+
+/// What a sandbox is made of.
+#[derive(Debug)]
+pub struct SandboxSpec {
+    /// Whose limits and label it gets.
+    pub language: Arc<Language>,
+    /// Content id of the image, never its name.
+    pub image: String,
+    /// The place it takes.
+    pub slot: Slot,
+}
+
+/// One of the numbered places for containers; dropping it gives it back.
+#[derive(Debug)]
+pub struct Slot {
+    number: u32,
+    free: mpsc::UnboundedSender<u32>,
+}
+
+impl Slot {
+    /// A place that is announced on `free` when it is given back.
+    pub fn new(number: u32, free: mpsc::UnboundedSender<u32>) -> Slot {
+        Slot { number, free }
+    }
+
+    fn uid(&self) -> u32 {
+        FIRST_UID + self.number
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        // Nobody listens any more at the very end.
+        let _ = self.free.send(self.number);
+    }
+}
+
+/// What happens in a sandbox while a job runs, for those who watch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// A stage begins.
+    Started(Stage),
+    /// A stage printed this; what is beyond the limits never comes.
+    Output(Stage, Stream, Bytes),
+}
+
+/// The live side of a run: who watches it, and what is typed into it.
+#[derive(Debug, Default)]
+pub struct Live {
+    /// Gets each event. Bounded by the output limits, so it needs no bound of its own.
+    pub events: Option<mpsc::UnboundedSender<Event>>,
+    /// Standard input beyond the job's own, until it closes.
+    pub stdin: Option<mpsc::Receiver<Bytes>>,
+    /// Signals for the running stage.
+    pub signals: Option<mpsc::Receiver<i32>>,
+}
+
+/// A container with init waiting in it. Used once: [`Sandbox::run`] consumes it.
+#[derive(Debug)]
+pub struct Sandbox {
+    channel: Channel,
+    job_dir: PathBuf,
+    uid: u32,
+    /// Content id of its image.
+    pub image: String,
+    /// What its init saw of the limits.
+    pub enforced: Enforced,
+    gone: CancellationToken,
+    _released: DropGuard,
+}
+
+impl Sandbox {
+    /// Whether its container has ended before it was used.
+    pub fn is_gone(&self) -> bool {
+        self.gone.is_cancelled()
+    }
+
+    /// Compiles and runs a job, then gives the container up.
+    pub async fn run(mut self, language: &Language, job: &Job, mut live: Live) -> Result<Outcome, SandboxError> {
+        self.write_files(job)?;
+        let files = job.files.iter().map(|file| file.name.clone()).collect();
+        self.channel.send(&ToInit::Prepare { uid: self.uid, files }, &[])?;
+        let compile = match language.command(Stage::Compile) {
+            Some(_) => Some(self.stage(Stage::Compile, language, job, &mut live).await?),
+            None => None,
+        };
+        let failed = compile.as_ref().is_some_and(|stage| stage.verdict() != Verdict::Ok);
+        let run = match failed {
+            true => None,
+            false => Some(self.stage(Stage::Run, language, job, &mut live).await?),
+        };
+        Ok(Outcome { compile, run })
+    }
+
+    /// The names were checked where the job was made, and nobody but us writes to this directory.
+    fn write_files(&self, job: &Job) -> Result<(), SandboxError> {
+        job.files
+            .iter()
+            .try_for_each(|file| {
+                let path = self.job_dir.join(&file.name);
+                path.parent().map_or(Ok(()), std::fs::create_dir_all)?;
+                std::fs::write(path, &file.content)
+            })
+            .map_err(SandboxError::io("cannot write the sources to the job directory"))
+    }
+}

@@ -1,0 +1,452 @@
+//! podman: its argument vectors, its JSON, and the engine that makes each sandbox by `podman run`.
+
+use std::ffi::OsString;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::channel::Channel;
+use super::protocol::{self, FromInit, JOB_DIR, WORK_DIR};
+use super::reaper::Living;
+use super::{Engine, LABEL, LABEL_INSTANCE, LABEL_LANGUAGE, Sandbox, SandboxError, SandboxSpec};
+use crate::language::Language;
+use crate::process::{Cmd, ProcessError, Running};
+
+/// Longest that a quick verb (ps, rm, inspect, tag) may take: podman waits for its locks under load.
+const VERB_TIME: Duration = Duration::from_secs(30);
+
+/// Longest that making a sandbox may take, the wait for podman's locks included.
+const START_TIME: Duration = Duration::from_secs(30);
+
+/// Longest that a released container may take to end by itself before it is removed by force.
+const END_TIME: Duration = Duration::from_secs(10);
+
+/// Where the executable is mounted in a sandbox.
+const INIT: &str = "/run/coderunner-init";
+
+/// A failing command's status goes out of band, so podman's own codes mean podman.
+const PODMAN_OK: i32 = 0;
+
+/// The podman of this user, one function per verb.
+#[derive(Debug, Clone)]
+pub struct Podman {
+    program: PathBuf,
+}
+
+/// What `podman info` tells that matters here.
+#[derive(Debug, Clone, Default)]
+pub struct Info {
+    /// podman's version.
+    pub version: String,
+    /// Name and version of the OCI runtime.
+    pub runtime: String,
+    /// The storage driver.
+    pub driver: String,
+    /// Whether overlay is the kernel's own; `None` where podman does not say.
+    pub native_overlay: Option<bool>,
+    /// `v1` or `v2`.
+    pub cgroup_version: String,
+    /// Controllers that this user's containers get.
+    pub controllers: Vec<String>,
+}
+
+impl Podman {
+    /// The podman at this path, or of this name on PATH.
+    pub fn new(program: &Path) -> Podman {
+        Podman {
+            program: program.to_owned(),
+        }
+    }
+
+    fn cmd(&self, args: &[&str]) -> Cmd {
+        Cmd::new(&self.program, args)
+    }
+
+    async fn text(&self, args: &[&str]) -> Result<String, ProcessError> {
+        let output = self.cmd(args).output(VERB_TIME).await?;
+        Ok(String::from_utf8_lossy(&output).trim().to_owned())
+    }
+
+    /// Names of all containers of an instance, whatever their state.
+    pub async fn list(&self, instance: &str) -> Result<Vec<String>, ProcessError> {
+        let filter = format!("label={LABEL_INSTANCE}={instance}");
+        let ours = format!("label={LABEL}=1");
+        let names = self
+            .text(&[
+                "ps",
+                "--all",
+                "--format",
+                "{{.Names}}",
+                "--filter",
+                &ours,
+                "--filter",
+                &filter,
+            ])
+            .await?;
+        Ok(names.lines().map(str::to_owned).collect())
+    }
+
+    /// Removes containers with their volumes, running or not; those that are not there are no error.
+    pub async fn remove(&self, names: &[String]) -> Result<(), ProcessError> {
+        if names.is_empty() {
+            return Ok(());
+        }
+        let fixed = ["rm", "--force", "--volumes", "--ignore", "--time", "0", "--"];
+        let args = fixed.into_iter().chain(names.iter().map(String::as_str));
+        Cmd::new(&self.program, args).output(VERB_TIME).await.map(drop)
+    }
+
+    /// Content id of an image; `None` where there is none of that name.
+    pub async fn image_id(&self, name: &str) -> Result<Option<String>, ProcessError> {
+        match self
+            .text(&["image", "inspect", "--format", "{{.Id}}", "--", name])
+            .await
+        {
+            Ok(id) => Ok(Some(id)),
+            // Exit code 125 is any failure: ask in a way that tells them apart.
+            Err(error @ ProcessError::Failed { .. }) => match self.text(&["image", "exists", "--", name]).await {
+                Err(ProcessError::Failed { status, .. }) if status.code() == Some(1) => Ok(None),
+                _ => Err(error),
+            },
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Pulls an image and returns the id that the name stands for now; progress goes to `on_line`.
+    pub async fn pull(&self, name: &str, deadline: Duration, on_line: impl Fn(&str)) -> Result<String, ProcessError> {
+        let output = self.cmd(&["pull", "--", name]).output_with(deadline, on_line).await?;
+        let id = String::from_utf8_lossy(&output)
+            .lines()
+            .last()
+            .unwrap_or_default()
+            .trim()
+            .to_owned();
+        match id.is_empty() {
+            false => Ok(id),
+            true => {
+                self.text(&["image", "inspect", "--format", "{{.Id}}", "--", name])
+                    .await
+            }
+        }
+    }
+
+    /// Gives an image a further name.
+    pub async fn tag(&self, id: &str, name: &str) -> Result<(), ProcessError> {
+        self.text(&["tag", "--", id, name]).await.map(drop)
+    }
+
+    /// Takes a name from an image.
+    pub async fn untag(&self, id: &str, name: &str) -> Result<(), ProcessError> {
+        self.text(&["untag", "--", id, name]).await.map(drop)
+    }
+
+    /// Removes an image unless a container or a name still uses it.
+    pub async fn remove_image(&self, id: &str) -> Result<(), ProcessError> {
+        self.text(&["rmi", "--", id]).await.map(drop)
+    }
+
+    /// Names that start with `prefix`.
+    pub async fn names(&self, prefix: &str) -> Result<Vec<String>, ProcessError> {
+        let names = self.text(&["images", "--format", "{{.Repository}}:{{.Tag}}"]).await?;
+        Ok(names
+            .lines()
+            .filter(|name| name.starts_with(prefix))
+            .map(str::to_owned)
+            .collect())
+    }
+
+    /// Names that an image has.
+    pub async fn names_of(&self, id: &str) -> Result<Vec<String>, ProcessError> {
+        let names = self
+            .text(&[
+                "image",
+                "inspect",
+                "--format",
+                "{{range .RepoTags}}{{println .}}{{end}}",
+                "--",
+                id,
+            ])
+            .await?;
+        Ok(names
+            .lines()
+            .map(str::to_owned)
+            .filter(|name| !name.is_empty())
+            .collect())
+    }
+
+    /// How many ids this user's containers have, the user's own among them.
+    pub async fn mapped_ids(&self) -> Result<u64, ProcessError> {
+        let map = self.text(&["unshare", "cat", "/proc/self/uid_map"]).await?;
+        Ok(map
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok())
+            .sum())
+    }
+
+    /// What podman says of itself and the host.
+    pub async fn info(&self) -> Result<Info, ProcessError> {
+        let json = self.cmd(&["info", "--format", "json"]).output(VERB_TIME).await?;
+        let value: serde_json::Value = serde_json::from_slice(&json).unwrap_or_default();
+        let text = |pointer: &str| {
+            value
+                .pointer(pointer)
+                .and_then(|v| v.as_str())
+                .unwrap_or_default()
+                .to_owned()
+        };
+        Ok(Info {
+            version: text("/version/Version"),
+            runtime: text("/host/ociRuntime/version")
+                .lines()
+                .next()
+                .unwrap_or_default()
+                .to_owned(),
+            driver: text("/store/graphDriverName"),
+            native_overlay: match text("/store/graphStatus/Native Overlay Diff").as_str() {
+                "true" => Some(true),
+                "false" => Some(false),
+                _ => None,
+            },
+            cgroup_version: text("/host/cgroupVersion"),
+            controllers: value
+                .pointer("/host/cgroupControllers")
+                .and_then(|v| v.as_array())
+                .map(|list| list.iter().filter_map(|v| v.as_str()).map(str::to_owned).collect())
+                .unwrap_or_default(),
+        })
+    }
+}
+
+/// What an engine needs to know.
+#[derive(Debug, Clone)]
+pub struct EngineSettings {
+    /// Name of the instance, for labels.
+    pub instance: String,
+    /// Where job directories are made, below the runtime directory: podman's mount namespace sees it.
+    pub jobs: PathBuf,
+    /// This program, as mounted for init.
+    pub executable: PathBuf,
+    /// Whether a sandbox whose limits the kernel does not keep is refused.
+    pub require_limits: bool,
+    /// Where the keepers of sandboxes run.
+    pub keepers: TaskTracker,
+    /// Where they tell what they keep.
+    pub living: Living,
+}
+
+/// Makes each sandbox by `podman run`, which stays our child until its container is removed.
+pub struct PodmanEngine {
+    podman: Podman,
+    settings: EngineSettings,
+    made: AtomicU64,
+}
+
+impl PodmanEngine {
+    /// An engine of this podman.
+    pub fn new(podman: Podman, settings: EngineSettings) -> PodmanEngine {
+        PodmanEngine {
+            podman,
+            settings,
+            made: AtomicU64::new(0),
+        }
+    }
+
+    async fn make(&self, spec: SandboxSpec) -> Result<Sandbox, SandboxError> {
+        let SandboxSpec { language, image, slot } = spec;
+        let job_dir = tempfile::Builder::new()
+            .prefix("job-")
+            // Not for the programs: these see what init copies.
+            .permissions(std::fs::Permissions::from_mode(0o700))
+            .tempdir_in(&self.settings.jobs)
+            .map_err(SandboxError::io("cannot make a job directory"))?;
+        let number = self.made.fetch_add(1, Ordering::Relaxed);
+        let name = format!("coderunner-{}-{}-{number}", self.settings.instance, std::process::id());
+        let mark = self.settings.living.mark(&name);
+        let args = run_args(&name, &self.settings, &language, &image, job_dir.path());
+        let (channel, theirs) = Channel::pair()?;
+        let running = Cmd::new(&self.podman.program, args).spawn(theirs)?;
+
+        let (released, gone, uid) = (CancellationToken::new(), CancellationToken::new(), slot.uid());
+        let path = job_dir.path().to_owned();
+        let mut keeper = Keeper {
+            podman: self.podman.clone(),
+            name,
+            running,
+            what: Some((job_dir, mark, slot)),
+        };
+        let (told, ended) = (released.clone(), gone.clone());
+        let last_words = Arc::new(std::sync::OnceLock::new());
+        let words = Arc::clone(&last_words);
+        self.settings.keepers.spawn(async move {
+            keeper.keep(&told, &words).await;
+            ended.cancel();
+        });
+        let mut sandbox = Sandbox {
+            channel,
+            job_dir: path,
+            uid,
+            image,
+            enforced: protocol::Enforced::default(),
+            gone,
+            _released: released.drop_guard(),
+        };
+        // From here on whatever fails drops the sandbox, and its keeper cleans up.
+        let not_made = |reason: String| SandboxError::NotMade {
+            language: language.name.clone(),
+            reason,
+        };
+        let ready = tokio::select! {
+            message = timeout(START_TIME, sandbox.channel.receive()) => message,
+            () = sandbox.gone.cancelled() => {
+                return Err(not_made(last_words.get().cloned().unwrap_or_else(|| "podman ended".into())));
+            }
+        };
+        match ready {
+            Ok(Ok(Some(FromInit::Ready {
+                version: protocol::VERSION,
+                enforced,
+            }))) => {
+                sandbox.enforced = enforced;
+                match enforced.missing() {
+                    missing if self.settings.require_limits && !missing.is_empty() => Err(not_made(format!(
+                        "require_limits is set and the kernel does not limit its {}; see `coderunner doctor`",
+                        missing.join(", ")
+                    ))),
+                    _ => Ok(sandbox),
+                }
+            }
+            Ok(Ok(Some(FromInit::Ready { version, .. }))) => Err(not_made(format!(
+                "the executable speaks protocol {version}, this server {}: it was replaced, restart the server",
+                protocol::VERSION
+            ))),
+            Ok(Ok(Some(_))) => Err(not_made("init said something else than that it is ready".into())),
+            Ok(Ok(None)) => Err(not_made("init closed its channel".into())),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(not_made(format!(
+                "not ready within {}",
+                humantime::format_duration(START_TIME)
+            ))),
+        }
+    }
+}
+
+impl Engine for PodmanEngine {
+    fn start(&self, spec: SandboxSpec) -> BoxFuture<'_, Result<Sandbox, SandboxError>> {
+        Box::pin(self.make(spec))
+    }
+}
+
+/// Owns what a sandbox is made of until its container is gone.
+struct Keeper<T> {
+    podman: Podman,
+    name: String,
+    running: Running,
+    what: Option<T>,
+}
+
+impl<T> Keeper<T> {
+    /// Waits until the container has ended, by itself or because it was released, and sees it removed.
+    async fn keep(&mut self, released: &CancellationToken, words: &std::sync::OnceLock<String>) {
+        let status = tokio::select! {
+            status = self.running.wait() => Some(status),
+            () = released.cancelled() => timeout(END_TIME, self.running.wait()).await.ok(),
+        };
+        let clean = matches!(&status, Some(Ok(status)) if status.code() == Some(PODMAN_OK));
+        if !clean {
+            let messages = self.running.messages();
+            if !released.is_cancelled() {
+                let status = status.map(|s| s.map_or_else(|e| e.to_string(), |s| s.to_string()));
+                let _ = words.set(format!(
+                    "{messages} ({})",
+                    status.unwrap_or_else(|| "still running".into())
+                ));
+            }
+            // podman removes what it ran (--rm), unless it failed half-way or was killed.
+            if let Err(error) = self.podman.remove(std::slice::from_ref(&self.name)).await {
+                tracing::warn!(container = self.name, %error, "cannot remove a container: the next sweep tries again");
+            }
+        }
+        self.what = None;
+    }
+}
+
+/// The command that makes a sandbox. Nothing of a request is in it: code, arguments and input go
+/// through the job directory and the channel.
+fn run_args(name: &str, settings: &EngineSettings, language: &Language, image: &str, job_dir: &Path) -> Vec<OsString> {
+    let limits = &language.limits;
+    let mut args: Vec<OsString> = Vec::new();
+    let mut add = |arg: String| args.push(arg.into());
+    for fixed in [
+        "run",
+        // Life: removed at its end; nothing restarts, checks, logs or announces it.
+        "--rm",
+        "--pull=never",
+        "--log-driver=none",
+        "--sdnotify=ignore",
+        "--no-healthcheck",
+        "--sig-proxy=false",
+        "--preserve-fds=1",
+        // Walls.
+        "--network=none",
+        "--ipc=none",
+        "--pid=private",
+        "--uts=private",
+        "--cgroupns=private",
+        "--user=0:0",
+        "--cap-drop=all",
+        "--cap-add=SETUID",
+        "--cap-add=SETGID",
+        "--cap-add=KILL",
+        "--security-opt=no-new-privileges",
+        "--read-only",
+        "--read-only-tmpfs=false",
+        "--image-volume=ignore",
+        "--http-proxy=false",
+        "--no-hosts",
+        "--systemd=false",
+        "--hostname=sandbox",
+        "--ulimit=core=0:0",
+        // Shared memory segments would otherwise outlive the processes between two stages.
+        "--sysctl=kernel.shm_rmid_forced=1",
+    ] {
+        add(fixed.into());
+    }
+    add(format!("--name={name}"));
+    add(format!("--label={LABEL}=1"));
+    add(format!("--label={LABEL_INSTANCE}={}", settings.instance));
+    add(format!("--label={LABEL_LANGUAGE}={}", language.name));
+    let memory = limits.memory.as_u64();
+    add(format!("--memory={memory}b"));
+    add(format!("--memory-swap={memory}b"));
+    // One more for init.
+    add(format!("--pids-limit={}", limits.processes + 1));
+    add(format!("--cpus={}", limits.cpus));
+    add(format!("--workdir={WORK_DIR}"));
+    for (place, options) in [(WORK_DIR, "exec"), ("/tmp", "exec"), ("/dev/shm", "noexec")] {
+        add(format!(
+            "--mount={}",
+            tmpfs(place, options, limits.disk.as_u64(), limits.inodes)
+        ));
+    }
+    add(format!("--volume={}:{JOB_DIR}:ro", job_dir.display()));
+    add(format!("--volume={}:{INIT}:ro", settings.executable.display()));
+    add(format!("--entrypoint=[\"{INIT}\",\"init\"]"));
+    add("--".into());
+    add(image.into());
+    args
+}
+
+/// A tmpfs with a count of inodes: as a volume, because podman's own tmpfs mounts refuse `nr_inodes`.
+fn tmpfs(place: &str, options: &str, size: u64, inodes: u64) -> String {
+    format!(
+        "type=volume,destination={place},volume-opt=type=tmpfs,volume-opt=device=tmpfs,\
+         \"volume-opt=o=size={size},nr_inodes={inodes},mode=1777,nosuid,nodev,{options}\""
+    )
+}

@@ -1,0 +1,637 @@
+//! Ready sandboxes: a bounded number of slots, a queue in order of arrival, refill in the background.
+//!
+//! One task, the manager, decides what to make next; everything else happens in the tasks of those who
+//! ask. The state is behind one lock that is never held across an await.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::protocol::Enforced;
+use super::{Engine, FIRST_UID, Sandbox, SandboxError, SandboxSpec, Slot};
+use crate::config::QueueSettings;
+use crate::language::Language;
+
+/// Failures in a row after which a language counts as broken and its requests are refused at once.
+const BROKEN_AFTER: u32 = 3;
+
+/// First and longest pause after a failure, doubled in between.
+const RETRY_FIRST: Duration = Duration::from_millis(200);
+const RETRY_LONGEST: Duration = Duration::from_secs(10);
+
+/// After this long without requests a language's past counts half when spare slots are given out.
+const HALF_LIFE: Duration = Duration::from_secs(60);
+
+/// What is said of an image before the updater has had its first look.
+const NOT_LOOKED: &str = "its image has not been looked for yet";
+
+/// Why no sandbox could be had.
+#[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
+pub enum PoolError {
+    /// The language has no image yet, or none that works.
+    #[error("{language} is not available: {reason}")]
+    Unavailable {
+        /// Which language.
+        language: String,
+        /// Why.
+        reason: String,
+    },
+    /// Sandboxes cannot be made at present; the log has the reason.
+    #[error("sandboxes for {language} cannot be made at present")]
+    Broken {
+        /// Which language.
+        language: String,
+    },
+    /// As many requests wait as may.
+    #[error("the queue is full: {length} requests are waiting")]
+    QueueFull {
+        /// How many.
+        length: usize,
+    },
+    /// The wait was as long as it may be.
+    #[error("no container became free within {}", humantime::format_duration(*.waited))]
+    QueueTimeout {
+        /// How long.
+        waited: Duration,
+    },
+    /// The server is going down.
+    #[error("the server is shutting down")]
+    Draining,
+}
+
+/// What the pool is told of a language's image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Image {
+    /// There is none to make sandboxes from; why.
+    Missing(String),
+    /// Content id of the one to use.
+    Ready(String),
+}
+
+/// A snapshot for readiness and metrics.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Status {
+    /// Sandboxes that wait for a job.
+    pub ready: usize,
+    /// Why there are none, where something is wrong.
+    pub problem: Option<String>,
+    /// What the latest sandbox saw of its limits.
+    pub enforced: Option<Enforced>,
+}
+
+/// Ready sandboxes of all languages.
+pub struct Pool {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    engine: Arc<dyn Engine>,
+    state: Mutex<State>,
+    changed: Notify,
+    freed: mpsc::UnboundedSender<u32>,
+    stop: CancellationToken,
+}
+
+struct State {
+    queue: QueueSettings,
+    /// How many slots there may be, those there are (free or taken; more for a while after a cut), the free ones.
+    slots: u32,
+    existing: BTreeSet<u32>,
+    free: Vec<u32>,
+    /// Sandboxes given up whose slot has not come back yet.
+    closing: usize,
+    lanes: BTreeMap<String, Lane>,
+    waiters: VecDeque<Waiter>,
+    next_waiter: u64,
+    draining: bool,
+}
+
+/// The sandboxes of one language.
+struct Lane {
+    language: Arc<Language>,
+    /// Its place in the configuration: the default language is served first.
+    rank: usize,
+    image: Image,
+    /// Counts the reloads that changed the language: what was begun before is not for it.
+    generation: u64,
+    ready: VecDeque<Sandbox>,
+    making: usize,
+    failures: u32,
+    last_error: Option<String>,
+    retry_at: Option<Instant>,
+    uses: f64,
+    used_at: Instant,
+    enforced: Option<Enforced>,
+}
+
+struct Waiter {
+    id: u64,
+    language: String,
+    hand_over: oneshot::Sender<Result<Sandbox, PoolError>>,
+}
+
+/// What the manager does next.
+#[derive(Debug, PartialEq, Eq)]
+enum Step {
+    Make(String),
+    /// Give up a ready sandbox of this language for one that is waited for.
+    GiveUp(String),
+    Nothing,
+}
+
+impl Pool {
+    /// A pool of `slots` containers for these languages, none of which has an image yet.
+    pub fn new(engine: Arc<dyn Engine>, slots: u32, queue: QueueSettings, languages: &[Arc<Language>]) -> Pool {
+        let (freed, given_back) = mpsc::unbounded_channel();
+        let lane = |(rank, language): (usize, &Arc<Language>)| (language.name.clone(), Lane::new(rank, language));
+        let mut state = State {
+            queue,
+            slots: 0,
+            existing: BTreeSet::new(),
+            free: Vec::new(),
+            closing: 0,
+            lanes: languages.iter().enumerate().map(lane).collect(),
+            waiters: VecDeque::new(),
+            next_waiter: 0,
+            draining: false,
+        };
+        state.resize(slots);
+        let shared = Arc::new(Shared {
+            engine,
+            state: Mutex::new(state),
+            changed: Notify::new(),
+            freed,
+            stop: CancellationToken::new(),
+        });
+        tokio::spawn(manage(Arc::clone(&shared), given_back));
+        Pool { shared }
+    }
+
+    /// Takes a ready sandbox of a language, or waits for one in the queue. Dropping the future leaves
+    /// the queue.
+    pub async fn acquire(&self, language: &str) -> Result<Sandbox, PoolError> {
+        let (place, turn, wait) = {
+            let mut state = self.shared.lock();
+            let queue = state.queue;
+            let waiting = state.waiters.len();
+            if state.draining {
+                return Err(PoolError::Draining);
+            }
+            let lane = state.lane(language)?;
+            lane.note_use();
+            lane.purge();
+            lane.refusal()?;
+            if let Some(sandbox) = lane.ready.pop_front() {
+                self.shared.changed.notify_one();
+                return Ok(sandbox);
+            }
+            if waiting >= queue.length {
+                return Err(PoolError::QueueFull { length: waiting });
+            }
+            let (hand_over, turn) = oneshot::channel();
+            let id = state.next_waiter;
+            state.next_waiter += 1;
+            state.waiters.push_back(Waiter {
+                id,
+                language: language.to_owned(),
+                hand_over,
+            });
+            (
+                Place {
+                    shared: &self.shared,
+                    id,
+                },
+                turn,
+                queue.wait,
+            )
+        };
+        self.shared.changed.notify_one();
+        let waited = tokio::time::timeout(wait, turn).await;
+        drop(place);
+        match waited {
+            Ok(Ok(handed_over)) => handed_over,
+            Ok(Err(_)) => Err(PoolError::Draining),
+            Err(_) => Err(PoolError::QueueTimeout { waited: wait }),
+        }
+    }
+
+    /// Tells of a language's image: from now on sandboxes are made from it, and ready ones of another are given up.
+    pub fn set_image(&self, language: &str, image: Image) {
+        let given_up = {
+            let mut state = self.shared.lock();
+            let Ok(lane) = state.lane(language) else { return };
+            if lane.image == image {
+                return;
+            }
+            lane.image = image;
+            lane.failures = 0;
+            lane.retry_at = None;
+            lane.last_error = None;
+            let given_up: Vec<Sandbox> = std::mem::take(&mut lane.ready).into();
+            state.closing += given_up.len();
+            given_up
+        };
+        drop(given_up);
+        self.shared.changed.notify_one();
+    }
+
+    /// Serves other languages, or the same with other limits, in other numbers. What runs is not disturbed.
+    pub fn reconfigure(&self, slots: u32, queue: QueueSettings, languages: &[Arc<Language>]) {
+        let given_up: Vec<Sandbox> = {
+            let mut state = self.shared.lock();
+            state.resize(slots);
+            state.queue = queue;
+            let mut before = std::mem::take(&mut state.lanes);
+            let mut given_up = Vec::new();
+            for (rank, language) in languages.iter().enumerate() {
+                let lane = match before.remove(&language.name) {
+                    Some(same) if same.language == *language => Lane { rank, ..same },
+                    Some(mut other) => {
+                        given_up.extend(std::mem::take(&mut other.ready));
+                        let image = match other.language.image == language.image {
+                            true => other.image,
+                            false => Image::Missing(NOT_LOOKED.into()),
+                        };
+                        // Sandboxes that are being made have the old limits: they are given up on arrival.
+                        Lane {
+                            image,
+                            generation: other.generation + 1,
+                            ..Lane::new(rank, language)
+                        }
+                    }
+                    None => Lane::new(rank, language),
+                };
+                state.lanes.insert(language.name.clone(), lane);
+            }
+            given_up.extend(before.into_values().flat_map(|lane| lane.ready));
+            for lane in state.lanes.values_mut() {
+                let (kept, beyond) = std::mem::take(&mut lane.ready)
+                    .into_iter()
+                    .partition(|sandbox| sandbox.uid < FIRST_UID + slots);
+                lane.ready = kept;
+                let beyond: VecDeque<Sandbox> = beyond;
+                given_up.extend(beyond);
+            }
+            state.closing += given_up.len();
+            given_up
+        };
+        drop(given_up);
+        self.shared.changed.notify_one();
+    }
+
+    /// The image that a language's sandboxes are made from, or why there is none.
+    pub fn image(&self, language: &str) -> Result<String, PoolError> {
+        let mut state = self.shared.lock();
+        if state.draining {
+            return Err(PoolError::Draining);
+        }
+        state.lane(language)?.image_id()
+    }
+
+    /// How a language stands.
+    pub fn status(&self, language: &str) -> Status {
+        let mut state = self.shared.lock();
+        let Ok(lane) = state.lane(language) else {
+            return Status::default();
+        };
+        lane.purge();
+        let missing = lane.image_id().err().map(|error| error.to_string());
+        Status {
+            ready: lane.ready.len(),
+            problem: missing.or_else(|| lane.last_error.clone()),
+            enforced: lane.enforced,
+        }
+    }
+
+    /// Ends: whoever waits is refused, ready sandboxes are given up, nothing more is made.
+    pub fn drain(&self) {
+        let given_up: Vec<Sandbox> = {
+            let mut state = self.shared.lock();
+            state.draining = true;
+            state.waiters.clear();
+            state
+                .lanes
+                .values_mut()
+                .flat_map(|lane| std::mem::take(&mut lane.ready))
+                .collect()
+        };
+        drop(given_up);
+        self.shared.stop.cancel();
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.drain();
+    }
+}
+
+/// A place in the queue; dropping it leaves.
+struct Place<'a> {
+    shared: &'a Shared,
+    id: u64,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.shared.lock().waiters.retain(|waiter| waiter.id != self.id);
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a start came to: a sandbox for the first who waits for it, or a failure.
+    fn arrived(&self, language: &str, generation: u64, image: &str, made: Result<Sandbox, SandboxError>) {
+        // Sandboxes that nobody wants are dropped after the lock is.
+        let mut unwanted = None;
+        {
+            let mut state = self.lock();
+            let State {
+                lanes,
+                waiters,
+                closing,
+                draining,
+                ..
+            } = &mut *state;
+            let Some(lane) = lanes.get_mut(language).filter(|lane| lane.generation == generation) else {
+                return;
+            };
+            lane.making -= 1;
+            match made {
+                Ok(sandbox) if *draining || lane.image != Image::Ready(image.to_owned()) => {
+                    *closing += 1;
+                    unwanted = Some(sandbox);
+                }
+                Ok(sandbox) => {
+                    lane.failures = 0;
+                    lane.retry_at = None;
+                    lane.last_error = None;
+                    let missing = sandbox.enforced.missing().join(", ");
+                    if lane.enforced.replace(sandbox.enforced) != Some(sandbox.enforced) && !missing.is_empty() {
+                        tracing::warn!(
+                            language,
+                            missing,
+                            "limits are NOT enforced on this host: see `coderunner doctor`"
+                        );
+                    }
+                    let mut offered = Some(sandbox);
+                    while let Some(sandbox) = offered.take() {
+                        let Some(at) = waiters.iter().position(|waiter| waiter.language == language) else {
+                            lane.ready.push_back(sandbox);
+                            break;
+                        };
+                        if let Some(waiter) = waiters.remove(at) {
+                            // One that has left meanwhile hands it back.
+                            offered = waiter.hand_over.send(Ok(sandbox)).err().and_then(Result::ok);
+                        }
+                    }
+                }
+                Err(error) => {
+                    *closing += 1;
+                    lane.failed(&error.to_string());
+                    if let Err(refusal) = lane.refusal() {
+                        let (refused, others) = std::mem::take(waiters)
+                            .into_iter()
+                            .partition(|waiter| waiter.language == language);
+                        *waiters = others;
+                        let refused: VecDeque<Waiter> = refused;
+                        for waiter in refused {
+                            let _ = waiter.hand_over.send(Err(refusal.clone()));
+                        }
+                    }
+                }
+            }
+        }
+        drop(unwanted);
+        self.changed.notify_one();
+    }
+}
+
+/// Makes what [`State::next_step`] says until the pool is drained.
+async fn manage(shared: Arc<Shared>, mut given_back: mpsc::UnboundedReceiver<u32>) {
+    let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    loop {
+        let retry_at = loop {
+            let mut state = shared.lock();
+            match state.next_step(cores, Instant::now()) {
+                Step::Make(name) => {
+                    let Some(number) = state.free.pop() else { break None };
+                    let Some(lane) = state.lanes.get_mut(&name) else {
+                        break None;
+                    };
+                    let Ok(image) = lane.image_id() else { break None };
+                    lane.making += 1;
+                    let generation = lane.generation;
+                    let slot = Slot::new(number, shared.freed.clone());
+                    let spec = SandboxSpec {
+                        language: Arc::clone(&lane.language),
+                        image: image.clone(),
+                        slot,
+                    };
+                    let shared = Arc::clone(&shared);
+                    tokio::spawn(async move {
+                        let made = tokio::select! {
+                            made = shared.engine.start(spec) => made,
+                            () = shared.stop.cancelled() => return,
+                        };
+                        shared.arrived(&name, generation, &image, made);
+                    });
+                }
+                Step::GiveUp(name) => {
+                    let given_up = state.lanes.get_mut(&name).and_then(|lane| lane.ready.pop_front());
+                    state.closing += usize::from(given_up.is_some());
+                    drop(state);
+                    drop(given_up);
+                }
+                Step::Nothing => break state.lanes.values().filter_map(|lane| lane.retry_at).min(),
+            }
+        };
+        // Also wakes by itself: a ready sandbox may have died in silence.
+        let wake = retry_at.unwrap_or_else(|| Instant::now() + RETRY_LONGEST);
+        tokio::select! {
+            () = shared.changed.notified() => {}
+            Some(number) = given_back.recv() => {
+                let mut state = shared.lock();
+                state.take_back(number);
+                state.closing = state.closing.saturating_sub(1);
+            }
+            () = tokio::time::sleep_until(wake) => {}
+            () = shared.stop.cancelled() => return,
+        }
+    }
+}
+
+impl State {
+    /// Changes the number of slots; those beyond it go when they come back.
+    fn resize(&mut self, slots: u32) {
+        self.slots = slots;
+        self.free.retain(|number| *number < slots);
+        for number in (0..slots).rev() {
+            if self.existing.insert(number) {
+                self.free.push(number);
+            }
+        }
+        let free = &self.free;
+        // Beyond the new number only those that are taken still exist.
+        self.existing.retain(|number| *number < slots || !free.contains(number));
+    }
+
+    fn take_back(&mut self, number: u32) {
+        match number < self.slots {
+            true => self.free.push(number),
+            false => drop(self.existing.remove(&number)),
+        }
+    }
+
+    fn lane(&mut self, language: &str) -> Result<&mut Lane, PoolError> {
+        self.lanes.get_mut(language).ok_or_else(|| PoolError::Unavailable {
+            language: language.to_owned(),
+            reason: "it is not enabled".into(),
+        })
+    }
+
+    /// Demand first, in order of arrival; then refill what was used most.
+    fn next_step(&mut self, cores: usize, now: Instant) -> Step {
+        if self.draining {
+            return Step::Nothing;
+        }
+        self.lanes.values_mut().for_each(Lane::purge);
+        let making: usize = self.lanes.values().map(|lane| lane.making).sum();
+        let mut expected: BTreeMap<&str, usize> = self
+            .lanes
+            .iter()
+            .map(|(name, lane)| (name.as_str(), lane.making))
+            .collect();
+        let mut coming = self.closing;
+        for waiter in self.waiters.iter().filter(|waiter| !waiter.hand_over.is_closed()) {
+            let Some(lane) = self.lanes.get(&waiter.language) else {
+                continue;
+            };
+            if let Some(on_the_way @ 1..) = expected.get_mut(waiter.language.as_str()) {
+                *on_the_way -= 1;
+                continue;
+            }
+            if !lane.can_make(now) {
+                continue;
+            }
+            if !self.free.is_empty() {
+                return if making < cores {
+                    Step::Make(waiter.language.clone())
+                } else {
+                    Step::Nothing
+                };
+            }
+            if coming > 0 {
+                coming -= 1;
+                continue;
+            }
+            // Nobody waits for what is ready, or it would not be.
+            let spare = self.lanes.iter().filter(|(_, lane)| !lane.ready.is_empty());
+            return match spare.max_by_key(|(_, lane)| (lane.ready.len(), lane.rank)) {
+                Some((name, _)) => Step::GiveUp(name.clone()),
+                None => Step::Nothing,
+            };
+        }
+        if self.free.is_empty() || making >= cores {
+            return Step::Nothing;
+        }
+        let refill = self
+            .lanes
+            .iter()
+            .filter(|(_, lane)| lane.can_make(now))
+            .max_by(|(_, a), (_, b)| a.pull(now).total_cmp(&b.pull(now)).then_with(|| b.rank.cmp(&a.rank)));
+        refill.map_or(Step::Nothing, |(name, _)| Step::Make(name.clone()))
+    }
+}
+
+impl Lane {
+    fn new(rank: usize, language: &Arc<Language>) -> Lane {
+        Lane {
+            language: Arc::clone(language),
+            rank,
+            image: Image::Missing(NOT_LOOKED.into()),
+            generation: 0,
+            ready: VecDeque::new(),
+            making: 0,
+            failures: 0,
+            last_error: None,
+            retry_at: None,
+            uses: 0.0,
+            used_at: Instant::now(),
+            enforced: None,
+        }
+    }
+
+    fn image_id(&self) -> Result<String, PoolError> {
+        match &self.image {
+            Image::Ready(id) => Ok(id.clone()),
+            Image::Missing(reason) => Err(PoolError::Unavailable {
+                language: self.language.name.clone(),
+                reason: reason.clone(),
+            }),
+        }
+    }
+
+    /// Why a request is refused at once, if it is.
+    fn refusal(&self) -> Result<(), PoolError> {
+        self.image_id()?;
+        match self.failures >= BROKEN_AFTER && self.ready.is_empty() {
+            true => Err(PoolError::Broken {
+                language: self.language.name.clone(),
+            }),
+            false => Ok(()),
+        }
+    }
+
+    fn can_make(&self, now: Instant) -> bool {
+        matches!(self.image, Image::Ready(_)) && self.retry_at.is_none_or(|at| at <= now)
+            // One attempt at a time while it fails.
+            && (self.failures == 0 || self.making == 0)
+    }
+
+    fn failed(&mut self, reason: &str) {
+        self.failures = self.failures.saturating_add(1);
+        let pause = RETRY_FIRST
+            .saturating_mul(1 << self.failures.min(10))
+            .min(RETRY_LONGEST);
+        self.retry_at = Some(Instant::now() + pause);
+        if self.last_error.as_deref() != Some(reason) {
+            tracing::error!(language = self.language.name, reason, "no sandbox; trying again");
+        }
+        self.last_error = Some(reason.to_owned());
+    }
+
+    /// Forgets ready sandboxes whose container has ended.
+    fn purge(&mut self) {
+        self.ready.retain(|sandbox| !sandbox.is_gone());
+    }
+
+    fn note_use(&mut self) {
+        let now = Instant::now();
+        self.uses = self.uses_at(now) + 1.0;
+        self.used_at = now;
+    }
+
+    fn uses_at(&self, now: Instant) -> f64 {
+        let halvings = now.saturating_duration_since(self.used_at).as_secs_f64() / HALF_LIFE.as_secs_f64();
+        self.uses * 0.5f64.powf(halvings)
+    }
+
+    /// How much a spare slot would help this language: one with nothing ready comes first, then its share
+    /// of recent use over what it has.
+    fn pull(&self, now: Instant) -> f64 {
+        let have = self.ready.len() + self.making;
+        if have == 0 {
+            f64::INFINITY
+        } else {
+            (self.uses_at(now) + 0.01) / (have as f64)
+        }
+    }
+}

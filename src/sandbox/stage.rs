@@ -1,0 +1,226 @@
+//! One stage as the server sees it: pipes, deadline, output, and init's word on how it ended.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::pipe;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout_at};
+
+use super::protocol::{FromInit, StageSpec, ToInit};
+use super::{Event, Live, STAGE_GRACE, Sandbox, SandboxError};
+use crate::job::{Job, Output, Stage, StageOutcome, Stream, Streams};
+use crate::language::Language;
+
+/// How long the pipes may take to end after init said that every process is dead.
+const DRAIN_TIME: Duration = Duration::from_secs(1);
+
+/// Size of one read in bytes: that of a pipe.
+const CHUNK: usize = 64 * 1024;
+
+impl Sandbox {
+    /// Runs one stage to its end. Whatever it prints is read all the time, so it never waits for us.
+    pub(super) async fn stage(
+        &mut self,
+        stage: Stage,
+        language: &Language,
+        job: &Job,
+        live: &mut Live,
+    ) -> Result<StageOutcome, SandboxError> {
+        let pipes = Pipes::new(job.streams).map_err(SandboxError::io("cannot make pipes"))?;
+        self.channel.send(
+            &ToInit::Stage(spec(stage, language, job)),
+            &pipes.theirs.each_ref().map(AsFd::as_fd),
+        )?;
+        let Pipes {
+            theirs,
+            stdin,
+            stdout,
+            stderr,
+        } = pipes;
+        drop(theirs);
+        if let Some(events) = &live.events {
+            let _ = events.send(Event::Started(stage));
+        }
+        let (typed, typing) = match stage {
+            Stage::Compile => (Bytes::new(), None),
+            Stage::Run => (job.stdin.clone(), live.stdin.take()),
+        };
+        let feeding = feed(stdin, typed, typing);
+        tokio::pin!(feeding);
+        let mut fed = false;
+
+        let deadline = Instant::now() + job.limits.time(stage) + STAGE_GRACE;
+        let mut printed = Printed {
+            stage,
+            job,
+            events: live.events.as_ref(),
+            output: Output::default(),
+        };
+        let mut out = Reader::new(Stream::Stdout, Some(stdout));
+        let mut err = Reader::new(Stream::Stderr, stderr);
+        let (ended, artifact, usage) = loop {
+            tokio::select! {
+                Some(chunk) = out.next() => printed.take(Stream::Stdout, chunk),
+                Some(chunk) = err.next() => printed.take(Stream::Stderr, chunk),
+                message = self.channel.receive() => match message? {
+                    Some(FromInit::StageEnded { ended, artifact, usage }) => break (ended, artifact, usage),
+                    Some(FromInit::Failed(reason)) => return Err(SandboxError::Init(reason)),
+                    Some(FromInit::Ready { .. }) => return Err(SandboxError::Init("ready twice".into())),
+                    None => return Err(SandboxError::Gone("its channel is closed".into())),
+                },
+                () = &mut feeding, if !fed => fed = true,
+                Some(signal) = next_signal(&mut live.signals) => self.channel.send(&ToInit::Signal(signal), &[])?,
+                () = self.gone.cancelled() => return Err(SandboxError::Gone("its container has ended".into())),
+                () = tokio::time::sleep_until(deadline) => return Err(SandboxError::Silent(STAGE_GRACE)),
+            }
+            if !printed.output.overflowed && printed.output.total_both() > job.limits.output_total.as_u64() {
+                printed.output.overflowed = true;
+                self.channel.send(&ToInit::Kill, &[])?;
+            }
+        };
+        let drained = timeout_at(Instant::now() + DRAIN_TIME, async {
+            while out.open() || err.open() {
+                tokio::select! {
+                    Some(chunk) = out.next() => printed.take(Stream::Stdout, chunk),
+                    Some(chunk) = err.next() => printed.take(Stream::Stderr, chunk),
+                    else => {}
+                }
+            }
+        });
+        if drained.await.is_err() {
+            tracing::warn!(?stage, "pipes stayed open after every process had ended");
+        }
+        Ok(StageOutcome {
+            stage,
+            ended,
+            artifact,
+            usage,
+            output: printed.output,
+        })
+    }
+}
+
+fn spec(stage: Stage, language: &Language, job: &Job) -> StageSpec {
+    let mut argv = language.command(stage).unwrap_or_default().to_vec();
+    if stage == Stage::Run {
+        argv.extend(job.args.iter().cloned());
+    }
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    StageSpec {
+        argv,
+        env: language.environment(),
+        artifact: language.artifact(stage).map(str::to_owned),
+        time_us: micros(job.limits.time(stage)),
+        cpu_time_us: micros(job.limits.cpu_time(stage)),
+        open_files: job.limits.open_files,
+        file_size: job.limits.disk.as_u64(),
+        processes: u64::from(job.limits.processes),
+    }
+}
+
+/// The three pipes of a stage, both ends.
+struct Pipes {
+    theirs: [OwnedFd; 3],
+    stdin: pipe::Sender,
+    stdout: pipe::Receiver,
+    stderr: Option<pipe::Receiver>,
+}
+
+impl Pipes {
+    fn new(streams: Streams) -> std::io::Result<Pipes> {
+        // std makes them close-on-exec and blocking, as programs expect theirs; tokio sets ours to non-blocking.
+        let (in_reader, in_writer) = std::io::pipe()?;
+        let (out_reader, out_writer) = std::io::pipe()?;
+        let (stderr, err_writer) = match streams {
+            Streams::Merged => (None, out_writer.try_clone()?),
+            Streams::Separate => {
+                let (reader, writer) = std::io::pipe()?;
+                (Some(pipe::Receiver::from_owned_fd(reader.into())?), writer)
+            }
+        };
+        Ok(Pipes {
+            theirs: [in_reader.into(), out_writer.into(), err_writer.into()],
+            stdin: pipe::Sender::from_owned_fd(in_writer.into())?,
+            stdout: pipe::Receiver::from_owned_fd(out_reader.into())?,
+            stderr,
+        })
+    }
+}
+
+/// Our end of an output pipe, until it ends.
+struct Reader {
+    stream: Stream,
+    pipe: Option<pipe::Receiver>,
+    buffer: Vec<u8>,
+}
+
+impl Reader {
+    fn new(stream: Stream, pipe: Option<pipe::Receiver>) -> Reader {
+        Reader {
+            stream,
+            pipe,
+            buffer: Vec::new(),
+        }
+    }
+
+    fn open(&self) -> bool {
+        self.pipe.is_some()
+    }
+
+    /// The next bytes; `None` at the end and ever after. Safe to cancel.
+    async fn next(&mut self) -> Option<Vec<u8>> {
+        let pipe = self.pipe.as_mut()?;
+        self.buffer.clear();
+        self.buffer.reserve(CHUNK);
+        match pipe.read_buf(&mut self.buffer).await {
+            Ok(1..) => Some(std::mem::take(&mut self.buffer)),
+            Ok(0) => {
+                self.pipe = None;
+                None
+            }
+            Err(error) => {
+                tracing::warn!(stream = ?self.stream, %error, "cannot read a pipe");
+                self.pipe = None;
+                None
+            }
+        }
+    }
+}
+
+/// Where the output of a stage goes: into the outcome, and to who watches.
+struct Printed<'a> {
+    stage: Stage,
+    job: &'a Job,
+    events: Option<&'a mpsc::UnboundedSender<Event>>,
+    output: Output,
+}
+
+impl Printed<'_> {
+    fn take(&mut self, stream: Stream, chunk: Vec<u8>) {
+        let cap = usize::try_from(self.job.limits.output.as_u64()).unwrap_or(usize::MAX);
+        let kept = self.output.push(stream, &chunk, cap);
+        if let (Some(events), false) = (self.events, kept.is_empty()) {
+            let _ = events.send(Event::Output(self.stage, stream, Bytes::copy_from_slice(kept)));
+        }
+    }
+}
+
+async fn next_signal(signals: &mut Option<mpsc::Receiver<i32>>) -> Option<i32> {
+    signals.as_mut()?.recv().await
+}
+
+/// Writes what is to be read on stdin, then closes it. A program that does not read is no error.
+async fn feed(mut stdin: pipe::Sender, first: Bytes, typing: Option<mpsc::Receiver<Bytes>>) {
+    if stdin.write_all(&first).await.is_err() {
+        return;
+    }
+    let Some(mut typing) = typing else { return };
+    while let Some(bytes) = typing.recv().await {
+        if stdin.write_all(&bytes).await.is_err() {
+            return;
+        }
+    }
+}
