@@ -66,13 +66,7 @@ impl Workshop {
                 },
             ),
         };
-        Ok(Workshop {
-            instance,
-            podman,
-            engine: Arc::new(engine),
-            keepers,
-            living,
-        })
+        Ok(Workshop { instance, podman, engine: Arc::new(engine), keepers, living })
     }
 
     /// Waits until all containers have gone, then removes by label whatever has not.
@@ -96,29 +90,37 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     let (reload, reloads) = mpsc::channel(1);
     let _signals = shutdown::listen(phases.clone(), reload).context("cannot listen for signals")?;
     let workshop = Workshop::open(&settings)?;
-    let listener = TcpListener::bind(settings.listen)
-        .await
-        .with_context(|| format!("cannot listen on {}", settings.listen))?;
+    let listener =
+        TcpListener::bind(settings.listen).await.with_context(|| format!("cannot listen on {}", settings.listen))?;
     let address = listener.local_addr().context("cannot tell the address")?;
-    report_host(&workshop.podman, settings.require_limits).await?;
+    if settings.require_limits {
+        tokio::select! {
+            reported = report_host(&workshop.podman, true) => reported?,
+            () = phases.stop.cancelled() => {}
+        }
+    }
 
     let languages = settings.enabled()?;
-    let pool = Arc::new(Pool::new(
-        Arc::clone(&workshop.engine),
-        slots(&settings),
-        settings.queue,
-        &languages,
-    ));
+    let pool = Arc::new(Pool::new(Arc::clone(&workshop.engine), slots(&settings), settings.queue, &languages));
     let tasks = Tasks::default();
     let (routes, current_routes) = watch::channel(routes(&settings, &languages, &pool, &tasks)?);
 
     let (orders, taken) = mpsc::channel(ORDERS);
     let announced = Arc::clone(&pool);
-    let updater = updater(&workshop, &settings, languages, move |language, image| {
-        announced.set_image(language, image)
-    })?;
+    let updater =
+        updater(&workshop, &settings, languages, move |language, image| announced.set_image(language, image))?;
     let stop_background = phases.stop.child_token();
     let background = TaskTracker::new();
+    if !settings.require_limits {
+        // Beside all else: clients are told of a podman that hangs.
+        let (podman, stop) = (workshop.podman.clone(), stop_background.clone());
+        background.spawn(async move {
+            tokio::select! {
+                _ = report_host(&podman, false) => {}
+                () = stop.cancelled() => {}
+            }
+        });
+    }
     background.spawn(updater.run(taken, stop_background.clone()));
     background.spawn(reaper::run(
         workshop.podman.clone(),
@@ -126,19 +128,8 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
         workshop.living.clone(),
         stop_background.clone(),
     ));
-    background.spawn(control::serve(
-        control_socket(&workshop.instance)?,
-        orders.clone(),
-        stop_background.clone(),
-    ));
-    let reloader = Reloader {
-        file,
-        overrides,
-        routes,
-        pool: Arc::clone(&pool),
-        tasks: tasks.clone(),
-        orders,
-    };
+    background.spawn(control::serve(control_socket(&workshop.instance)?, orders.clone(), stop_background.clone()));
+    let reloader = Reloader { file, overrides, routes, pool: Arc::clone(&pool), tasks: tasks.clone(), orders };
     background.spawn(reloader.run(reloads, settings.clone(), stop_background));
     tracing::info!(%address, languages = settings.languages.join(" "), "listening");
 
@@ -194,15 +185,7 @@ impl Reloader {
     }
 
     async fn apply(&self, old: &Settings, new: &Settings) -> anyhow::Result<()> {
-        let fixed = |s: &Settings| {
-            (
-                s.listen,
-                s.instance.clone(),
-                s.engine,
-                s.podman.clone(),
-                s.require_limits,
-            )
-        };
+        let fixed = |s: &Settings| (s.listen, s.instance.clone(), s.engine, s.podman.clone(), s.require_limits);
         if fixed(old) != fixed(new) {
             tracing::warn!("listen, instance, engine, podman and require_limits change with a restart only");
         }
@@ -260,16 +243,12 @@ fn updater(
 pub async fn update(settings: &Settings) -> anyhow::Result<bool> {
     refuse_root()?;
     let socket = instance::control_path(&settings.instance)?;
-    let ordered = control::update(&socket)
-        .await
-        .with_context(|| format!("cannot order on {}", socket.display()))?;
+    let ordered = control::update(&socket).await.with_context(|| format!("cannot order on {}", socket.display()))?;
     if let Some(ok) = ordered {
         return Ok(ok);
     }
     let workshop = Workshop::open(settings)?;
-    let reports = updater(&workshop, settings, settings.enabled()?, |_, _| ())?
-        .update()
-        .await;
+    let reports = updater(&workshop, settings, settings.enabled()?, |_, _| ())?.update().await;
     workshop.close().await;
     let (text, ok) = control::summary(&reports);
     print!("{text}");
@@ -292,14 +271,9 @@ fn control_socket(instance: &Instance) -> anyhow::Result<UnixListener> {
 
 /// Where the time of the last update is kept over restarts.
 fn state_dir() -> anyhow::Result<PathBuf> {
-    let state = std::env::var_os("XDG_STATE_HOME")
-        .map(PathBuf::from)
-        .filter(|dir| dir.is_absolute());
+    let state = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).filter(|dir| dir.is_absolute());
     let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".local/state"));
-    Ok(state
-        .or_else(home)
-        .context("neither HOME nor XDG_STATE_HOME is set")?
-        .join("coderunner"))
+    Ok(state.or_else(home).context("neither HOME nor XDG_STATE_HOME is set")?.join("coderunner"))
 }
 
 /// Containers of root's would be root's: a wall less.
@@ -324,12 +298,7 @@ async fn report_host(podman: &Podman, require_limits: bool) -> anyhow::Result<()
         }
     };
     let missing = missing_controllers(&info);
-    tracing::info!(
-        podman = info.version,
-        runtime = info.runtime,
-        storage = info.driver,
-        cgroups = info.cgroup_version
-    );
+    tracing::info!(podman = info.version, runtime = info.runtime, storage = info.driver, cgroups = info.cgroup_version);
     if !missing.is_empty() && require_limits {
         bail!(
             "this host cannot limit {} of containers (cgroup {}), and require_limits is set. `coderunner doctor` says \

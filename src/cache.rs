@@ -31,20 +31,12 @@ impl MemoCache {
             })
             .build()?;
         let capacity = usize::try_from(settings.size.as_u64()).unwrap_or(usize::MAX);
-        Ok(MemoCache {
-            entries: Mutex::new(entries),
-            bytes,
-            capacity,
-        })
+        Ok(MemoCache { entries: Mutex::new(entries), bytes, capacity })
     }
 
     /// An outcome that was kept.
     pub fn get(&self, key: &JobKey) -> Option<Arc<Outcome>> {
-        self.entries
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .cache_get(key)
-            .cloned()
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner).cache_get(key).cloned()
     }
 
     /// Keeps an outcome, if it is of a kind that may be kept.
@@ -80,17 +72,8 @@ mod tests {
     fn outcome(ended: Ended, printed: usize) -> Arc<Outcome> {
         let mut output = Output::default();
         output.push(Stream::Stdout, &vec![b'x'; printed], usize::MAX);
-        let run = StageOutcome {
-            stage: Stage::Run,
-            ended,
-            artifact: true,
-            usage: Usage::default(),
-            output,
-        };
-        Arc::new(Outcome {
-            compile: None,
-            run: Some(run),
-        })
+        let run = StageOutcome { stage: Stage::Run, ended, artifact: true, usage: Usage::default(), output };
+        Arc::new(Outcome { compile: None, run: Some(run) })
     }
 
     fn key(n: u8) -> JobKey {
@@ -98,11 +81,7 @@ mod tests {
     }
 
     fn memo(ttl: Duration, size: u64) -> MemoCache {
-        MemoCache::new(CacheSettings {
-            ttl,
-            size: ByteSize(size),
-        })
-        .unwrap()
+        MemoCache::new(CacheSettings { ttl, size: ByteSize(size) }).unwrap()
     }
 
     fn bytes(memo: &MemoCache) -> usize {

@@ -156,10 +156,7 @@ impl Settings {
             Ok(text) => text,
             Err(error) if file.is_none() && error.kind() == std::io::ErrorKind::NotFound => String::new(),
             Err(source) => {
-                return Err(ConfigError::Unreadable {
-                    path: path.into(),
-                    source,
-                });
+                return Err(ConfigError::Unreadable { path: path.into(), source });
             }
         };
         Settings::from_layers(&path.display().to_string(), &text, overrides)
@@ -168,10 +165,8 @@ impl Settings {
     fn from_layers(name: &str, text: &str, overrides: &Overrides) -> Result<Settings, ConfigError> {
         let built_in = Figment::from(Toml::string(DEFAULTS)).merge(Toml::string(language::CATALOGUE));
         let keys = setting_keys(&built_in)?;
-        let figment = built_in
-            .merge(Toml::string(text))
-            .merge(environment(keys))
-            .merge(Serialized::defaults(overrides));
+        let figment =
+            built_in.merge(Toml::string(text)).merge(environment(keys)).merge(Serialized::defaults(overrides));
         let settings: Settings = figment.extract().map_err(|error| malformed(error, name))?;
         settings.check()?;
         Ok(settings)
@@ -191,25 +186,12 @@ impl Settings {
 
     /// A language of the catalogue by its name or an alias.
     pub fn language(&self, name: &str) -> Result<Language, ConfigError> {
-        let by_alias = || {
-            self.language
-                .iter()
-                .find(|(_, entry)| entry.has_alias(name))
-                .map(|(name, _)| name)
-        };
-        let Some(name) = self
-            .language
-            .get_key_value(name)
-            .map(|(name, _)| name)
-            .or_else(by_alias)
-        else {
+        let by_alias = || self.language.iter().find(|(_, entry)| entry.has_alias(name)).map(|(name, _)| name);
+        let Some(name) = self.language.get_key_value(name).map(|(name, _)| name).or_else(by_alias) else {
             return Err(ConfigError::OutOfRange {
                 key: "languages".into(),
                 value: format!("{name:?}"),
-                allowed: format!(
-                    "one of {}",
-                    self.language.keys().cloned().collect::<Vec<_>>().join(", ")
-                ),
+                allowed: format!("one of {}", self.language.keys().cloned().collect::<Vec<_>>().join(", ")),
             });
         };
         let entry = self.language[name].clone();
@@ -225,10 +207,7 @@ impl Settings {
     /// The language whose sources end like this file.
     pub fn language_of(&self, file: &Path) -> Option<String> {
         let ending = file.extension()?;
-        let is = |name: &&str| {
-            self.language(name)
-                .is_ok_and(|l| Path::new(&l.source).extension() == Some(ending))
-        };
+        let is = |name: &&str| self.language(name).is_ok_and(|l| Path::new(&l.source).extension() == Some(ending));
         self.catalogue().find(is).map(str::to_owned)
     }
 
@@ -261,43 +240,13 @@ impl Settings {
         // 150: crun makes a keyring per container, and kernel.keys.maxkeys allows a user 200.
         within("containers", self.containers, 1, 150, number)?;
         within("queue.length", self.queue.length, 0, 1_000_000, number)?;
-        within(
-            "queue.wait",
-            self.queue.wait,
-            Duration::from_millis(1),
-            seconds(3600),
-            time,
-        )?;
-        within(
-            "cache.ttl",
-            self.cache.ttl,
-            Duration::from_millis(1),
-            seconds(30 * 86400),
-            time,
-        )?;
+        within("queue.wait", self.queue.wait, Duration::from_millis(1), seconds(3600), time)?;
+        within("cache.ttl", self.cache.ttl, Duration::from_millis(1), seconds(30 * 86400), time)?;
         within("cache.size", self.cache.size, ByteSize(0), ByteSize::tib(1), size)?;
-        within(
-            "update.interval",
-            self.update.interval,
-            seconds(1),
-            seconds(366 * 86400),
-            time,
-        )?;
-        within(
-            "update.pull_timeout",
-            self.update.pull_timeout,
-            seconds(1),
-            seconds(86400),
-            time,
-        )?;
+        within("update.interval", self.update.interval, seconds(1), seconds(366 * 86400), time)?;
+        within("update.pull_timeout", self.update.pull_timeout, seconds(1), seconds(86400), time)?;
         within("shutdown.drain", self.shutdown.drain, seconds(0), seconds(3600), time)?;
-        within(
-            "body_limit",
-            self.body_limit,
-            ByteSize::kib(1),
-            ByteSize::mib(256),
-            size,
-        )?;
+        within("body_limit", self.body_limit, ByteSize::kib(1), ByteSize::mib(256), size)?;
         within("source_limit", self.source_limit, ByteSize(1), self.body_limit, size)?;
         for (key, value) in [("instance", &self.instance)] {
             if !language::is_name(value) {
@@ -336,66 +285,18 @@ impl Settings {
         let seconds = |d: Duration| d.as_secs_f64();
         // Least values: below them not even a hello program runs.
         let rows = [
-            (
-                "memory",
-                bytes(limits.memory),
-                bytes(ByteSize::mib(16)),
-                bytes(most.memory),
-                "bytes",
-            ),
-            (
-                "processes",
-                f64::from(limits.processes),
-                1.0,
-                f64::from(most.processes),
-                "",
-            ),
+            ("memory", bytes(limits.memory), bytes(ByteSize::mib(16)), bytes(most.memory), "bytes"),
+            ("processes", f64::from(limits.processes), 1.0, f64::from(most.processes), ""),
             ("cpus", limits.cpus, 0.01, most.cpus, ""),
             ("open_files", limits.open_files as f64, 8.0, most.open_files as f64, ""),
-            (
-                "disk",
-                bytes(limits.disk),
-                bytes(ByteSize::kib(64)),
-                bytes(most.disk),
-                "bytes",
-            ),
+            ("disk", bytes(limits.disk), bytes(ByteSize::kib(64)), bytes(most.disk), "bytes"),
             ("inodes", limits.inodes as f64, 16.0, most.inodes as f64, ""),
             ("output", bytes(limits.output), 1.0, bytes(most.output), "bytes"),
-            (
-                "output_total",
-                bytes(limits.output_total),
-                1.0,
-                bytes(most.output_total),
-                "bytes",
-            ),
-            (
-                "compile_time",
-                seconds(limits.compile_time),
-                0.001,
-                seconds(most.compile_time),
-                "seconds",
-            ),
-            (
-                "compile_cpu_time",
-                seconds(limits.compile_cpu_time),
-                0.001,
-                seconds(most.compile_cpu_time),
-                "seconds",
-            ),
-            (
-                "run_time",
-                seconds(limits.run_time),
-                0.001,
-                seconds(most.run_time),
-                "seconds",
-            ),
-            (
-                "run_cpu_time",
-                seconds(limits.run_cpu_time),
-                0.001,
-                seconds(most.run_cpu_time),
-                "seconds",
-            ),
+            ("output_total", bytes(limits.output_total), 1.0, bytes(most.output_total), "bytes"),
+            ("compile_time", seconds(limits.compile_time), 0.001, seconds(most.compile_time), "seconds"),
+            ("compile_cpu_time", seconds(limits.compile_cpu_time), 0.001, seconds(most.compile_cpu_time), "seconds"),
+            ("run_time", seconds(limits.run_time), 0.001, seconds(most.run_time), "seconds"),
+            ("run_cpu_time", seconds(limits.run_cpu_time), 0.001, seconds(most.run_cpu_time), "seconds"),
         ];
         for (key, value, least, most, unit) in rows {
             if !(least..=most).contains(&value) {
@@ -414,11 +315,7 @@ impl Settings {
 fn setting_keys(built_in: &Figment) -> Result<BTreeMap<String, String>, ConfigError> {
     fn walk(prefix: &str, dict: &Dict, keys: &mut BTreeMap<String, String>) {
         for (name, value) in dict {
-            let key = if prefix.is_empty() {
-                name.clone()
-            } else {
-                format!("{prefix}.{name}")
-            };
+            let key = if prefix.is_empty() { name.clone() } else { format!("{prefix}.{name}") };
             match value {
                 Value::Dict(_, inner) if key != "language" => walk(&key, inner, keys),
                 _ => drop(keys.insert(key.replace('.', "_"), key)),
@@ -432,13 +329,11 @@ fn setting_keys(built_in: &Figment) -> Result<BTreeMap<String, String>, ConfigEr
 }
 
 fn environment(keys: BTreeMap<String, String>) -> Env {
-    Env::prefixed(PREFIX)
-        .ignore(&NOT_SETTINGS)
-        .map(move |name| match keys.get(&name.as_str().to_ascii_lowercase()) {
-            Some(key) => key.clone().into(),
-            // Kept as it is, so that the extraction refuses it by its name.
-            None => name.as_str().to_ascii_lowercase().into(),
-        })
+    Env::prefixed(PREFIX).ignore(&NOT_SETTINGS).map(move |name| match keys.get(&name.as_str().to_ascii_lowercase()) {
+        Some(key) => key.clone().into(),
+        // Kept as it is, so that the extraction refuses it by its name.
+        None => name.as_str().to_ascii_lowercase().into(),
+    })
 }
 
 /// figment's first error in words that name the key and where it was set.
@@ -448,16 +343,8 @@ fn malformed(error: figment::Error, file: &str) -> ConfigError {
     };
     let key = first.path.join(".");
     let from_environment = first.metadata.as_ref().is_some_and(|m| m.name.contains("environment"));
-    let place = if from_environment {
-        format!("environment ({PREFIX}…)")
-    } else {
-        file.to_owned()
-    };
-    let key = if key.is_empty() {
-        String::new()
-    } else {
-        format!("{key}: ")
-    };
+    let place = if from_environment { format!("environment ({PREFIX}…)") } else { file.to_owned() };
+    let key = if key.is_empty() { String::new() } else { format!("{key}: ") };
     ConfigError::Malformed(format!("{place}: {key}{}", first.kind))
 }
 
@@ -486,10 +373,7 @@ pub(crate) mod tests {
         assert_eq!(settings.update.interval, Duration::from_secs(7 * 86400));
         let pivot = settings.enabled().unwrap().remove(0);
         assert_eq!(pivot.name, "pivot");
-        assert_eq!(
-            pivot.image,
-            "registry.cn-hangzhou.aliyuncs.com/pivot_studio/pivot_lang:latest"
-        );
+        assert_eq!(pivot.image, "registry.cn-hangzhou.aliyuncs.com/pivot_studio/pivot_lang:latest");
         assert_eq!(pivot.limits.memory, ByteSize::mib(512));
     }
 
@@ -498,26 +382,17 @@ pub(crate) mod tests {
         let pivot = load("").unwrap().language("pivot").unwrap();
         assert_eq!(pivot.source, "main.pi");
         assert_eq!(pivot.files["Kagari.toml"], "entry = \"main.pi\"\nproject = \"main\"\n");
-        assert_eq!(
-            pivot.command(crate::job::Stage::Compile).unwrap().join(" "),
-            "plc main.pi -o out"
-        );
+        assert_eq!(pivot.command(crate::job::Stage::Compile).unwrap().join(" "), "plc main.pi -o out");
         assert_eq!(pivot.artifact(crate::job::Stage::Compile), Some("out"));
         assert_eq!(pivot.command(crate::job::Stage::Run).unwrap(), ["./out"]);
-        assert_eq!(
-            pivot.environment(),
-            [("PL_IMMIX_HEAP_SIZE".into(), (256u64 << 20).to_string())]
-        );
+        assert_eq!(pivot.environment(), [("PL_IMMIX_HEAP_SIZE".into(), (256u64 << 20).to_string())]);
     }
 
     #[test]
     fn the_whole_catalogue_is_valid() {
         let settings = load("").unwrap();
         let names: Vec<&str> = settings.catalogue().collect();
-        assert_eq!(
-            names,
-            ["bash", "c", "cpp", "go", "javascript", "pivot", "python", "rust"]
-        );
+        assert_eq!(names, ["bash", "c", "cpp", "go", "javascript", "pivot", "python", "rust"]);
         for name in names {
             settings.language(name).unwrap();
         }
@@ -548,17 +423,11 @@ pub(crate) mod tests {
     #[test]
     fn a_bad_value_is_named_with_what_is_allowed() {
         let message = refusal("containers = 0");
-        assert!(
-            message.contains("containers") && message.contains("from 1 to"),
-            "{message}"
-        );
+        assert!(message.contains("containers") && message.contains("from 1 to"), "{message}");
         let message = refusal("containers = \"many\"");
         assert!(message.contains("containers") && message.contains("many"), "{message}");
         let message = refusal("[limits]\nrun_time = \"1h\"");
-        assert!(
-            message.contains("limits.run_time") && message.contains("300"),
-            "{message}"
-        );
+        assert!(message.contains("limits.run_time") && message.contains("300"), "{message}");
         let message = refusal("[language.python.limits]\nmemory = \"1KiB\"");
         assert!(message.contains("language.python.limits.memory"), "{message}");
         let message = refusal("[cache]\nttl = \"soon\"");
@@ -568,10 +437,7 @@ pub(crate) mod tests {
         let message = refusal("instance = \"../x\"");
         assert!(message.contains("instance") && message.contains("../x"), "{message}");
         let message = refusal("[language.c]\nimage = \"--privileged\"");
-        assert!(
-            message.contains("image") && message.contains("--privileged"),
-            "{message}"
-        );
+        assert!(message.contains("image") && message.contains("--privileged"), "{message}");
         let message = refusal("[language.c]\nsource = \"../main.c\"");
         assert!(message.contains("../main.c"), "{message}");
         let message = refusal("this is no toml");
@@ -588,10 +454,7 @@ pub(crate) mod tests {
 
     #[test]
     fn flags_win() {
-        let flags = Overrides {
-            languages: vec!["c".into()],
-            ..Overrides::default()
-        };
+        let flags = Overrides { languages: vec!["c".into()], ..Overrides::default() };
         let settings = Settings::from_layers("t", "languages = [\"python\"]", &flags).unwrap();
         assert_eq!(settings.languages, ["c"]);
     }

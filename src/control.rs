@@ -10,7 +10,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use crate::image::{self, Report, Request, Updated};
+use crate::image::{self, Report, Request};
 
 /// How long who connects may take to say what it wants.
 const ORDER_TIME: Duration = Duration::from_secs(5);
@@ -60,24 +60,14 @@ async fn answer(mut stream: UnixStream, updates: mpsc::Sender<Request>) -> std::
 /// The lines of some reports, and whether all went well.
 pub fn summary(reports: &[Report]) -> (String, bool) {
     let text = reports.iter().map(|report| image::line(report) + "\n").collect();
-    (
-        text,
-        reports
-            .iter()
-            .all(|(_, updated)| !matches!(updated, Updated::Failed(_))),
-    )
+    (text, image::all_well(reports))
 }
 
 /// Has the server behind this socket update its images; prints its answer. `None` where no server listens.
 pub async fn update(socket: &Path) -> std::io::Result<Option<bool>> {
     let mut stream = match UnixStream::connect(socket).await {
         Ok(stream) => stream,
-        Err(error)
-            if matches!(
-                error.kind(),
-                std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused
-            ) =>
-        {
+        Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused) => {
             return Ok(None);
         }
         Err(error) => return Err(error),

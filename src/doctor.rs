@@ -29,11 +29,7 @@ struct Check {
 
 impl Check {
     fn new(what: impl Into<String>, ok: bool, seen: impl Into<String>, mend: impl Into<String>) -> Check {
-        Check {
-            what: what.into(),
-            seen: seen.into(),
-            mend: (!ok).then(|| mend.into()),
-        }
+        Check { what: what.into(), seen: seen.into(), mend: (!ok).then(|| mend.into()) }
     }
 }
 
@@ -41,16 +37,9 @@ impl Check {
 pub async fn run(settings: &Settings) -> bool {
     let mut checks = Vec::new();
     let uid = nix::unistd::geteuid();
-    checks.push(Check::new(
-        "user",
-        !uid.is_root(),
-        format!("uid {uid}"),
-        "run as an ordinary user, not as root",
-    ));
+    checks.push(Check::new("user", !uid.is_root(), format!("uid {uid}"), "run as an ordinary user, not as root"));
     let runtime = instance::runtime_dir();
-    let seen = runtime
-        .as_ref()
-        .map_or_else(ToString::to_string, |dir| dir.display().to_string());
+    let seen = runtime.as_ref().map_or_else(ToString::to_string, |dir| dir.display().to_string());
     checks.push(Check::new(
         "runtime directory",
         runtime.is_ok(),
@@ -62,19 +51,12 @@ pub async fn run(settings: &Settings) -> bool {
         Ok(info) => {
             host(&info, &mut checks);
             subids(&podman, &mut checks).await;
-            let all_well = checks
-                .iter()
-                .all(|check| check.mend.is_none() || check.what == "limits");
+            let all_well = checks.iter().all(|check| check.mend.is_none() || check.what == "limits");
             if all_well {
                 languages(settings, &mut checks).await;
             }
         }
-        Err(error) => checks.push(Check::new(
-            "podman",
-            false,
-            error.to_string(),
-            "apt-get install podman crun uidmap",
-        )),
+        Err(error) => checks.push(Check::new("podman", false, error.to_string(), "apt-get install podman crun uidmap")),
     }
     let width = checks.iter().map(|check| check.what.len()).max().unwrap_or_default();
     for check in &checks {
@@ -92,15 +74,8 @@ fn host(info: &Info, checks: &mut Vec<Check>) {
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     let wanted = format!("install podman {}.{} or newer", OLDEST_PODMAN.0, OLDEST_PODMAN.1);
     checks.push(Check::new("podman", version >= OLDEST_PODMAN, &info.version, wanted));
-    checks.push(Check::new(
-        "OCI runtime",
-        info.runtime.contains("crun"),
-        &info.runtime,
-        "apt-get install crun",
-    ));
-    let native = info
-        .native_overlay
-        .map_or("", |native| if native { ", native" } else { ", not native" });
+    checks.push(Check::new("OCI runtime", info.runtime.contains("crun"), &info.runtime, "apt-get install crun"));
+    let native = info.native_overlay.map_or("", |native| if native { ", native" } else { ", not native" });
     checks.push(Check::new(
         "storage",
         info.driver == "overlay",
@@ -108,11 +83,7 @@ fn host(info: &Info, checks: &mut Vec<Check>) {
         "write driver = \"overlay\" under [storage] in ~/.config/containers/storage.conf, then `podman system reset`",
     ));
     let missing = missing_controllers(info);
-    let seen = format!(
-        "cgroup {}, controllers {}",
-        info.cgroup_version,
-        info.controllers.join(" ")
-    );
+    let seen = format!("cgroup {}, controllers {}", info.cgroup_version, info.controllers.join(" "));
     let mend = match info.cgroup_version.as_str() {
         "v2" => format!(
             "delegate {} to the user: Delegate=cpu memory pids for user@.service, or use the packaged unit",
@@ -136,12 +107,7 @@ async fn languages(settings: &Settings, checks: &mut Vec<Check>) {
     let languages = match settings.enabled() {
         Ok(languages) => languages,
         Err(error) => {
-            return checks.push(Check::new(
-                "languages",
-                false,
-                error.to_string(),
-                "mend the configuration",
-            ));
+            return checks.push(Check::new("languages", false, error.to_string(), "mend the configuration"));
         }
     };
     let workshop = match Workshop::open(settings) {
@@ -153,11 +119,8 @@ async fn languages(settings: &Settings, checks: &mut Vec<Check>) {
         let check = match hello(&workshop, &language).await {
             Ok(enforced) => {
                 let missing = enforced.missing().join(", ");
-                let limits = if missing.is_empty() {
-                    "all limits kept".into()
-                } else {
-                    format!("no limit of {missing}")
-                };
+                let limits =
+                    if missing.is_empty() { "all limits kept".into() } else { format!("no limit of {missing}") };
                 Check::new(name, true, format!("hello ran, {limits}"), "")
             }
             Err(problem) => Check::new(
@@ -176,24 +139,14 @@ async fn hello(workshop: &Workshop, language: &Arc<Language>) -> Result<Enforced
     let text = |error: &dyn std::fmt::Display| error.to_string();
     let image = workshop.podman.image_id(&language.image).await.map_err(|e| text(&e))?;
     let image = image.ok_or_else(|| format!("no image {}", language.image))?;
-    let spec = SandboxSpec {
-        language: Arc::clone(language),
-        image,
-        slot: Slot::new(0, mpsc::unbounded_channel().0),
-    };
+    let spec = SandboxSpec { language: Arc::clone(language), image, slot: Slot::new(0, mpsc::unbounded_channel().0) };
     let sandbox = workshop.engine.start(spec).await.map_err(|e| text(&e))?;
     let enforced = sandbox.enforced;
     let job = language.job(language.health.code.clone().into(), Streams::Merged);
-    let outcome = sandbox
-        .run(language, &job, Live::default())
-        .await
-        .map_err(|e| text(&e))?;
+    let outcome = sandbox.run(language, &job, Live::default()).await.map_err(|e| text(&e))?;
     let printed = outcome.run.as_ref().map(|run| run.output.text()).unwrap_or_default();
     match outcome.verdict() == Verdict::Ok && printed == language.health.output {
         true => Ok(enforced),
-        false => Err(format!(
-            "hello ended with {:?} and printed {printed:?}",
-            outcome.verdict()
-        )),
+        false => Err(format!("hello ended with {:?} and printed {printed:?}", outcome.verdict())),
     }
 }

@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::UpdateSettings;
-use crate::job::{Streams, Verdict};
+use crate::job::{StageOutcome, Streams, Verdict};
 use crate::language::Language;
 use crate::process::ProcessError;
 use crate::sandbox::podman::Podman;
@@ -36,9 +36,12 @@ const DELETE_TRIES: u32 = 30;
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
-    /// podman failed: registry down, disk full.
+    /// podman failed.
     #[error(transparent)]
     Podman(#[from] ProcessError),
+    /// No such image at the registry, registry down, disk full.
+    #[error("it cannot be pulled: {0}")]
+    Pull(ProcessError),
     /// It is named as local, and is not there.
     #[error("there is no image {0}; a name under localhost/ is never pulled: build it")]
     NoLocal(String),
@@ -57,6 +60,18 @@ pub enum ImageError {
         /// What it should have printed.
         expected: String,
     },
+}
+
+impl ImageError {
+    /// In words for clients; the log has the details.
+    fn reason(&self) -> &'static str {
+        match self {
+            ImageError::Podman(_) => "podman fails",
+            ImageError::Pull(_) => "its image cannot be pulled",
+            ImageError::NoLocal(_) => "its image is not installed",
+            ImageError::Sandbox(_) | ImageError::Unhealthy { .. } => "its image failed its health check",
+        }
+    }
 }
 
 /// What a look for a newer image came to.
@@ -87,6 +102,11 @@ pub fn line((name, updated): &Report) -> String {
         Updated::Replaced { old: Some(old), new } => format!("{name}: {} replaces {}", short(new), short(old)),
         Updated::Failed(error) => format!("{name}: failed, nothing changed: {error}"),
     }
+}
+
+/// Whether no image failed.
+pub fn all_well(reports: &[Report]) -> bool {
+    reports.iter().all(|(_, updated)| !matches!(updated, Updated::Failed(_)))
 }
 
 /// What the updater's task is told from outside.
@@ -140,10 +160,11 @@ impl ImageUpdater {
                 tokio::select! {
                     request = requests.recv() => match request {
                         Some(Request::Update(reply)) => {
-                            let reports = self.update().await;
-                            complete = reports.iter().all(|(_, updated)| !matches!(updated, Updated::Failed(_)));
-                            // Who asked may have left.
+                            let reports = self.look().await;
+                            complete = all_well(&reports);
+                            // Before the wait for jobs on replaced images. Who asked may have left.
                             let _ = reply.send(reports);
+                            self.delete_old(DELETE_TRIES).await;
                         }
                         Some(Request::Languages(languages, settings)) => {
                             self.languages = languages;
@@ -152,10 +173,7 @@ impl ImageUpdater {
                         }
                         None => return,
                     },
-                    () = tokio::time::sleep(pause) => {
-                        let reports = self.update().await;
-                        complete = reports.iter().all(|(_, updated)| !matches!(updated, Updated::Failed(_)));
-                    }
+                    () = tokio::time::sleep(pause) => complete = all_well(&self.update().await),
                 }
             }
         };
@@ -165,8 +183,14 @@ impl ImageUpdater {
         }
     }
 
-    /// Looks for a newer image of each name, and uses those that pass their health programs.
+    /// Looks for a newer image of each name, uses those that pass their health programs, deletes the others.
     pub async fn update(&self) -> Vec<Report> {
+        let reports = self.look().await;
+        self.delete_old(DELETE_TRIES).await;
+        reports
+    }
+
+    async fn look(&self) -> Vec<Report> {
         self.delete_old(1).await;
         let mut reports = Vec::new();
         for (name, languages) in self.by_image() {
@@ -175,9 +199,11 @@ impl ImageUpdater {
                     if let Some(id) = &current {
                         self.announce_all(&languages, &Image::Ready(id.clone()));
                     }
-                    self.replace(&name, &languages, current.as_deref())
-                        .await
-                        .unwrap_or_else(Updated::Failed)
+                    let replaced = self.replace(&name, &languages, current.as_deref()).await;
+                    if let (Err(error), None) = (&replaced, &current) {
+                        self.announce_failure(&languages, error);
+                    }
+                    replaced.unwrap_or_else(Updated::Failed)
                 }
                 Err(error) => Updated::Failed(error.into()),
             };
@@ -188,36 +214,29 @@ impl ImageUpdater {
             }
             reports.push(report);
         }
-        self.delete_old(DELETE_TRIES).await;
         self.note_update();
         reports
     }
 
     /// Announces the images that are here, then pulls the missing ones. Whether all are there now.
     async fn find_all(&self) -> bool {
-        let mut missing = Vec::new();
+        let (mut missing, mut complete) = (Vec::new(), true);
         for (name, languages) in self.by_image() {
             match self.current(&name).await {
                 Ok(Some(id)) => self.announce_all(&languages, &Image::Ready(id)),
                 Ok(None) => missing.push((name, languages)),
                 Err(error) => {
+                    complete = false;
                     tracing::error!(image = name, %error, "cannot look for an image");
-                    self.announce_all(&languages, &Image::Missing("podman does not answer".into()));
-                    missing.push((name, languages));
+                    self.announce_failure(&languages, &error.into());
                 }
             }
         }
-        let mut complete = true;
         for (name, languages) in missing {
             if let Err(error) = self.fetch(&name, &languages).await {
                 complete = false;
                 tracing::error!(image = name, %error, "cannot use an image");
-                let reason = match error {
-                    ImageError::Unhealthy { .. } | ImageError::Sandbox(_) => "its image failed its health check",
-                    ImageError::NoLocal(_) => "its image is not installed",
-                    ImageError::Podman(_) => "its image cannot be pulled",
-                };
-                self.announce_all(&languages, &Image::Missing(format!("{reason}; trying again")));
+                self.announce_failure(&languages, &error);
             }
         }
         complete
@@ -246,18 +265,19 @@ impl ImageUpdater {
         languages: &[Arc<Language>],
         current: Option<&str>,
     ) -> Result<Updated, ImageError> {
+        let public = self.podman.image_id(name).await?;
         let new = match is_local(name) {
-            true => self
-                .podman
-                .image_id(name)
-                .await?
-                .ok_or_else(|| ImageError::NoLocal(name.into()))?,
+            true => self.podman.image_id(name).await?.ok_or_else(|| ImageError::NoLocal(name.into()))?,
             false => match self.pull(name).await {
                 // No registry, and nothing in use: what is here is better than nothing.
                 Err(error) if current.is_none() => self.podman.image_id(name).await?.ok_or(error)?,
                 pulled => pulled?,
             },
         };
+        if let Some(unused) = public.filter(|id| *id != new && Some(id.as_str()) != current) {
+            // One that was never used, as after a kill during its check.
+            self.forget(&unused).await;
+        }
         if Some(new.as_str()) == current {
             return Ok(Updated::Unchanged);
         }
@@ -265,7 +285,7 @@ impl ImageUpdater {
             if let (Some(current), false) = (current, is_local(name)) {
                 // The public name back to what is in use, and the broken one away.
                 self.podman.tag(current, name).await?;
-                let _ = self.podman.remove_image(&new).await;
+                self.forget(&new).await;
             }
             return Err(error);
         }
@@ -274,36 +294,43 @@ impl ImageUpdater {
         }
         self.podman.tag(&new, &self.current_name(name)).await?;
         self.announce_all(languages, &Image::Ready(new.clone()));
-        Ok(Updated::Replaced {
-            old: current.map(str::to_owned),
-            new,
-        })
+        Ok(Updated::Replaced { old: current.map(str::to_owned), new })
+    }
+
+    /// Deletes an image that is not used, unless it has a name: another instance's, or a user's.
+    async fn forget(&self, id: &str) {
+        let forgotten = match self.podman.names_of(id).await {
+            Ok(names) if names.is_empty() => self.podman.remove_image(id).await,
+            Ok(_) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = forgotten {
+            tracing::warn!(image = id, %error, "cannot delete an image that is not used");
+        }
     }
 
     /// Runs the health program of each language in a sandbox of the image.
     async fn check(&self, id: &str, languages: &[Arc<Language>]) -> Result<(), ImageError> {
         for language in languages {
             let (free, mut freed) = mpsc::unbounded_channel();
-            let spec = SandboxSpec {
-                language: Arc::clone(language),
-                image: id.to_owned(),
-                slot: Slot::new(self.slot, free),
-            };
-            let sandbox = self.engine.start(spec).await?;
+            let spec =
+                SandboxSpec { language: Arc::clone(language), image: id.to_owned(), slot: Slot::new(self.slot, free) };
             let job = language.job(language.health.code.clone().into(), Streams::Merged);
-            let outcome = sandbox.run(language, &job, Live::default()).await?;
-            // The slot, and with it the uid, is the next program's: wait until the container is gone.
+            let outcome = match self.engine.start(spec).await {
+                Ok(sandbox) => sandbox.run(language, &job, Live::default()).await,
+                Err(error) => Err(error),
+            };
+            // Until the container is gone its image cannot be deleted, nor its slot, and with it the uid, used again.
             let _ = freed.recv().await;
+            let outcome = outcome?;
             let printed = outcome.run.as_ref().map(|run| run.output.text()).unwrap_or_default();
             if outcome.verdict() != Verdict::Ok || printed != language.health.output {
-                let compiler = outcome.compile.map(|compile| compile.output.text()).unwrap_or_default();
+                let stages = [&outcome.compile, &outcome.run];
+                let explained: String = stages.into_iter().flatten().map(StageOutcome::explained).collect();
                 return Err(ImageError::Unhealthy {
                     language: language.name.clone(),
-                    verdict: match (outcome.run, printed.is_empty()) {
-                        (Some(run), _) => run.verdict(),
-                        (None, _) => Verdict::CompileError,
-                    },
-                    printed: (compiler + &printed).chars().take(300).collect(),
+                    verdict: outcome.verdict(),
+                    printed: explained.chars().take(300).collect(),
                     expected: language.health.output.clone(),
                 });
             }
@@ -317,7 +344,7 @@ impl ImageUpdater {
         }
         tracing::info!(image = name, "pulling");
         let progress = |line: &str| tracing::info!(image = name, "{}", line.trim());
-        Ok(self.podman.pull(name, self.settings.pull_timeout, progress).await?)
+        self.podman.pull(name, self.settings.pull_timeout, progress).await.map_err(ImageError::Pull)
     }
 
     /// Deletes replaced images whose containers have gone; waits a while for those that have not.
@@ -378,30 +405,24 @@ impl ImageUpdater {
             if !groups.contains_key(&language.image) {
                 order.push(language.image.clone());
             }
-            groups
-                .entry(language.image.clone())
-                .or_default()
-                .push(Arc::clone(language));
+            groups.entry(language.image.clone()).or_default().push(Arc::clone(language));
         }
-        order
-            .into_iter()
-            .filter_map(|name| groups.remove_entry(&name))
-            .collect()
+        order.into_iter().filter_map(|name| groups.remove_entry(&name)).collect()
     }
 
     fn announce_all(&self, languages: &[Arc<Language>], image: &Image) {
-        languages
-            .iter()
-            .for_each(|language| (self.announce)(&language.name, image.clone()));
+        languages.iter().for_each(|language| (self.announce)(&language.name, image.clone()));
+    }
+
+    fn announce_failure(&self, languages: &[Arc<Language>], error: &ImageError) {
+        self.announce_all(languages, &Image::Missing(format!("{}; trying again", error.reason())));
     }
 
     fn until_due(&self) -> Duration {
-        let updated = std::fs::metadata(&self.stamp)
-            .and_then(|meta| meta.modified())
-            .unwrap_or_else(|_| {
-                self.note_update();
-                SystemTime::now()
-            });
+        let updated = std::fs::metadata(&self.stamp).and_then(|meta| meta.modified()).unwrap_or_else(|_| {
+            self.note_update();
+            SystemTime::now()
+        });
         // A clock that was set back counts from now.
         let age = SystemTime::now().duration_since(updated).unwrap_or_default();
         self.settings.interval.saturating_sub(age).max(Duration::from_secs(1))

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
+use crate::process::xdg_runtime_dir;
+
 /// Why an instance cannot be.
 #[derive(Debug, thiserror::Error)]
 pub enum InstanceError {
@@ -47,9 +49,7 @@ pub enum InstanceError {
 pub fn runtime_dir() -> Result<PathBuf, InstanceError> {
     let uid = nix::unistd::getuid().as_raw();
     let error = |detail: String| InstanceError::NoRuntimeDir { uid, detail };
-    let dir = std::env::var_os("XDG_RUNTIME_DIR")
-        .map(PathBuf::from)
-        .unwrap_or_else(|| format!("/run/user/{uid}").into());
+    let dir = xdg_runtime_dir();
     let meta = dir.metadata().map_err(|e| error(format!("{}: {e}", dir.display())))?;
     if meta.uid() != uid {
         return Err(error(format!("{} belongs to user {}", dir.display(), meta.uid())));
@@ -79,10 +79,7 @@ impl Instance {
     /// Takes the name, or says who has it.
     pub fn take(name: &str) -> Result<Instance, InstanceError> {
         let dir = runtime_dir()?.join(name);
-        let io = |source| InstanceError::Io {
-            path: dir.clone(),
-            source,
-        };
+        let io = |source| InstanceError::Io { path: dir.clone(), source };
         let path = dir.join("lock");
         loop {
             // Each time: one that ended just now took the directory with it.
@@ -94,19 +91,14 @@ impl Instance {
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(mut lock) => {
                     // Locked a file that was deleted meanwhile: another may lock the new one of that name.
-                    let same = path
-                        .metadata()
-                        .is_ok_and(|now| lock.metadata().is_ok_and(|held| held.ino() == now.ino()));
+                    let same =
+                        path.metadata().is_ok_and(|now| lock.metadata().is_ok_and(|held| held.ino() == now.ino()));
                     if !same {
                         continue;
                     }
                     lock.set_len(0).map_err(io)?;
                     write!(lock, "{}", std::process::id()).map_err(io)?;
-                    return Ok(Instance {
-                        name: name.into(),
-                        dir,
-                        _lock: lock,
-                    });
+                    return Ok(Instance { name: name.into(), dir, _lock: lock });
                 }
                 Err((mut file, Errno::EWOULDBLOCK)) => {
                     let mut pid = String::new();
@@ -149,11 +141,5 @@ fn control_of(dir: &Path) -> PathBuf {
 }
 
 fn open_lock(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
 }

@@ -195,10 +195,7 @@ pub enum Verdict {
 impl Verdict {
     /// Whether the same job would be judged the same again: what the memo may keep.
     pub fn is_repeatable(self) -> bool {
-        matches!(
-            self,
-            Verdict::Ok | Verdict::CompileError | Verdict::RuntimeError | Verdict::Signalled
-        )
+        matches!(self, Verdict::Ok | Verdict::CompileError | Verdict::RuntimeError | Verdict::Signalled)
     }
 }
 
@@ -255,14 +252,8 @@ impl StageOutcome {
             (Verdict::MemoryLimit, _) => Some("killed: out of memory".to_owned()),
             (Verdict::ProcessLimit, _) => Some("failed: no more processes or threads allowed".to_owned()),
             (Verdict::OutputLimit, _) => Some("killed: too much output".to_owned()),
-            (_, Ended::WallTime) => Some(format!(
-                "killed: out of time after {:.1} s",
-                seconds(self.usage.wall_us)
-            )),
-            (_, Ended::CpuTime) => Some(format!(
-                "killed: out of CPU time after {:.1} s",
-                seconds(self.usage.cpu_us)
-            )),
+            (_, Ended::WallTime) => Some(format!("killed: out of time after {:.1} s", seconds(self.usage.wall_us))),
+            (_, Ended::CpuTime) => Some(format!("killed: out of CPU time after {:.1} s", seconds(self.usage.cpu_us))),
             (_, Ended::Killed) => Some("killed".to_owned()),
             (_, Ended::Signalled(number)) => Some(match nix::sys::signal::Signal::try_from(*number) {
                 Ok(signal) => format!("ended by signal {number} ({signal})"),
@@ -274,18 +265,11 @@ impl StageOutcome {
             }
             (_, Ended::Exited(_)) => None,
         };
-        let cut = self.output.truncated().then(|| {
-            format!(
-                "output cut: {} of {} bytes shown",
-                self.output.kept(),
-                self.output.total_both()
-            )
-        });
-        let lines: String = cut
-            .into_iter()
-            .chain(why)
-            .map(|line| format!("coderunner: {line}\n"))
-            .collect();
+        let cut = self
+            .output
+            .truncated()
+            .then(|| format!("output cut: {} of {} bytes shown", self.output.kept(), self.output.total_both()));
+        let lines: String = cut.into_iter().chain(why).map(|line| format!("coderunner: {line}\n")).collect();
         (!lines.is_empty()).then_some(lines)
     }
 }
@@ -385,9 +369,7 @@ impl Output {
 /// Length of `bytes` without a character that was cut off at the end.
 pub fn whole_characters(bytes: &[u8]) -> usize {
     let start = bytes.len().saturating_sub(3);
-    let last = (start..bytes.len())
-        .rev()
-        .find(|&at| bytes[at] & 0b1100_0000 != 0b1000_0000);
+    let last = (start..bytes.len()).rev().find(|&at| bytes[at] & 0b1100_0000 != 0b1000_0000);
     match last.map(|at| (at, &bytes[at..])) {
         Some((at, tail)) => match std::str::from_utf8(tail) {
             Err(error) if error.error_len().is_none() => at,
@@ -408,13 +390,7 @@ pub(crate) mod tests {
     }
 
     fn stage(stage: Stage, ended: Ended) -> StageOutcome {
-        StageOutcome {
-            stage,
-            ended,
-            artifact: true,
-            usage: Usage::default(),
-            output: Output::default(),
-        }
+        StageOutcome { stage, ended, artifact: true, usage: Usage::default(), output: Output::default() }
     }
 
     #[test]
@@ -453,10 +429,7 @@ pub(crate) mod tests {
         let mut outcome = stage(Stage::Run, Ended::WallTime);
         outcome.output.push(Stream::Stdout, b"so far", 100);
         outcome.usage.wall_us = 5_000_000;
-        assert_eq!(
-            outcome.explained(),
-            "so far\ncoderunner: killed: out of time after 5.0 s\n"
-        );
+        assert_eq!(outcome.explained(), "so far\ncoderunner: killed: out of time after 5.0 s\n");
         let mut long = stage(Stage::Run, Ended::Exited(0));
         long.output.push(Stream::Stdout, b"0123456789", 4);
         assert_eq!(long.explained(), "0123\ncoderunner: output cut: 4 of 10 bytes shown\n");
@@ -511,26 +484,11 @@ pub(crate) mod tests {
     fn the_key_differs_for_each_single_change() {
         let base = job(b"x");
         let mut others = vec![job(b"y")];
-        others.push(Job {
-            language: "d".into(),
-            ..base.clone()
-        });
-        others.push(Job {
-            stdin: "x".into(),
-            ..base.clone()
-        });
-        others.push(Job {
-            args: vec!["x".into()],
-            ..base.clone()
-        });
-        others.push(Job {
-            args: vec![String::new()],
-            ..base.clone()
-        });
-        others.push(Job {
-            streams: Streams::Separate,
-            ..base.clone()
-        });
+        others.push(Job { language: "d".into(), ..base.clone() });
+        others.push(Job { stdin: "x".into(), ..base.clone() });
+        others.push(Job { args: vec!["x".into()], ..base.clone() });
+        others.push(Job { args: vec![String::new()], ..base.clone() });
+        others.push(Job { streams: Streams::Separate, ..base.clone() });
         let limits = |change: &dyn Fn(&mut Limits)| {
             let mut job = base.clone();
             change(&mut job.limits);

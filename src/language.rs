@@ -87,56 +87,23 @@ impl Language {
     pub fn new(name: &str, entry: LanguageSettings, limits: Limits) -> Result<Language, LanguageError> {
         let require = |ok: bool, key: &'static str, value: &str, allowed: &'static str| match ok {
             true => Ok(()),
-            false => Err(LanguageError {
-                language: name.into(),
-                key,
-                value: value.into(),
-                allowed,
-            }),
+            false => Err(LanguageError { language: name.into(), key, value: value.into(), allowed }),
         };
         let names = std::iter::once(name).chain(entry.aliases.iter().map(String::as_str));
         for name in names {
-            require(
-                is_name(name),
-                "name",
-                name,
-                "1 to 32 of a-z, 0-9, -, + and _, a letter first",
-            )?;
+            require(is_name(name), "name", name, "1 to 32 of a-z, 0-9, -, + and _, a letter first")?;
         }
-        require(
-            is_image(&entry.image),
-            "image",
-            &entry.image,
-            "an image name like docker.io/library/gcc:latest",
-        )?;
-        for file in std::iter::once(&entry.source)
-            .chain(entry.files.keys())
-            .chain(&entry.artifact)
-        {
-            require(
-                is_file_name(file),
-                "source, files or artifact",
-                file,
-                "a relative path without . or .. parts",
-            )?;
+        require(is_image(&entry.image), "image", &entry.image, "an image name like docker.io/library/gcc:latest")?;
+        for file in std::iter::once(&entry.source).chain(entry.files.keys()).chain(&entry.artifact) {
+            require(is_file_name(file), "source, files or artifact", file, "a relative path without . or .. parts")?;
         }
-        require(
-            !entry.files.contains_key(&entry.source),
-            "files",
-            &entry.source,
-            "another name than the source's",
-        )?;
+        require(!entry.files.contains_key(&entry.source), "files", &entry.source, "another name than the source's")?;
         require(!entry.run.is_empty(), "run", "[]", "a command")?;
         for word in entry.run.iter().chain(&entry.compile) {
             require(!word.contains('\0'), "run or compile", word, "words without NUL")?;
         }
         for key in entry.env.keys() {
-            require(
-                is_variable(key),
-                "env",
-                key,
-                "names of letters, digits and _, no digit first",
-            )?;
+            require(is_variable(key), "env", key, "names of letters, digits and _, no digit first")?;
         }
         Ok(Language {
             name: name.into(),
@@ -155,14 +122,8 @@ impl Language {
 
     /// The job of a request that is nothing but code: the language's own files are beside it.
     pub fn job(&self, code: Bytes, streams: Streams) -> Job {
-        let own = self.files.iter().map(|(name, text)| SourceFile {
-            name: name.clone(),
-            content: text.clone().into(),
-        });
-        let main = SourceFile {
-            name: self.source.clone(),
-            content: code,
-        };
+        let own = self.files.iter().map(|(name, text)| SourceFile { name: name.clone(), content: text.clone().into() });
+        let main = SourceFile { name: self.source.clone(), content: code };
         Job {
             language: self.name.clone(),
             files: std::iter::once(main).chain(own).collect(),
@@ -193,14 +154,9 @@ impl Language {
     pub fn environment(&self) -> Vec<(String, String)> {
         let memory = self.limits.memory.as_u64();
         let fill = |value: &String| {
-            value
-                .replace("{memory}", &memory.to_string())
-                .replace("{memory/2}", &(memory / 2).to_string())
+            value.replace("{memory}", &memory.to_string()).replace("{memory/2}", &(memory / 2).to_string())
         };
-        self.env
-            .iter()
-            .map(|(name, value)| (name.clone(), fill(value)))
-            .collect()
+        self.env.iter().map(|(name, value)| (name.clone(), fill(value))).collect()
     }
 }
 
@@ -208,9 +164,7 @@ impl Language {
 pub fn is_name(name: &str) -> bool {
     name.len() <= 32
         && name.starts_with(|c: char| c.is_ascii_lowercase())
-        && name
-            .chars()
-            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "-+_".contains(c))
+        && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "-+_".contains(c))
 }
 
 /// An image reference that no podman takes for an option.
@@ -224,9 +178,7 @@ fn is_image(image: &str) -> bool {
 pub fn is_file_name(name: &str) -> bool {
     (1..=255).contains(&name.len())
         && !name.contains('\0')
-        && name
-            .split('/')
-            .all(|part| !part.is_empty() && part != "." && part != "..")
+        && name.split('/').all(|part| !part.is_empty() && part != "." && part != "..")
 }
 
 fn is_variable(name: &str) -> bool {

@@ -16,6 +16,7 @@ mod runner;
 mod sandbox;
 mod shutdown;
 
+use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -95,6 +96,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
@@ -118,35 +120,17 @@ async fn run(verb: Verb) -> anyhow::Result<ExitCode> {
     let load = |common: &Common| {
         Settings::load(
             common.config.as_deref(),
-            &Overrides {
-                languages: common.languages.clone(),
-                ..Overrides::default()
-            },
+            &Overrides { languages: common.languages.clone(), ..Overrides::default() },
         )
     };
     match verb {
         Verb::Serve { common, listen, engine } => {
-            let overrides = Overrides {
-                listen,
-                engine,
-                languages: common.languages,
-                ..Overrides::default()
-            };
+            let overrides = Overrides { listen, engine, languages: common.languages, ..Overrides::default() };
             app::serve(common.config, overrides).await.map(|()| ExitCode::SUCCESS)
         }
-        Verb::Run {
-            config,
-            language,
-            file,
-            args,
-        } => once::run(once::Once {
-            file,
-            language,
-            args,
-            config,
-        })
-        .await
-        .map(ExitCode::from),
+        Verb::Run { config, language, file, args } => {
+            once::run(once::Once { file, language, args, config }).await.map(ExitCode::from)
+        }
         Verb::Doctor(common) => {
             let mut settings = load(&common)?;
             // Beside a server that runs.

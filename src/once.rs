@@ -23,6 +23,8 @@ use crate::shutdown::{self, Phases};
 const CODE_TIME: u8 = 124;
 /// Exit code when the program could not be compiled.
 const CODE_COMPILE: u8 = 1;
+/// Exit code when the program was killed at another limit, as after SIGKILL.
+const CODE_KILLED: u8 = 137;
 /// Added to the number of the signal that ended the program, as shells do.
 const CODE_SIGNAL: i32 = 128;
 
@@ -47,17 +49,10 @@ pub async fn run(once: Once) -> anyhow::Result<u8> {
         ..Overrides::default()
     };
     let settings = Settings::load(once.config.as_deref(), &overrides)?;
-    let name = once
-        .language
-        .clone()
-        .or_else(|| settings.language_of(&once.file))
-        .with_context(|| {
-            let known = settings.catalogue().collect::<Vec<_>>().join(", ");
-            format!(
-                "cannot tell the language of {}: name it with -l (one of {known})",
-                once.file.display()
-            )
-        })?;
+    let name = once.language.clone().or_else(|| settings.language_of(&once.file)).with_context(|| {
+        let known = settings.catalogue().collect::<Vec<_>>().join(", ");
+        format!("cannot tell the language of {}: name it with -l (one of {known})", once.file.display())
+    })?;
     let language = Arc::new(settings.language(&name)?);
     let code = std::fs::read(&once.file).with_context(|| format!("cannot read {}", once.file.display()))?;
 
@@ -67,42 +62,23 @@ pub async fn run(once: Once) -> anyhow::Result<u8> {
     let image = match workshop.podman.image_id(&language.image).await? {
         Some(id) => id,
         None if image::is_local(&language.image) => {
-            bail!(
-                "there is no image {}; build it, or name another one in the configuration",
-                language.image
-            )
+            bail!("there is no image {}; build it, or name another one in the configuration", language.image)
         }
         None => {
             eprintln!("pulling {}", language.image);
             let progress = |line: &str| eprintln!("{}", line.trim());
-            workshop
-                .podman
-                .pull(&language.image, settings.update.pull_timeout, progress)
-                .await?
+            workshop.podman.pull(&language.image, settings.update.pull_timeout, progress).await?
         }
     };
-    let pool = Arc::new(Pool::new(
-        Arc::clone(&workshop.engine),
-        1,
-        settings.queue,
-        &[Arc::clone(&language)],
-    ));
+    let pool = Arc::new(Pool::new(Arc::clone(&workshop.engine), 1, settings.queue, &[Arc::clone(&language)]));
     pool.set_image(&language.name, Image::Ready(image));
-    let runner = Runner::new(
-        vec![Arc::clone(&language)],
-        MemoCache::new(settings.cache)?,
-        Arc::clone(&pool),
-        Tasks::default(),
-    );
+    let runner =
+        Runner::new(vec![Arc::clone(&language)], MemoCache::new(settings.cache)?, Arc::clone(&pool), Tasks::default());
 
     let mut job = language.job(Bytes::from(code), Streams::Separate);
     job.args = once.args;
     let (events, mut happening) = mpsc::unbounded_channel();
-    let live = Live {
-        events: Some(events),
-        stdin: Some(stdin()),
-        signals: None,
-    };
+    let live = Live { events: Some(events), stdin: Some(stdin()), signals: None };
     let printing = async {
         while let Some(event) = happening.recv().await {
             print(event);
@@ -118,11 +94,7 @@ pub async fn run(once: Once) -> anyhow::Result<u8> {
     match result {
         Some(outcome) => {
             let outcome = outcome?;
-            let last = outcome
-                .run
-                .as_ref()
-                .or(outcome.compile.as_ref())
-                .context("nothing was run")?;
+            let last = outcome.run.as_ref().or(outcome.compile.as_ref()).context("nothing was run")?;
             if let Some(why) = last.notes() {
                 eprint!("{why}");
             }
@@ -136,11 +108,12 @@ pub async fn run(once: Once) -> anyhow::Result<u8> {
 fn exit_code(stage: &StageOutcome) -> u8 {
     match (stage.verdict(), &stage.ended) {
         (Verdict::TimeLimit, _) => CODE_TIME,
+        (Verdict::MemoryLimit | Verdict::OutputLimit, _) => CODE_KILLED,
         _ if stage.stage == Stage::Compile => CODE_COMPILE,
         (_, Ended::Exited(code)) => u8::try_from(*code).unwrap_or(1),
-        (_, Ended::Signalled(number)) => u8::try_from(CODE_SIGNAL + number).unwrap_or(CODE_SIGNAL as u8),
+        (_, Ended::Signalled(number)) => u8::try_from(CODE_SIGNAL + number).unwrap_or(CODE_KILLED),
         (_, Ended::NotStarted(_)) => 127,
-        _ => CODE_SIGNAL as u8 + 9,
+        _ => CODE_KILLED,
     }
 }
 

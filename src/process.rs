@@ -22,15 +22,15 @@ const TAIL_CAP: usize = 4 * 1024;
 /// How long pipes may stay open after the process itself has ended: a grandchild may hold them.
 const PIPE_GRACE: Duration = Duration::from_millis(500);
 
+/// The directory for this user's sockets and locks; where a service has no variable for it, that of logind.
+pub fn xdg_runtime_dir() -> PathBuf {
+    let of_logind = || format!("/run/user/{}", nix::unistd::getuid()).into();
+    std::env::var_os("XDG_RUNTIME_DIR").map_or_else(of_logind, PathBuf::from)
+}
+
 /// Variables that would tell a child something about us that is not meant for it.
-const NOT_INHERITED: [&str; 6] = [
-    "NOTIFY_SOCKET",
-    "WATCHDOG_PID",
-    "WATCHDOG_USEC",
-    "LISTEN_FDS",
-    "LISTEN_PID",
-    "LISTEN_FDNAMES",
-];
+const NOT_INHERITED: [&str; 6] =
+    ["NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"];
 
 /// Why a host process did not do what it was started for.
 #[derive(Debug, thiserror::Error)]
@@ -81,23 +81,13 @@ pub struct Cmd {
 impl Cmd {
     /// A command with its arguments.
     pub fn new(program: &Path, args: impl IntoIterator<Item = impl Into<OsString>>) -> Cmd {
-        Cmd {
-            program: program.to_owned(),
-            args: args.into_iter().map(Into::into).collect(),
-        }
+        Cmd { program: program.to_owned(), args: args.into_iter().map(Into::into).collect() }
     }
 
     /// Program and verb, for messages: the rest may be long.
     fn name(&self) -> String {
-        let verbs = self
-            .args
-            .iter()
-            .map(|arg| arg.to_string_lossy())
-            .take_while(|arg| !arg.starts_with('-'));
-        std::iter::once(self.program.to_string_lossy())
-            .chain(verbs.take(2))
-            .collect::<Vec<_>>()
-            .join(" ")
+        let verbs = self.args.iter().map(|arg| arg.to_string_lossy()).take_while(|arg| !arg.starts_with('-'));
+        std::iter::once(self.program.to_string_lossy()).chain(verbs.take(2)).collect::<Vec<_>>().join(" ")
     }
 
     fn command(&self) -> Command {
@@ -106,16 +96,16 @@ impl Cmd {
         for name in NOT_INHERITED {
             command.env_remove(name);
         }
+        command.env("XDG_RUNTIME_DIR", xdg_runtime_dir());
         // A group of its own: Ctrl-C is for us, and a kill reaches podman's second process too.
         command.process_group(0).stdin(Stdio::null());
         command
     }
 
     fn start(&self, command: &mut Command) -> Result<Child, ProcessError> {
-        command.spawn().map_err(|source| ProcessError::NotStarted {
-            program: self.program.display().to_string(),
-            source,
-        })
+        command
+            .spawn()
+            .map_err(|source| ProcessError::NotStarted { program: self.program.display().to_string(), source })
     }
 
     /// Runs to the end and returns stdout. A code other than 0 is an error with the end of stderr; after
@@ -128,10 +118,7 @@ impl Cmd {
     pub async fn output_with(&self, deadline: Duration, on_line: impl Fn(&str)) -> Result<Vec<u8>, ProcessError> {
         let mut command = self.command();
         let mut child = Group(self.start(command.stdout(Stdio::piped()).stderr(Stdio::piped()))?);
-        let io = |source| ProcessError::Io {
-            command: self.name(),
-            source,
-        };
+        let io = |source| ProcessError::Io { command: self.name(), source };
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
         let (out, err) = (child.0.stdout.take(), child.0.stderr.take());
         let status = tokio::time::timeout(deadline, async {
@@ -157,19 +144,12 @@ impl Cmd {
             }
         })
         .await
-        .map_err(|_| ProcessError::TimedOut {
-            command: self.name(),
-            deadline,
-        })?
+        .map_err(|_| ProcessError::TimedOut { command: self.name(), deadline })?
         .map_err(io)?;
         if status.success() {
             return Ok(stdout);
         }
-        Err(ProcessError::Failed {
-            command: self.name(),
-            status,
-            message: tail(&stderr),
-        })
+        Err(ProcessError::Failed { command: self.name(), status, message: tail(&stderr) })
     }
 
     /// Starts a child that lives on, with `fd` as its descriptor 3; stdout is thrown away.
@@ -177,14 +157,8 @@ impl Cmd {
         let mut command = self.command();
         command.stdout(Stdio::null()).stderr(Stdio::piped());
         command
-            .fd_mappings(vec![FdMapping {
-                parent_fd: fd,
-                child_fd: 3,
-            }])
-            .map_err(|error| ProcessError::Io {
-                command: self.name(),
-                source: std::io::Error::other(error),
-            })?;
+            .fd_mappings(vec![FdMapping { parent_fd: fd, child_fd: 3 }])
+            .map_err(|error| ProcessError::Io { command: self.name(), source: std::io::Error::other(error) })?;
         let mut child = self.start(&mut command)?;
         let messages = Arc::new(Mutex::new(Vec::new()));
         let (kept, stderr) = (Arc::clone(&messages), child.stderr.take());
@@ -198,11 +172,7 @@ impl Cmd {
             })
             .await;
         });
-        Ok(Running {
-            child: Group(child),
-            messages,
-            reader,
-        })
+        Ok(Running { child: Group(child), messages, reader })
     }
 }
 
@@ -265,11 +235,7 @@ fn tail(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(TAIL_CAP)..]).into_owned();
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     let last = &lines[lines.len().saturating_sub(4)..];
-    if last.is_empty() {
-        "no message".into()
-    } else {
-        last.join("; ")
-    }
+    if last.is_empty() { "no message".into() } else { last.join("; ") }
 }
 
 #[cfg(test)]
@@ -282,21 +248,12 @@ mod tests {
 
     #[tokio::test]
     async fn output_is_stdout() {
-        assert_eq!(
-            sh("echo out; echo err >&2")
-                .output(Duration::from_secs(5))
-                .await
-                .unwrap(),
-            b"out\n"
-        );
+        assert_eq!(sh("echo out; echo err >&2").output(Duration::from_secs(5)).await.unwrap(), b"out\n");
     }
 
     #[tokio::test]
     async fn a_failure_says_what_stderr_said() {
-        let error = sh("echo no such thing >&2; exit 7")
-            .output(Duration::from_secs(5))
-            .await
-            .unwrap_err();
+        let error = sh("echo no such thing >&2; exit 7").output(Duration::from_secs(5)).await.unwrap_err();
         assert!(error.to_string().contains("no such thing"), "{error}");
         assert!(error.to_string().contains('7'), "{error}");
     }
@@ -315,32 +272,21 @@ mod tests {
     #[tokio::test]
     async fn a_grandchild_that_holds_the_pipes_does_not_delay() {
         let before = std::time::Instant::now();
-        assert_eq!(
-            sh("sleep 30 & echo done")
-                .output(Duration::from_secs(20))
-                .await
-                .unwrap(),
-            b"done\n"
-        );
+        assert_eq!(sh("sleep 30 & echo done").output(Duration::from_secs(20)).await.unwrap(), b"done\n");
         assert!(before.elapsed() < Duration::from_secs(10));
     }
 
     #[tokio::test]
     async fn a_missing_program_is_named() {
-        let error = Cmd::new(Path::new("/nonexistent/podman"), ["ps"])
-            .output(Duration::from_secs(5))
-            .await
-            .unwrap_err();
+        let error =
+            Cmd::new(Path::new("/nonexistent/podman"), ["ps"]).output(Duration::from_secs(5)).await.unwrap_err();
         assert!(error.to_string().contains("/nonexistent/podman"), "{error}");
     }
 
     #[tokio::test]
     async fn output_beyond_the_cap_is_drained() {
         let length = OUTPUT_CAP + 100_000;
-        let kept = sh(&format!("head -c {length} /dev/zero"))
-            .output(Duration::from_secs(20))
-            .await
-            .unwrap();
+        let kept = sh(&format!("head -c {length} /dev/zero")).output(Duration::from_secs(20)).await.unwrap();
         assert_eq!(kept.len(), OUTPUT_CAP);
     }
 }

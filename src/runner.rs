@@ -61,10 +61,7 @@ impl Tasks {
     pub async fn shut_down(&self, drain: Duration) {
         self.running.close();
         if tokio::time::timeout(drain, self.running.wait()).await.is_err() {
-            tracing::warn!(
-                running = self.running.len(),
-                "requests are cut off: the time to drain is over"
-            );
+            tracing::warn!(running = self.running.len(), "requests are cut off: the time to drain is over");
         }
         self.stop.cancel();
         self.running.wait().await;
@@ -74,13 +71,7 @@ impl Tasks {
 impl Runner {
     /// A runner of these languages, the default one first.
     pub fn new(languages: Vec<Arc<Language>>, memo: MemoCache, pool: Arc<Pool>, tasks: Tasks) -> Runner {
-        Runner {
-            languages,
-            memo: Arc::new(memo),
-            pool,
-            flights: Arc::default(),
-            tasks,
-        }
+        Runner { languages, memo: Arc::new(memo), pool, flights: Arc::default(), tasks }
     }
 
     /// The languages that are served, the default one first.
@@ -91,17 +82,11 @@ impl Runner {
     /// A language by its name or an alias; the default one where none is named.
     pub fn language(&self, name: Option<&str>) -> Result<&Arc<Language>, RunError> {
         let Some(name) = name else {
-            return self
-                .languages
-                .first()
-                .ok_or_else(|| RunError::UnknownLanguage("default".into()));
+            return self.languages.first().ok_or_else(|| RunError::UnknownLanguage("default".into()));
         };
         let is =
             |language: &&Arc<Language>| language.name == name || language.aliases.iter().any(|alias| alias == name);
-        self.languages
-            .iter()
-            .find(is)
-            .ok_or_else(|| RunError::UnknownLanguage(name.into()))
+        self.languages.iter().find(is).ok_or_else(|| RunError::UnknownLanguage(name.into()))
     }
 
     /// The sandboxes that this runner takes from.
@@ -143,19 +128,12 @@ impl Runner {
         }
         let (land, landed) = watch::channel(None);
         let given_up = CancellationToken::new();
-        let flight = Arc::new(Flight {
-            landed,
-            _last_left: given_up.clone().drop_guard(),
-        });
+        let flight = Arc::new(Flight { landed, _last_left: given_up.clone().drop_guard() });
         flights.insert(key, Arc::downgrade(&flight));
         drop(flights);
 
-        let (pool, memo, flights, stop) = (
-            Arc::clone(&self.pool),
-            Arc::clone(&self.memo),
-            Arc::clone(&self.flights),
-            self.tasks.stop.clone(),
-        );
+        let (pool, memo, flights, stop) =
+            (Arc::clone(&self.pool), Arc::clone(&self.memo), Arc::clone(&self.flights), self.tasks.stop.clone());
         self.tasks.running.spawn(async move {
             let executed = tokio::select! {
                 executed = execute(&pool, &language, &job, Live::default()) => executed,

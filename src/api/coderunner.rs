@@ -41,10 +41,7 @@ impl From<&Outcome> for Answer {
 impl Request {
     fn into_job(self, language: &Language, source_limit: usize) -> Result<Job, ApiError> {
         if self.code.len() > source_limit {
-            return Err(ApiError::TooLarge {
-                what: "code",
-                limit: source_limit,
-            });
+            return Err(ApiError::TooLarge { what: "code", limit: source_limit });
         }
         Ok(language.job(self.code.into(), Streams::Merged))
     }

@@ -78,14 +78,10 @@ impl ApiError {
         let mut response = warp::reply::with_status(body, self.status()).into_response();
         match self {
             ApiError::Overloaded(_) => {
-                response
-                    .headers_mut()
-                    .insert(RETRY_AFTER, HeaderValue::from_static("5"));
+                response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("5"));
             }
             ApiError::Unavailable(_) => {
-                response
-                    .headers_mut()
-                    .insert(RETRY_AFTER, HeaderValue::from_static("60"));
+                response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("60"));
             }
             ApiError::MethodNotAllowed(allow) => {
                 response.headers_mut().insert(ALLOW, HeaderValue::from_static(allow));
@@ -117,9 +113,6 @@ impl ApiError {
 fn request_id() -> String {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_nanos();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
     blake3::hash(format!("{now} {count} {}", std::process::id()).as_bytes()).to_hex()[..16].to_owned()
 }

@@ -47,9 +47,8 @@ pub fn routes(runner: Arc<Runner>, settings: ApiSettings) -> BoxedFilter<(Respon
         .and(warp::post())
         .and(json_body(settings.body_limit))
         .then(move |request| coderunner::run(request, Arc::clone(&runner), Arc::clone(&settings)));
-    let healthz = warp::path!("healthz")
-        .and(warp::get())
-        .map(|| warp::reply::json(&json!({"status": "ok"})).into_response());
+    let healthz =
+        warp::path!("healthz").and(warp::get()).map(|| warp::reply::json(&json!({"status": "ok"})).into_response());
     let readyz = warp::path!("readyz").and(warp::get()).map(move || ready(&ready_runner));
     let other_method = warp::path!("coderunner")
         .map(|| "POST, OPTIONS")
@@ -72,9 +71,7 @@ async fn refuse(rejection: Rejection) -> Result<Response, Infallible> {
 /// The answers to other origins' preflights; `None` where no other origin may call.
 fn cors(origins: &[String]) -> Option<warp::cors::Builder> {
     let any = origins.iter().any(|origin| origin == "*");
-    let builder = warp::cors()
-        .allow_methods([Method::GET, Method::POST])
-        .allow_header("content-type");
+    let builder = warp::cors().allow_methods([Method::GET, Method::POST]).allow_header("content-type");
     let builder = builder.max_age(PREFLIGHT_AGE);
     match origins {
         [] => None,
@@ -87,15 +84,15 @@ fn cors(origins: &[String]) -> Option<warp::cors::Builder> {
 fn json_body<T: DeserializeOwned + Send>(
     limit: usize,
 ) -> impl Filter<Extract = (Result<T, ApiError>,), Error = Rejection> + Clone + Send + Sync {
-    warp::header::optional::<String>("content-type")
-        .and(warp::body::stream())
-        .then(move |kind: Option<String>, body| async move {
+    warp::header::optional::<String>("content-type").and(warp::body::stream()).then(
+        move |kind: Option<String>, body| async move {
             if !is_json(kind.as_deref()) {
                 return Err(ApiError::UnsupportedMediaType);
             }
             let bytes = read_body(body, limit).await?;
             serde_json::from_slice(&bytes).map_err(|error| ApiError::BadBody(error.to_string()))
-        })
+        },
+    )
 }
 
 fn is_json(kind: Option<&str>) -> bool {
@@ -119,9 +116,7 @@ async fn read_body(
         }
         Ok(bytes.freeze())
     };
-    tokio::time::timeout(BODY_TIME, reading)
-        .await
-        .unwrap_or(Err(ApiError::BodyTimeout))
+    tokio::time::timeout(BODY_TIME, reading).await.unwrap_or(Err(ApiError::BodyTimeout))
 }
 
 /// 200 once the default language has had a sandbox.
@@ -137,18 +132,10 @@ fn ready(runner: &Runner) -> Response {
             ready = works;
             missing = lacking;
         }
-        let problem = if works {
-            None
-        } else {
-            status.problem.or_else(|| Some("no sandbox yet".into()))
-        };
+        let problem = if works { None } else { status.problem.or_else(|| Some("no sandbox yet".into())) };
         languages.insert(language.name.clone(), json!({"ready": works, "problem": problem}));
     }
     let body = json!({"ready": ready, "languages": languages, "limitsNotEnforced": missing});
-    let status = if ready {
-        StatusCode::OK
-    } else {
-        StatusCode::SERVICE_UNAVAILABLE
-    };
+    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     warp::reply::with_status(warp::reply::json(&body), status).into_response()
 }

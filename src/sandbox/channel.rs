@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixDatagram as StdSocket;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use tokio::io::Interest;
 use tokio::net::UnixDatagram;
@@ -27,30 +28,27 @@ impl Channel {
         make().map_err(SandboxError::io("cannot make a channel"))
     }
 
+    /// Whether init has gone.
+    pub fn is_closed(&self) -> bool {
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::empty())];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
     /// Sends without waiting: a message or two always fit into the socket's buffer.
     pub fn send(&self, message: &ToInit, fds: &[BorrowedFd<'_>]) -> Result<(), SandboxError> {
         protocol::send(self.0.as_fd(), message, fds).map_err(|error| match error.kind() {
             std::io::ErrorKind::BrokenPipe => SandboxError::Gone("its channel is closed".into()),
-            _ => SandboxError::Io {
-                what: "cannot speak to init",
-                source: error,
-            },
+            _ => SandboxError::Io { what: "cannot speak to init", source: error },
         })
     }
 
     /// The next message; `None` when init has gone. Safe to cancel.
     pub async fn receive(&self) -> Result<Option<FromInit>, SandboxError> {
-        let message = self
-            .0
-            .async_io(Interest::READABLE, || protocol::receive(self.0.as_fd()))
-            .await;
+        let message = self.0.async_io(Interest::READABLE, || protocol::receive(self.0.as_fd())).await;
         match message {
             Ok(message) => Ok(message.map(|(message, _)| message)),
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => Ok(None),
-            Err(source) => Err(SandboxError::Io {
-                what: "cannot hear init",
-                source,
-            }),
+            Err(source) => Err(SandboxError::Io { what: "cannot hear init", source }),
         }
     }
 }

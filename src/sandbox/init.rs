@@ -8,6 +8,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
@@ -29,6 +30,9 @@ const REAP_TIME: Duration = Duration::from_secs(5);
 
 /// Shortest time between two looks at the CPU time used.
 const CPU_CHECK: Duration = Duration::from_millis(20);
+
+/// The tmpfs that programs may write to.
+const WRITABLE: [&str; 3] = [WORK_DIR, "/tmp", "/dev/shm"];
 
 /// Where a cgroup v2 container sees its own counters.
 const CGROUP: &str = "/sys/fs/cgroup";
@@ -66,19 +70,11 @@ impl Init {
         mask.add(Signal::SIGCHLD);
         mask.thread_block()?;
         let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-        Ok(Init {
-            channel,
-            children,
-            cgroup: Cgroup::open(),
-            ids: None,
-        })
+        Ok(Init { channel, children, cgroup: Cgroup::open(), ids: None })
     }
 
     fn serve(mut self) -> io::Result<()> {
-        self.send(&FromInit::Ready {
-            version: VERSION,
-            enforced: self.cgroup.enforced(),
-        })?;
+        self.send(&FromInit::Ready { version: VERSION, enforced: self.cgroup.enforced() })?;
         while let Some((message, pipes)) = protocol::receive(self.channel.as_fd())? {
             let answer = match message {
                 ToInit::Prepare { uid, files } => match self.prepare(uid, &files) {
@@ -108,6 +104,7 @@ impl Init {
     fn prepare(&mut self, uid: u32, files: &[String]) -> io::Result<()> {
         let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(uid));
         self.ids = Some((uid, gid));
+        WRITABLE.iter().try_for_each(|place| open_to_all(Path::new(place)))?;
         let mut contents = Vec::with_capacity(files.len());
         for name in files {
             contents.push((Path::new(WORK_DIR).join(name), fs::read(Path::new(JOB_DIR).join(name))?));
@@ -144,15 +141,8 @@ impl Init {
         let wall = started.elapsed();
         self.kill_all(&mut reaped)?;
         let after = self.cgroup.counters();
-        let artifact = spec
-            .artifact
-            .as_ref()
-            .is_none_or(|name| is_file(&Path::new(WORK_DIR).join(name)));
-        Ok(Some(FromInit::StageEnded {
-            ended,
-            artifact,
-            usage: usage(wall, &before, &after, &reaped),
-        }))
+        let artifact = spec.artifact.as_ref().is_none_or(|name| is_file(&Path::new(WORK_DIR).join(name)));
+        Ok(Some(FromInit::StageEnded { ended, artifact, usage: usage(wall, &before, &after, &reaped) }))
     }
 
     /// Waits until the main process ends or has to be ended.
@@ -178,10 +168,7 @@ impl Init {
                 return Ok(Some(Ended::WallTime));
             }
             if now >= next_cpu_check {
-                let used = self
-                    .cgroup
-                    .cpu_since(before)
-                    .unwrap_or_else(|| reaped.cpu + living_cpu());
+                let used = self.cgroup.cpu_since(before).unwrap_or_else(|| reaped.cpu + living_cpu());
                 if used >= cpu_limit {
                     return Ok(Some(Ended::CpuTime));
                 }
@@ -234,6 +221,19 @@ impl Init {
             while let Ok(Some(_)) = self.children.read_signal() {}
         }
     }
+}
+
+/// Lets every uid write here. podman gives a mount the owner and mode of the image's directory of that name.
+fn open_to_all(place: &Path) -> io::Result<()> {
+    let meta = fs::metadata(place)?;
+    if meta.mode() & 0o7777 == 0o1777 {
+        return Ok(());
+    }
+    // Without any capability but to change uids, only its owner may.
+    seteuid(Uid::from_raw(meta.uid()))?;
+    let changed = fs::set_permissions(place, fs::Permissions::from_mode(0o1777));
+    seteuid(Uid::from_raw(0))?;
+    changed
 }
 
 /// Starts the stage's command as `ids`, without anything of ours but the three pipes.
@@ -303,9 +303,7 @@ fn resource_limits(spec: &StageSpec, enforced: Enforced) -> Vec<(Resource, u64)>
 /// Whether a failed exec says something about the program rather than about us.
 fn is_programs_fault(error: &io::Error) -> bool {
     use libc::{E2BIG, EACCES, EISDIR, ELIBBAD, ELOOP, ENOENT, ENOEXEC, ENOMEM, ENOTDIR, ETXTBSY};
-    let faults = [
-        E2BIG, EACCES, EISDIR, ELIBBAD, ELOOP, ENOENT, ENOEXEC, ENOMEM, ENOTDIR, ETXTBSY,
-    ];
+    let faults = [E2BIG, EACCES, EISDIR, ELIBBAD, ELOOP, ENOENT, ENOEXEC, ENOMEM, ENOTDIR, ETXTBSY];
     error.raw_os_error().is_some_and(|code| faults.contains(&code))
         // std refuses a NUL in an argument before it forks.
         || error.kind() == io::ErrorKind::InvalidInput
@@ -401,11 +399,7 @@ impl Cgroup {
 
     fn enforced(&self) -> Enforced {
         let is_set = |name: &str| self.read(name).is_some_and(|text| !text.starts_with("max"));
-        Enforced {
-            memory: is_set("memory.max"),
-            processes: is_set("pids.max"),
-            cpu: is_set("cpu.max"),
-        }
+        Enforced { memory: is_set("memory.max"), processes: is_set("pids.max"), cpu: is_set("cpu.max") }
     }
 
     fn counters(&self) -> Counters {
@@ -426,9 +420,7 @@ impl Cgroup {
     }
 
     fn field(&self, file: &str, name: &str) -> Option<u64> {
-        self.read(file)?
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+        self.read(file)?.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
     }
 }
 

@@ -160,9 +160,9 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Whether its container has ended before it was used.
+    /// Whether its container has ended before it was used. Its init goes first, the rest takes podman a moment.
     pub fn is_gone(&self) -> bool {
-        self.gone.is_cancelled()
+        self.gone.is_cancelled() || self.channel.is_closed()
     }
 
     /// Compiles and runs a job, then gives the container up.

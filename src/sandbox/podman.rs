@@ -60,9 +60,7 @@ pub struct Info {
 impl Podman {
     /// The podman at this path, or of this name on PATH.
     pub fn new(program: &Path) -> Podman {
-        Podman {
-            program: program.to_owned(),
-        }
+        Podman { program: program.to_owned() }
     }
 
     fn cmd(&self, args: &[&str]) -> Cmd {
@@ -78,18 +76,8 @@ impl Podman {
     pub async fn list(&self, instance: &str) -> Result<Vec<String>, ProcessError> {
         let filter = format!("label={LABEL_INSTANCE}={instance}");
         let ours = format!("label={LABEL}=1");
-        let names = self
-            .text(&[
-                "ps",
-                "--all",
-                "--format",
-                "{{.Names}}",
-                "--filter",
-                &ours,
-                "--filter",
-                &filter,
-            ])
-            .await?;
+        let names =
+            self.text(&["ps", "--all", "--format", "{{.Names}}", "--filter", &ours, "--filter", &filter]).await?;
         Ok(names.lines().map(str::to_owned).collect())
     }
 
@@ -105,10 +93,7 @@ impl Podman {
 
     /// Content id of an image; `None` where there is none of that name.
     pub async fn image_id(&self, name: &str) -> Result<Option<String>, ProcessError> {
-        match self
-            .text(&["image", "inspect", "--format", "{{.Id}}", "--", name])
-            .await
-        {
+        match self.text(&["image", "inspect", "--format", "{{.Id}}", "--", name]).await {
             Ok(id) => Ok(Some(id)),
             // Exit code 125 is any failure: ask in a way that tells them apart.
             Err(error @ ProcessError::Failed { .. }) => match self.text(&["image", "exists", "--", name]).await {
@@ -122,18 +107,10 @@ impl Podman {
     /// Pulls an image and returns the id that the name stands for now; progress goes to `on_line`.
     pub async fn pull(&self, name: &str, deadline: Duration, on_line: impl Fn(&str)) -> Result<String, ProcessError> {
         let output = self.cmd(&["pull", "--", name]).output_with(deadline, on_line).await?;
-        let id = String::from_utf8_lossy(&output)
-            .lines()
-            .last()
-            .unwrap_or_default()
-            .trim()
-            .to_owned();
+        let id = String::from_utf8_lossy(&output).lines().last().unwrap_or_default().trim().to_owned();
         match id.is_empty() {
             false => Ok(id),
-            true => {
-                self.text(&["image", "inspect", "--format", "{{.Id}}", "--", name])
-                    .await
-            }
+            true => self.text(&["image", "inspect", "--format", "{{.Id}}", "--", name]).await,
         }
     }
 
@@ -155,59 +132,30 @@ impl Podman {
     /// Names that start with `prefix`.
     pub async fn names(&self, prefix: &str) -> Result<Vec<String>, ProcessError> {
         let names = self.text(&["images", "--format", "{{.Repository}}:{{.Tag}}"]).await?;
-        Ok(names
-            .lines()
-            .filter(|name| name.starts_with(prefix))
-            .map(str::to_owned)
-            .collect())
+        Ok(names.lines().filter(|name| name.starts_with(prefix)).map(str::to_owned).collect())
     }
 
     /// Names that an image has.
     pub async fn names_of(&self, id: &str) -> Result<Vec<String>, ProcessError> {
-        let names = self
-            .text(&[
-                "image",
-                "inspect",
-                "--format",
-                "{{range .RepoTags}}{{println .}}{{end}}",
-                "--",
-                id,
-            ])
-            .await?;
-        Ok(names
-            .lines()
-            .map(str::to_owned)
-            .filter(|name| !name.is_empty())
-            .collect())
+        let names =
+            self.text(&["image", "inspect", "--format", "{{range .RepoTags}}{{println .}}{{end}}", "--", id]).await?;
+        Ok(names.lines().map(str::to_owned).filter(|name| !name.is_empty()).collect())
     }
 
     /// How many ids this user's containers have, the user's own among them.
     pub async fn mapped_ids(&self) -> Result<u64, ProcessError> {
         let map = self.text(&["unshare", "cat", "/proc/self/uid_map"]).await?;
-        Ok(map
-            .lines()
-            .filter_map(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok())
-            .sum())
+        Ok(map.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok()).sum())
     }
 
     /// What podman says of itself and the host.
     pub async fn info(&self) -> Result<Info, ProcessError> {
         let json = self.cmd(&["info", "--format", "json"]).output(VERB_TIME).await?;
         let value: serde_json::Value = serde_json::from_slice(&json).unwrap_or_default();
-        let text = |pointer: &str| {
-            value
-                .pointer(pointer)
-                .and_then(|v| v.as_str())
-                .unwrap_or_default()
-                .to_owned()
-        };
+        let text = |pointer: &str| value.pointer(pointer).and_then(|v| v.as_str()).unwrap_or_default().to_owned();
         Ok(Info {
             version: text("/version/Version"),
-            runtime: text("/host/ociRuntime/version")
-                .lines()
-                .next()
-                .unwrap_or_default()
-                .to_owned(),
+            runtime: text("/host/ociRuntime/version").lines().next().unwrap_or_default().to_owned(),
             driver: text("/store/graphDriverName"),
             native_overlay: match text("/store/graphStatus/Native Overlay Diff").as_str() {
                 "true" => Some(true),
@@ -251,11 +199,7 @@ pub struct PodmanEngine {
 impl PodmanEngine {
     /// An engine of this podman.
     pub fn new(podman: Podman, settings: EngineSettings) -> PodmanEngine {
-        PodmanEngine {
-            podman,
-            settings,
-            made: AtomicU64::new(0),
-        }
+        PodmanEngine { podman, settings, made: AtomicU64::new(0) }
     }
 
     async fn make(&self, spec: SandboxSpec) -> Result<Sandbox, SandboxError> {
@@ -275,12 +219,7 @@ impl PodmanEngine {
 
         let (released, gone, uid) = (CancellationToken::new(), CancellationToken::new(), slot.uid());
         let path = job_dir.path().to_owned();
-        let mut keeper = Keeper {
-            podman: self.podman.clone(),
-            name,
-            running,
-            what: Some((job_dir, mark, slot)),
-        };
+        let mut keeper = Keeper { podman: self.podman.clone(), name, running, what: Some((job_dir, mark, slot)) };
         let (told, ended) = (released.clone(), gone.clone());
         let last_words = Arc::new(std::sync::OnceLock::new());
         let words = Arc::clone(&last_words);
@@ -298,10 +237,7 @@ impl PodmanEngine {
             _released: released.drop_guard(),
         };
         // From here on whatever fails drops the sandbox, and its keeper cleans up.
-        let not_made = |reason: String| SandboxError::NotMade {
-            language: language.name.clone(),
-            reason,
-        };
+        let not_made = |reason: String| SandboxError::NotMade { language: language.name.clone(), reason };
         let ready = tokio::select! {
             message = timeout(START_TIME, sandbox.channel.receive()) => message,
             () = sandbox.gone.cancelled() => {
@@ -309,10 +245,7 @@ impl PodmanEngine {
             }
         };
         match ready {
-            Ok(Ok(Some(FromInit::Ready {
-                version: protocol::VERSION,
-                enforced,
-            }))) => {
+            Ok(Ok(Some(FromInit::Ready { version: protocol::VERSION, enforced }))) => {
                 sandbox.enforced = enforced;
                 match enforced.missing() {
                     missing if self.settings.require_limits && !missing.is_empty() => Err(not_made(format!(
@@ -329,10 +262,7 @@ impl PodmanEngine {
             Ok(Ok(Some(_))) => Err(not_made("init said something else than that it is ready".into())),
             Ok(Ok(None)) => Err(not_made("init closed its channel".into())),
             Ok(Err(error)) => Err(error),
-            Err(_) => Err(not_made(format!(
-                "not ready within {}",
-                humantime::format_duration(START_TIME)
-            ))),
+            Err(_) => Err(not_made(format!("not ready within {}", humantime::format_duration(START_TIME)))),
         }
     }
 }
@@ -363,10 +293,7 @@ impl<T> Keeper<T> {
             let messages = self.running.messages();
             if !released.is_cancelled() {
                 let status = status.map(|s| s.map_or_else(|e| e.to_string(), |s| s.to_string()));
-                let _ = words.set(format!(
-                    "{messages} ({})",
-                    status.unwrap_or_else(|| "still running".into())
-                ));
+                let _ = words.set(format!("{messages} ({})", status.unwrap_or_else(|| "still running".into())));
             }
             // podman removes what it ran (--rm), unless it failed half-way or was killed.
             if let Err(error) = self.podman.remove(std::slice::from_ref(&self.name)).await {
@@ -430,10 +357,7 @@ fn run_args(name: &str, settings: &EngineSettings, language: &Language, image: &
     add(format!("--cpus={}", limits.cpus));
     add(format!("--workdir={WORK_DIR}"));
     for (place, options) in [(WORK_DIR, "exec"), ("/tmp", "exec"), ("/dev/shm", "noexec")] {
-        add(format!(
-            "--mount={}",
-            tmpfs(place, options, limits.disk.as_u64(), limits.inodes)
-        ));
+        add(format!("--mount={}", tmpfs(place, options, limits.disk.as_u64(), limits.inodes)));
     }
     add(format!("--volume={}:{JOB_DIR}:ro", job_dir.display()));
     add(format!("--volume={}:{INIT}:ro", settings.executable.display()));

@@ -195,19 +195,8 @@ impl Pool {
             let (hand_over, turn) = oneshot::channel();
             let id = state.next_waiter;
             state.next_waiter += 1;
-            state.waiters.push_back(Waiter {
-                id,
-                language: language.to_owned(),
-                hand_over,
-            });
-            (
-                Place {
-                    shared: &self.shared,
-                    id,
-                },
-                turn,
-                queue.wait,
-            )
+            state.waiters.push_back(Waiter { id, language: language.to_owned(), hand_over });
+            (Place { shared: &self.shared, id }, turn, queue.wait)
         };
         self.shared.changed.notify_one();
         let waited = tokio::time::timeout(wait, turn).await;
@@ -257,11 +246,7 @@ impl Pool {
                             false => Image::Missing(NOT_LOOKED.into()),
                         };
                         // Sandboxes that are being made have the old limits: they are given up on arrival.
-                        Lane {
-                            image,
-                            generation: other.generation + 1,
-                            ..Lane::new(rank, language)
-                        }
+                        Lane { image, generation: other.generation + 1, ..Lane::new(rank, language) }
                     }
                     None => Lane::new(rank, language),
                 };
@@ -269,9 +254,8 @@ impl Pool {
             }
             given_up.extend(before.into_values().flat_map(|lane| lane.ready));
             for lane in state.lanes.values_mut() {
-                let (kept, beyond) = std::mem::take(&mut lane.ready)
-                    .into_iter()
-                    .partition(|sandbox| sandbox.uid < FIRST_UID + slots);
+                let (kept, beyond) =
+                    std::mem::take(&mut lane.ready).into_iter().partition(|sandbox| sandbox.uid < FIRST_UID + slots);
                 lane.ready = kept;
                 let beyond: VecDeque<Sandbox> = beyond;
                 given_up.extend(beyond);
@@ -313,11 +297,7 @@ impl Pool {
             let mut state = self.shared.lock();
             state.draining = true;
             state.waiters.clear();
-            state
-                .lanes
-                .values_mut()
-                .flat_map(|lane| std::mem::take(&mut lane.ready))
-                .collect()
+            state.lanes.values_mut().flat_map(|lane| std::mem::take(&mut lane.ready)).collect()
         };
         drop(given_up);
         self.shared.stop.cancel();
@@ -353,13 +333,7 @@ impl Shared {
         let mut unwanted = None;
         {
             let mut state = self.lock();
-            let State {
-                lanes,
-                waiters,
-                closing,
-                draining,
-                ..
-            } = &mut *state;
+            let State { lanes, waiters, closing, draining, .. } = &mut *state;
             let Some(lane) = lanes.get_mut(language).filter(|lane| lane.generation == generation) else {
                 return;
             };
@@ -397,9 +371,8 @@ impl Shared {
                     *closing += 1;
                     lane.failed(&error.to_string());
                     if let Err(refusal) = lane.refusal() {
-                        let (refused, others) = std::mem::take(waiters)
-                            .into_iter()
-                            .partition(|waiter| waiter.language == language);
+                        let (refused, others) =
+                            std::mem::take(waiters).into_iter().partition(|waiter| waiter.language == language);
                         *waiters = others;
                         let refused: VecDeque<Waiter> = refused;
                         for waiter in refused {
@@ -430,11 +403,7 @@ async fn manage(shared: Arc<Shared>, mut given_back: mpsc::UnboundedReceiver<u32
                     lane.making += 1;
                     let generation = lane.generation;
                     let slot = Slot::new(number, shared.freed.clone());
-                    let spec = SandboxSpec {
-                        language: Arc::clone(&lane.language),
-                        image: image.clone(),
-                        slot,
-                    };
+                    let spec = SandboxSpec { language: Arc::clone(&lane.language), image: image.clone(), slot };
                     let shared = Arc::clone(&shared);
                     tokio::spawn(async move {
                         let made = tokio::select! {
@@ -491,10 +460,9 @@ impl State {
     }
 
     fn lane(&mut self, language: &str) -> Result<&mut Lane, PoolError> {
-        self.lanes.get_mut(language).ok_or_else(|| PoolError::Unavailable {
-            language: language.to_owned(),
-            reason: "it is not enabled".into(),
-        })
+        self.lanes
+            .get_mut(language)
+            .ok_or_else(|| PoolError::Unavailable { language: language.to_owned(), reason: "it is not enabled".into() })
     }
 
     /// Demand first, in order of arrival; then refill what was used most.
@@ -504,11 +472,8 @@ impl State {
         }
         self.lanes.values_mut().for_each(Lane::purge);
         let making: usize = self.lanes.values().map(|lane| lane.making).sum();
-        let mut expected: BTreeMap<&str, usize> = self
-            .lanes
-            .iter()
-            .map(|(name, lane)| (name.as_str(), lane.making))
-            .collect();
+        let mut expected: BTreeMap<&str, usize> =
+            self.lanes.iter().map(|(name, lane)| (name.as_str(), lane.making)).collect();
         let mut coming = self.closing;
         for waiter in self.waiters.iter().filter(|waiter| !waiter.hand_over.is_closed()) {
             let Some(lane) = self.lanes.get(&waiter.language) else {
@@ -522,11 +487,7 @@ impl State {
                 continue;
             }
             if !self.free.is_empty() {
-                return if making < cores {
-                    Step::Make(waiter.language.clone())
-                } else {
-                    Step::Nothing
-                };
+                return if making < cores { Step::Make(waiter.language.clone()) } else { Step::Nothing };
             }
             if coming > 0 {
                 coming -= 1;
@@ -572,10 +533,9 @@ impl Lane {
     fn image_id(&self) -> Result<String, PoolError> {
         match &self.image {
             Image::Ready(id) => Ok(id.clone()),
-            Image::Missing(reason) => Err(PoolError::Unavailable {
-                language: self.language.name.clone(),
-                reason: reason.clone(),
-            }),
+            Image::Missing(reason) => {
+                Err(PoolError::Unavailable { language: self.language.name.clone(), reason: reason.clone() })
+            }
         }
     }
 
@@ -583,9 +543,7 @@ impl Lane {
     fn refusal(&self) -> Result<(), PoolError> {
         self.image_id()?;
         match self.failures >= BROKEN_AFTER && self.ready.is_empty() {
-            true => Err(PoolError::Broken {
-                language: self.language.name.clone(),
-            }),
+            true => Err(PoolError::Broken { language: self.language.name.clone() }),
             false => Ok(()),
         }
     }
@@ -598,9 +556,7 @@ impl Lane {
 
     fn failed(&mut self, reason: &str) {
         self.failures = self.failures.saturating_add(1);
-        let pause = RETRY_FIRST
-            .saturating_mul(1 << self.failures.min(10))
-            .min(RETRY_LONGEST);
+        let pause = RETRY_FIRST.saturating_mul(1 << self.failures.min(10)).min(RETRY_LONGEST);
         self.retry_at = Some(Instant::now() + pause);
         if self.last_error.as_deref() != Some(reason) {
             tracing::error!(language = self.language.name, reason, "no sandbox; trying again");
@@ -628,10 +584,6 @@ impl Lane {
     /// of recent use over what it has.
     fn pull(&self, now: Instant) -> f64 {
         let have = self.ready.len() + self.making;
-        if have == 0 {
-            f64::INFINITY
-        } else {
-            (self.uses_at(now) + 0.01) / (have as f64)
-        }
+        if have == 0 { f64::INFINITY } else { (self.uses_at(now) + 0.01) / (have as f64) }
     }
 }

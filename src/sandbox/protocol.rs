@@ -105,15 +105,8 @@ pub struct Enforced {
 impl Enforced {
     /// The names of those that are not kept.
     pub fn missing(self) -> Vec<&'static str> {
-        let all = [
-            ("memory", self.memory),
-            ("processes", self.processes),
-            ("cpu", self.cpu),
-        ];
-        all.into_iter()
-            .filter(|(_, kept)| !kept)
-            .map(|(name, _)| name)
-            .collect()
+        let all = [("memory", self.memory), ("processes", self.processes), ("cpu", self.cpu)];
+        all.into_iter().filter(|(_, kept)| !kept).map(|(name, _)| name).collect()
     }
 }
 
@@ -130,13 +123,7 @@ pub fn send<T: Serialize>(channel: BorrowedFd<'_>, message: &T, fds: &[BorrowedF
     let rights = [ControlMessage::ScmRights(&raw)];
     let control = if raw.is_empty() { &rights[..0] } else { &rights[..] };
     // MSG_NOSIGNAL: a peer that is gone is an error, not a SIGPIPE.
-    sendmsg::<()>(
-        channel.as_raw_fd(),
-        &[IoSlice::new(&bytes)],
-        control,
-        MsgFlags::MSG_NOSIGNAL,
-        None,
-    )?;
+    sendmsg::<()>(channel.as_raw_fd(), &[IoSlice::new(&bytes)], control, MsgFlags::MSG_NOSIGNAL, None)?;
     Ok(())
 }
 
@@ -201,23 +188,14 @@ mod tests {
     #[test]
     fn a_message_too_large_is_refused_before_it_is_sent() {
         let (server, _init) = pair();
-        let message = ToInit::Prepare {
-            uid: 1,
-            files: vec!["x".repeat(MAX_MESSAGE)],
-        };
-        assert_eq!(
-            send(server.as_fd(), &message, &[]).unwrap_err().kind(),
-            std::io::ErrorKind::InvalidInput
-        );
+        let message = ToInit::Prepare { uid: 1, files: vec!["x".repeat(MAX_MESSAGE)] };
+        assert_eq!(send(server.as_fd(), &message, &[]).unwrap_err().kind(), std::io::ErrorKind::InvalidInput);
     }
 
     #[test]
     fn the_largest_message_passes() {
         let (server, init) = pair();
-        let message = ToInit::Prepare {
-            uid: 1,
-            files: vec!["x".repeat(MAX_MESSAGE - 64)],
-        };
+        let message = ToInit::Prepare { uid: 1, files: vec!["x".repeat(MAX_MESSAGE - 64)] };
         send(server.as_fd(), &message, &[]).unwrap();
         assert!(receive::<ToInit>(init.as_fd()).unwrap().is_some());
     }

@@ -20,14 +20,8 @@ pub struct Living(Arc<Mutex<HashSet<String>>>);
 impl Living {
     /// A container is going to be made; it counts as kept until the mark is dropped.
     pub fn mark(&self, name: &str) -> Mark {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(name.to_owned());
-        Mark {
-            living: self.clone(),
-            name: name.to_owned(),
-        }
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
+        Mark { living: self.clone(), name: name.to_owned() }
     }
 
     fn is_living(&self, name: &str) -> bool {
@@ -44,11 +38,7 @@ pub struct Mark {
 
 impl Drop for Mark {
     fn drop(&mut self) {
-        self.living
-            .0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&self.name);
+        self.living.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.name);
     }
 }
 

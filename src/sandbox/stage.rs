@@ -30,16 +30,8 @@ impl Sandbox {
         live: &mut Live,
     ) -> Result<StageOutcome, SandboxError> {
         let pipes = Pipes::new(job.streams).map_err(SandboxError::io("cannot make pipes"))?;
-        self.channel.send(
-            &ToInit::Stage(spec(stage, language, job)),
-            &pipes.theirs.each_ref().map(AsFd::as_fd),
-        )?;
-        let Pipes {
-            theirs,
-            stdin,
-            stdout,
-            stderr,
-        } = pipes;
+        self.channel.send(&ToInit::Stage(spec(stage, language, job)), &pipes.theirs.each_ref().map(AsFd::as_fd))?;
+        let Pipes { theirs, stdin, stdout, stderr } = pipes;
         drop(theirs);
         if let Some(events) = &live.events {
             let _ = events.send(Event::Started(stage));
@@ -53,12 +45,7 @@ impl Sandbox {
         let mut fed = false;
 
         let deadline = Instant::now() + job.limits.time(stage) + STAGE_GRACE;
-        let mut printed = Printed {
-            stage,
-            job,
-            events: live.events.as_ref(),
-            output: Output::default(),
-        };
+        let mut printed = Printed { stage, job, events: live.events.as_ref(), output: Output::default() };
         let mut out = Reader::new(Stream::Stdout, Some(stdout));
         let mut err = Reader::new(Stream::Stderr, stderr);
         let (ended, artifact, usage) = loop {
@@ -93,13 +80,7 @@ impl Sandbox {
         if drained.await.is_err() {
             tracing::warn!(?stage, "pipes stayed open after every process had ended");
         }
-        Ok(StageOutcome {
-            stage,
-            ended,
-            artifact,
-            usage,
-            output: printed.output,
-        })
+        Ok(StageOutcome { stage, ended, artifact, usage, output: printed.output })
     }
 }
 
@@ -159,11 +140,7 @@ struct Reader {
 
 impl Reader {
     fn new(stream: Stream, pipe: Option<pipe::Receiver>) -> Reader {
-        Reader {
-            stream,
-            pipe,
-            buffer: Vec::new(),
-        }
+        Reader { stream, pipe, buffer: Vec::new() }
     }
 
     fn open(&self) -> bool {
