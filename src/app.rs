@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio_util::task::TaskTracker;
 
 use crate::api::{self, ApiSettings};
@@ -177,9 +177,9 @@ impl Reloader {
                         tracing::info!(languages = new.languages.join(" "), "configuration reloaded");
                         settings = new;
                     }
-                    Err(error) => tracing::error!(error = format!("{error:#}"), "configuration not changed"),
+                    Err(error) => tracing::error!(error = crate::told(&error), "configuration not changed"),
                 },
-                Err(error) => tracing::error!(error = format!("{error:#}"), "configuration not changed"),
+                Err(error) => tracing::error!(error = crate::told(&error), "configuration not changed"),
             }
         }
     }
@@ -235,6 +235,7 @@ fn updater(
         settings: settings.update,
         stamp: state_dir()?.join(format!("{}.updated", workshop.instance.name)),
         slot: HEALTH_SLOT,
+        checking: Mutex::default(),
         announce: Box::new(announce),
     })
 }

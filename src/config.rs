@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use figment::Figment;
+use figment::error::Kind;
 use figment::providers::{Env, Format, Serialized, Toml};
 use figment::value::{Dict, Value};
 use serde::{Deserialize, Serialize};
@@ -28,7 +29,7 @@ const NOT_SETTINGS: [&str; 3] = ["config", "log", "test_exe"];
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file that was named cannot be read.
-    #[error("cannot read the configuration {}: {source}", path.display())]
+    #[error("cannot read the configuration {}", path.display())]
     Unreadable {
         /// The file.
         path: PathBuf,
@@ -86,6 +87,7 @@ pub struct Overrides {
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs)]
 pub struct Settings {
+    #[serde(deserialize_with = "address")]
     pub listen: SocketAddr,
     pub instance: String,
     pub engine: EngineKind,
@@ -257,6 +259,13 @@ impl Settings {
                 });
             }
         }
+        if !self.podman.is_absolute() && self.podman.components().count() != 1 {
+            return Err(ConfigError::OutOfRange {
+                key: "podman".into(),
+                value: format!("{:?}", self.podman),
+                allowed: "an absolute path, or a name to be found on PATH".into(),
+            });
+        }
         for origin in &self.cors_origins {
             if origin != "*" && !(origin.starts_with("http://") || origin.starts_with("https://")) {
                 return Err(ConfigError::OutOfRange {
@@ -336,16 +345,48 @@ fn environment(keys: BTreeMap<String, String>) -> Env {
     })
 }
 
-/// figment's first error in words that name the key and where it was set.
+/// figment's first error in words that name the key, where it was set, and what is allowed.
 fn malformed(error: figment::Error, file: &str) -> ConfigError {
     let Some(first) = error.into_iter().next() else {
         return ConfigError::Malformed(format!("{file}: not readable as settings"));
     };
-    let key = first.path.join(".");
     let from_environment = first.metadata.as_ref().is_some_and(|m| m.name.contains("environment"));
-    let place = if from_environment { format!("environment ({PREFIX}…)") } else { file.to_owned() };
-    let key = if key.is_empty() { String::new() } else { format!("{key}: ") };
-    ConfigError::Malformed(format!("{place}: {key}{}", first.kind))
+    let what = match &first.kind {
+        Kind::InvalidType(found, expected) | Kind::InvalidValue(found, expected) => {
+            format!("{found} is not {}", in_words(expected))
+        }
+        Kind::UnknownField(_, known) => format!("there is no such key; there are {}", known.join(", ")),
+        Kind::UnknownVariant(found, known) => format!("{found:?} is none of {}", known.join(", ")),
+        other => other.to_string(),
+    };
+    let key = match first.path.join(".") {
+        key if from_environment => format!("{PREFIX}{}", key.replace('.', "_").to_ascii_uppercase()),
+        key => key,
+    };
+    let place = if from_environment { "the environment" } else { file };
+    let parts = [place, &key, &what];
+    ConfigError::Malformed(parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(": "))
+}
+
+/// An address; serde's own error would not tell the value.
+fn address<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SocketAddr, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    text.parse().map_err(|_| serde::de::Error::invalid_value(serde::de::Unexpected::Str(&text), &"socket address"))
+}
+
+/// What a value should have been, for those who write no Rust.
+fn in_words(expected: &str) -> &str {
+    match expected {
+        "usize" | "u64" | "u32" => "a whole number",
+        "f64" => "a number",
+        "parsable string" => "a size like \"64MiB\"",
+        "a duration" => "a duration like \"10s\"",
+        "path string" => "a path",
+        "a sequence" => "a list like [\"c\", \"python\"]",
+        "a map" => "a table",
+        "socket address" => "an address and port like \"127.0.0.1:8080\"",
+        other => other,
+    }
 }
 
 #[cfg(test)]
@@ -356,7 +397,7 @@ pub(crate) mod tests {
         load("").unwrap().language(name).unwrap()
     }
 
-    fn load(text: &str) -> Result<Settings, ConfigError> {
+    pub(crate) fn load(text: &str) -> Result<Settings, ConfigError> {
         Settings::from_layers("test.toml", text, &Overrides::default())
     }
 

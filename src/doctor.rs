@@ -112,7 +112,7 @@ async fn languages(settings: &Settings, checks: &mut Vec<Check>) {
     };
     let workshop = match Workshop::open(settings) {
         Ok(workshop) => workshop,
-        Err(error) => return checks.push(Check::new("instance", false, format!("{error:#}"), "see there")),
+        Err(error) => return checks.push(Check::new("instance", false, crate::told(&error), "see there")),
     };
     for language in languages {
         let name = format!("language {}", language.name);

@@ -9,7 +9,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tokio::sync::{mpsc, oneshot};
+use futures_util::future::join_all;
+use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::UpdateSettings;
@@ -136,6 +137,8 @@ pub struct ImageUpdater {
     pub stamp: PathBuf,
     /// Slot of the health programs' sandboxes: none of the pool's.
     pub slot: u32,
+    /// Held while a health program runs: there is one slot for them.
+    pub checking: Mutex<()>,
     /// Is told the image of a language whenever it changes.
     pub announce: Announce,
 }
@@ -232,14 +235,17 @@ impl ImageUpdater {
                 }
             }
         }
-        for (name, languages) in missing {
-            if let Err(error) = self.fetch(&name, &languages).await {
-                complete = false;
+        // A slow pull keeps no other language waiting.
+        let fetched = join_all(missing.iter().map(|(name, languages)| async move {
+            let fetched = self.fetch(name, languages).await;
+            if let Err(error) = &fetched {
                 tracing::error!(image = name, %error, "cannot use an image");
-                self.announce_failure(&languages, &error);
+                self.announce_failure(languages, error);
             }
-        }
-        complete
+            fetched.is_ok()
+        }))
+        .await;
+        complete && fetched.into_iter().all(|ok| ok)
     }
 
     /// The first image of a name: the one that is here, or a pulled one.
@@ -311,6 +317,7 @@ impl ImageUpdater {
 
     /// Runs the health program of each language in a sandbox of the image.
     async fn check(&self, id: &str, languages: &[Arc<Language>]) -> Result<(), ImageError> {
+        let _one_at_a_time = self.checking.lock().await;
         for language in languages {
             let (free, mut freed) = mpsc::unbounded_channel();
             let spec =
@@ -354,7 +361,10 @@ impl ImageUpdater {
             let left = match self.podman.names(&ours).await {
                 Ok(left) if left.is_empty() => return,
                 Ok(left) => left,
-                Err(error) => return tracing::warn!(%error, "cannot list replaced images"),
+                Err(error) => {
+                    tracing::warn!(%error, "cannot list replaced images");
+                    Vec::new()
+                }
             };
             for name in left {
                 let deleted = self.delete(&name).await;

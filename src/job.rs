@@ -83,7 +83,7 @@ pub struct Limits {
     pub cpus: f64,
     /// Open files of a process.
     pub open_files: u64,
-    /// Size of each writable directory.
+    /// Size of each writable directory; see [`Limits::directory_size`].
     pub disk: bytesize::ByteSize,
     /// Files in each writable directory.
     pub inodes: u64,
@@ -116,6 +116,12 @@ pub enum Stage {
 }
 
 impl Limits {
+    /// Bytes of each writable directory. There are three, and the memory that they are charged to has to
+    /// suffice when all are full: at most a quarter of it.
+    pub fn directory_size(&self) -> u64 {
+        self.disk.as_u64().min(self.memory.as_u64() / 4)
+    }
+
     /// Wall time of a stage.
     pub fn time(&self, stage: Stage) -> Duration {
         match stage {

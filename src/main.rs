@@ -92,7 +92,14 @@ fn main() -> ExitCode {
         Verb::Serve { .. } => "info",
         _ => "warn",
     };
-    let filter = EnvFilter::try_from_env("CODERUNNER_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    let filter = std::env::var("CODERUNNER_LOG").unwrap_or_else(|_| level.into());
+    let filter = match EnvFilter::try_new(&filter) {
+        Ok(filter) => filter,
+        Err(_) => {
+            eprintln!("coderunner: CODERUNNER_LOG = {filter:?}: allowed are error, warn, info, debug, trace and off");
+            return ExitCode::FAILURE;
+        }
+    };
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -110,8 +117,17 @@ fn main() -> ExitCode {
     // A read of our stdin may be under way, and cannot be cancelled.
     runtime.shutdown_background();
     ended.unwrap_or_else(|error| {
-        eprintln!("coderunner: {error:#}");
+        eprintln!("coderunner: {}", told(&error));
         ExitCode::FAILURE
+    })
+}
+
+/// An error and its causes, but those that it tells itself.
+fn told(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |told, cause| match told.contains(&cause) {
+        _ if told.is_empty() => cause,
+        true => told,
+        false => format!("{told}: {cause}"),
     })
 }
 

@@ -357,7 +357,7 @@ fn run_args(name: &str, settings: &EngineSettings, language: &Language, image: &
     add(format!("--cpus={}", limits.cpus));
     add(format!("--workdir={WORK_DIR}"));
     for (place, options) in [(WORK_DIR, "exec"), ("/tmp", "exec"), ("/dev/shm", "noexec")] {
-        add(format!("--mount={}", tmpfs(place, options, limits.disk.as_u64(), limits.inodes)));
+        add(format!("--mount={}", tmpfs(place, options, limits.directory_size(), limits.inodes)));
     }
     add(format!("--volume={}:{JOB_DIR}:ro", job_dir.display()));
     add(format!("--volume={}:{INIT}:ro", settings.executable.display()));
@@ -373,4 +373,89 @@ fn tmpfs(place: &str, options: &str, size: u64, inodes: u64) -> String {
         "type=volume,destination={place},volume-opt=type=tmpfs,volume-opt=device=tmpfs,\
          \"volume-opt=o=size={size},nr_inodes={inodes},mode=1777,nosuid,nodev,{options}\""
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn settings() -> EngineSettings {
+        EngineSettings {
+            instance: "test".into(),
+            jobs: "/run/jobs".into(),
+            executable: "/usr/bin/coderunner".into(),
+            require_limits: false,
+            keepers: TaskTracker::new(),
+            living: Living::default(),
+        }
+    }
+
+    fn args(language: &Language) -> Vec<String> {
+        run_args("name", &settings(), language, "sha256:id", Path::new("/run/jobs/job-1"))
+            .into_iter()
+            .map(|arg| arg.into_string().unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn the_walls_are_all_there() {
+        let args = args(&crate::config::tests::language("c"));
+        for wall in [
+            "--network=none",
+            "--read-only",
+            "--read-only-tmpfs=false",
+            "--cap-drop=all",
+            "--security-opt=no-new-privileges",
+            "--http-proxy=false",
+            "--pids-limit=65",
+            "--memory=536870912b",
+            "--memory-swap=536870912b",
+            "--label=io.coderunner=1",
+            "--label=io.coderunner.instance=test",
+            "--label=io.coderunner.language=c",
+        ] {
+            assert!(args.iter().any(|arg| arg == wall), "{wall} is not in {args:?}");
+        }
+        assert_eq!(args[args.len() - 2..], ["--", "sha256:id"]);
+    }
+
+    /// Some text as a TOML string.
+    fn quoted(text: &str) -> String {
+        toml::Value::String(text.into()).to_string()
+    }
+
+    fn configured(key: &str, image: &str, source: &str, word: &str) -> Option<Language> {
+        let text = format!(
+            "[language.{}]\nimage = {}\nsource = {}\nrun = [{}]\nhealth = {{ code = \"\", output = \"\" }}",
+            quoted(key),
+            quoted(image),
+            quoted(source),
+            quoted(word),
+        );
+        crate::config::tests::load(&text).ok()?.language(key).ok()
+    }
+
+    proptest! {
+        /// What a request brings is no argument of [`run_args`] at all. What the configuration brings besides
+        /// limits changes the label behind its `=`, and nothing else.
+        #[test]
+        fn no_string_of_a_user_becomes_an_option(
+            name in "x[a-z0-9+_-]{0,20}", source in "[^/\0]{1,40}", word in "[^\0]{0,40}",
+        ) {
+            prop_assume!(source != "." && source != "..");
+            let language = configured(&name, "image", &source, &word).expect("valid");
+            let label = format!("--label=io.coderunner.language={name}");
+            let others: Vec<String> = args(&language).into_iter().filter(|arg| *arg != label).collect();
+            let mut plain = args(&crate::config::tests::language("bash"));
+            plain.retain(|arg| arg != "--label=io.coderunner.language=bash");
+            prop_assert_eq!(others, plain);
+        }
+
+        #[test]
+        fn names_that_look_like_options_are_refused(text in "--?[a-z=]{0,20}") {
+            prop_assert!(configured(&text, "image", "source", "word").is_none());
+            prop_assert!(configured("name", &text, "source", "word").is_none());
+        }
+    }
 }

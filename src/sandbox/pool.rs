@@ -441,15 +441,15 @@ impl State {
     /// Changes the number of slots; those beyond it go when they come back.
     fn resize(&mut self, slots: u32) {
         self.slots = slots;
-        self.free.retain(|number| *number < slots);
+        // Beyond the new number only those that are taken still exist.
+        for number in std::mem::take(&mut self.free) {
+            self.take_back(number);
+        }
         for number in (0..slots).rev() {
             if self.existing.insert(number) {
                 self.free.push(number);
             }
         }
-        let free = &self.free;
-        // Beyond the new number only those that are taken still exist.
-        self.existing.retain(|number| *number < slots || !free.contains(number));
     }
 
     fn take_back(&mut self, number: u32) {
@@ -500,7 +500,13 @@ impl State {
                 None => Step::Nothing,
             };
         }
-        if self.free.is_empty() || making >= cores {
+        if self.free.is_empty() {
+            return match self.closing {
+                0 => self.rebalance(now),
+                _ => Step::Nothing,
+            };
+        }
+        if making >= cores {
             return Step::Nothing;
         }
         let refill = self
@@ -509,6 +515,23 @@ impl State {
             .filter(|(_, lane)| lane.can_make(now))
             .max_by(|(_, a), (_, b)| a.pull(now).total_cmp(&b.pull(now)).then_with(|| b.rank.cmp(&a.rank)));
         refill.map_or(Step::Nothing, |(name, _)| Step::Make(name.clone()))
+    }
+
+    /// Every language has something ready, if there are slots enough: one whose image came late takes from
+    /// another that has two, or from a lesser one where it never had any.
+    fn rebalance(&self, now: Instant) -> Step {
+        let lanes = || self.lanes.iter();
+        let lacks = |lane: &Lane| lane.ready.len() + lane.making == 0 && lane.failures == 0 && lane.can_make(now);
+        let Some((_, lacking)) = lanes().filter(|(_, lane)| lacks(lane)).min_by_key(|(_, lane)| lane.rank) else {
+            return Step::Nothing;
+        };
+        let gives = |lane: &Lane| match lane.ready.len() {
+            0 => false,
+            1 => lacking.enforced.is_none() && lacking.rank < lane.rank,
+            _ => true,
+        };
+        let giver = lanes().filter(|(_, lane)| gives(lane)).max_by_key(|(_, lane)| (lane.ready.len(), lane.rank));
+        giver.map_or(Step::Nothing, |(name, _)| Step::GiveUp(name.clone()))
     }
 }
 
@@ -585,5 +608,129 @@ impl Lane {
     fn pull(&self, now: Instant) -> f64 {
         let have = self.ready.len() + self.making;
         if have == 0 { f64::INFINITY } else { (self.uses_at(now) + 0.01) / (have as f64) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(slots: u32, names: &[&str]) -> State {
+        let lanes = names.iter().enumerate().map(|(rank, name)| {
+            let mut language = crate::config::tests::language("bash");
+            language.name = (*name).to_owned();
+            (language.name.clone(), Lane { image: Image::Ready("id".into()), ..Lane::new(rank, &Arc::new(language)) })
+        });
+        let mut state = State {
+            queue: QueueSettings { length: 10, wait: Duration::from_secs(1) },
+            slots: 0,
+            existing: BTreeSet::new(),
+            free: Vec::new(),
+            closing: 0,
+            lanes: lanes.collect(),
+            waiters: VecDeque::new(),
+            next_waiter: 0,
+            draining: false,
+        };
+        state.resize(slots);
+        state
+    }
+
+    impl State {
+        fn wait_for(&mut self, language: &str) -> oneshot::Receiver<Result<Sandbox, PoolError>> {
+            let (hand_over, turn) = oneshot::channel();
+            self.waiters.push_back(Waiter { id: self.next_waiter, language: language.to_owned(), hand_over });
+            self.next_waiter += 1;
+            turn
+        }
+
+        /// Follows the steps until there is nothing to do; the languages in the order in which they were made.
+        fn made(&mut self) -> Vec<String> {
+            let mut made = Vec::new();
+            while let Step::Make(name) = self.next_step(usize::MAX, Instant::now()) {
+                self.free.pop().unwrap();
+                self.lanes.get_mut(&name).unwrap().making += 1;
+                made.push(name);
+            }
+            made
+        }
+    }
+
+    #[tokio::test]
+    async fn every_language_gets_one_before_any_gets_two() {
+        let mut state = state(4, &["z", "b", "a"]);
+        assert_eq!(state.made()[..3], ["z", "b", "a"], "in the order of the configuration");
+        assert!(state.free.is_empty());
+    }
+
+    #[tokio::test]
+    async fn spare_slots_follow_use() {
+        let mut state = state(10, &["a", "b"]);
+        (0..8).for_each(|_| state.lanes.get_mut("b").unwrap().note_use());
+        let made = state.made();
+        assert!(made.iter().filter(|name| *name == "b").count() >= 8, "{made:?}");
+        assert!(made.contains(&"a".to_owned()));
+    }
+
+    #[tokio::test]
+    async fn who_waits_comes_first_in_order_of_arrival() {
+        let mut state = state(3, &["a", "b", "c"]);
+        let _turns = [state.wait_for("c"), state.wait_for("c"), state.wait_for("b")];
+        assert_eq!(state.made(), ["c", "c", "b"]);
+    }
+
+    #[tokio::test]
+    async fn one_that_has_left_is_not_served() {
+        let mut state = state(1, &["a", "b"]);
+        drop(state.wait_for("b"));
+        assert_eq!(state.made(), ["a"]);
+    }
+
+    #[tokio::test]
+    async fn no_more_starts_at_once_than_cores() {
+        let mut state = state(10, &["a"]);
+        state.lanes.get_mut("a").unwrap().making = 2;
+        let _turn = state.wait_for("a");
+        assert_eq!(state.next_step(2, Instant::now()), Step::Nothing);
+        assert_eq!(state.next_step(3, Instant::now()), Step::Make("a".into()));
+    }
+
+    #[tokio::test]
+    async fn a_failing_language_pauses_and_the_others_go_on() {
+        let mut state = state(4, &["a", "b"]);
+        let broken = state.lanes.get_mut("a").unwrap();
+        (0..BROKEN_AFTER).for_each(|_| broken.failed("no podman"));
+        assert!(matches!(broken.refusal(), Err(PoolError::Broken { .. })));
+        assert_eq!(state.made(), ["b"; 4]);
+        let later = Instant::now() + RETRY_LONGEST;
+        state.free.push(9);
+        assert_eq!(state.next_step(usize::MAX, later), Step::Make("a".into()), "tried again after the pause");
+        state.lanes.get_mut("a").unwrap().making = 1;
+        assert_ne!(state.next_step(usize::MAX, later), Step::Make("a".into()), "one attempt at a time");
+    }
+
+    #[tokio::test]
+    async fn nothing_is_made_without_an_image_or_while_draining() {
+        let mut state = state(2, &["a"]);
+        state.lanes.get_mut("a").unwrap().image = Image::Missing("not pulled".into());
+        assert_eq!(state.made(), [String::new(); 0]);
+        state.lanes.get_mut("a").unwrap().image = Image::Ready("id".into());
+        state.draining = true;
+        assert_eq!(state.made(), [String::new(); 0]);
+    }
+
+    #[tokio::test]
+    async fn slots_shrink_and_grow_without_being_given_twice() {
+        let mut state = state(4, &["a"]);
+        let taken: Vec<u32> = (0..3).map(|_| state.free.pop().unwrap()).collect();
+        state.resize(1);
+        state.resize(4);
+        let mut seen = taken.clone();
+        seen.extend(&state.free);
+        seen.sort_unstable();
+        assert_eq!(seen, [0, 1, 2, 3]);
+        state.resize(1);
+        taken.into_iter().for_each(|number| state.take_back(number));
+        assert_eq!(state.free, [0]);
     }
 }

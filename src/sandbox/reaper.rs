@@ -13,6 +13,9 @@ use crate::process::ProcessError;
 /// Time between two sweeps of a running server.
 const INTERVAL: Duration = Duration::from_secs(60);
 
+/// Time after which a failed sweep is tried again: podman refuses to remove what is just ending.
+const RETRY: Duration = Duration::from_secs(2);
+
 /// The names of the containers that have a keeper. All others of the instance are left over.
 #[derive(Debug, Clone, Default)]
 pub struct Living(Arc<Mutex<HashSet<String>>>);
@@ -54,16 +57,22 @@ pub async fn sweep(podman: &Podman, instance: &str, living: &Living) -> Result<u
 /// Sweeps now and from time to time until `stop`.
 pub async fn run(podman: Podman, instance: String, living: Living, stop: CancellationToken) {
     loop {
-        let pause = async {
-            match sweep(&podman, &instance, &living).await {
-                Ok(0) => {}
-                Ok(removed) => tracing::info!(removed, "containers without an owner are removed"),
-                Err(error) => tracing::warn!(%error, "cannot sweep; trying again"),
-            }
-            tokio::time::sleep(INTERVAL).await;
+        let round = async {
+            let pause = match sweep(&podman, &instance, &living).await {
+                Ok(0) => INTERVAL,
+                Ok(removed) => {
+                    tracing::info!(removed, "containers without an owner are removed");
+                    INTERVAL
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot sweep; trying again");
+                    RETRY
+                }
+            };
+            tokio::time::sleep(pause).await;
         };
         tokio::select! {
-            () = pause => {}
+            () = round => {}
             () = stop.cancelled() => return,
         }
     }

@@ -97,7 +97,7 @@ fn spec(stage: Stage, language: &Language, job: &Job) -> StageSpec {
         time_us: micros(job.limits.time(stage)),
         cpu_time_us: micros(job.limits.cpu_time(stage)),
         open_files: job.limits.open_files,
-        file_size: job.limits.disk.as_u64(),
+        file_size: job.limits.directory_size(),
         processes: u64::from(job.limits.processes),
     }
 }
