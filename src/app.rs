@@ -12,13 +12,16 @@ use tokio_util::task::TaskTracker;
 
 use crate::api::{self, ApiSettings};
 use crate::cache::MemoCache;
+use crate::cgroup::Delegated;
 use crate::config::{EngineKind, Overrides, Settings};
 use crate::control;
 use crate::image::{ImageUpdater, Request};
 use crate::instance::{self, Instance};
 use crate::language::Language;
 use crate::runner::{Runner, Tasks};
-use crate::sandbox::podman::{EngineSettings, Info, Podman, PodmanEngine};
+use crate::sandbox::crun::CrunEngine;
+use crate::sandbox::keeper::EngineSettings;
+use crate::sandbox::podman::{Info, Podman, PodmanEngine};
 use crate::sandbox::pool::Pool;
 use crate::sandbox::reaper::{self, Living};
 use crate::sandbox::{Engine, HEALTH_SLOT};
@@ -44,7 +47,7 @@ pub struct Workshop {
 
 impl Workshop {
     /// Takes the instance's name and clears what an earlier one left behind.
-    pub fn open(settings: &Settings) -> anyhow::Result<Workshop> {
+    pub async fn open(settings: &Settings) -> anyhow::Result<Workshop> {
         refuse_root()?;
         let instance = Instance::take(&settings.instance)?;
         let jobs = instance.jobs();
@@ -53,24 +56,21 @@ impl Workshop {
         instance::mountable(&executable)?;
         let podman = Podman::new(&settings.podman);
         let (keepers, living) = (TaskTracker::new(), Living::default());
-        let engine = match settings.engine {
-            EngineKind::Podman => PodmanEngine::new(
-                podman.clone(),
-                EngineSettings {
-                    instance: instance.name.clone(),
-                    jobs,
-                    executable,
-                    require_limits: settings.require_limits,
-                    keepers: keepers.clone(),
-                    living: living.clone(),
-                },
-            ),
+        let engine_settings = EngineSettings {
+            instance: instance.name.clone(),
+            jobs,
+            executable,
+            require_limits: settings.require_limits,
+            keepers: keepers.clone(),
+            living: living.clone(),
         };
-        Ok(Workshop { instance, podman, engine: Arc::new(engine), keepers, living })
+        let engine = engine(settings.engine, &podman, engine_settings, instance.crun_state()).await?;
+        Ok(Workshop { instance, podman, engine, keepers, living })
     }
 
     /// Waits until all containers have gone, then removes by label whatever has not.
     pub async fn close(self) {
+        self.engine.close().await;
         self.keepers.close();
         if tokio::time::timeout(KEEPERS_TIME, self.keepers.wait()).await.is_err() {
             tracing::warn!(containers = self.keepers.len(), "containers did not go by themselves");
@@ -83,13 +83,50 @@ impl Workshop {
     }
 }
 
+/// The engine of this kind; `auto` takes the faster one where it works.
+async fn engine(
+    kind: EngineKind,
+    podman: &Podman,
+    settings: EngineSettings,
+    state: PathBuf,
+) -> anyhow::Result<Arc<dyn Engine>> {
+    let by_podman = |settings| Arc::new(PodmanEngine::new(podman.clone(), settings)) as Arc<dyn Engine>;
+    if kind == EngineKind::Podman {
+        return Ok(by_podman(settings));
+    }
+    let (cgroup, why_not) = match Delegated::take() {
+        Ok(cgroup) => (Some(cgroup), String::new()),
+        Err(error) => (None, error.to_string()),
+    };
+    let crun = CrunEngine::new(podman.clone(), settings.clone(), state, cgroup.clone());
+    let works = crun.preflight().await;
+    // Where podman can keep limits through the user's systemd, a faster engine that cannot is no gain.
+    let unlimited = cgroup.is_none() && podman.info().await.is_ok_and(|info| missing_controllers(&info).is_empty());
+    match (kind, works) {
+        (EngineKind::Crun, Err(reason)) => bail!("the crun engine does not work here: {reason}"),
+        (EngineKind::Auto, Err(reason)) => {
+            tracing::info!(reason, "engine podman: crun cannot be used");
+            Ok(by_podman(settings))
+        }
+        (EngineKind::Auto, Ok(())) if unlimited => {
+            tracing::info!(reason = why_not, "engine podman: containers of crun's could not be limited");
+            Ok(by_podman(settings))
+        }
+        (_, Ok(())) => {
+            tracing::info!(cgroup = cgroup.map(|c| c.of("").display().to_string()), "engine crun");
+            Ok(Arc::new(crun))
+        }
+        (EngineKind::Podman, Err(_)) => Ok(by_podman(settings)),
+    }
+}
+
 /// Serves until a signal ends it.
 pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Result<()> {
     let settings = Settings::load(file.as_deref(), &overrides)?;
     let phases = Phases::default();
     let (reload, reloads) = mpsc::channel(1);
     let _signals = shutdown::listen(phases.clone(), reload).context("cannot listen for signals")?;
-    let workshop = Workshop::open(&settings)?;
+    let workshop = Workshop::open(&settings).await?;
     let listener =
         TcpListener::bind(settings.listen).await.with_context(|| format!("cannot listen on {}", settings.listen))?;
     let address = listener.local_addr().context("cannot tell the address")?;
@@ -248,7 +285,7 @@ pub async fn update(settings: &Settings) -> anyhow::Result<bool> {
     if let Some(ok) = ordered {
         return Ok(ok);
     }
-    let workshop = Workshop::open(settings)?;
+    let workshop = Workshop::open(settings).await?;
     let reports = updater(&workshop, settings, settings.enabled()?, |_, _| ())?.update().await;
     workshop.close().await;
     let (text, ok) = control::summary(&reports);

@@ -58,6 +58,10 @@ pub enum ConfigError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum EngineKind {
+    /// crun where it works and limits can be kept that way, else podman.
+    Auto,
+    /// A template by podman, copies of it by crun.
+    Crun,
     /// `podman run` per sandbox.
     Podman,
 }

@@ -110,7 +110,7 @@ async fn languages(settings: &Settings, checks: &mut Vec<Check>) {
             return checks.push(Check::new("languages", false, error.to_string(), "mend the configuration"));
         }
     };
-    let workshop = match Workshop::open(settings) {
+    let workshop = match Workshop::open(settings).await {
         Ok(workshop) => workshop,
         Err(error) => return checks.push(Check::new("instance", false, crate::told(&error), "see there")),
     };

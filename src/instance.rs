@@ -54,6 +54,9 @@ pub fn runtime_dir() -> Result<PathBuf, InstanceError> {
     if meta.uid() != uid {
         return Err(error(format!("{} belongs to user {}", dir.display(), meta.uid())));
     }
+    if !meta.is_dir() {
+        return Err(error(format!("{} is no directory", dir.display())));
+    }
     mountable(&dir)?;
     Ok(dir.join("coderunner"))
 }
@@ -113,6 +116,11 @@ impl Instance {
     /// Where job directories are made.
     pub fn jobs(&self) -> PathBuf {
         self.dir.join("jobs")
+    }
+
+    /// Where crun keeps its state.
+    pub fn crun_state(&self) -> PathBuf {
+        self.dir.join("crun")
     }
 
     /// The socket on which a running server takes orders.

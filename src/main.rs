@@ -3,6 +3,7 @@
 mod api;
 mod app;
 mod cache;
+mod cgroup;
 mod config;
 mod control;
 mod doctor;
@@ -16,11 +17,13 @@ mod runner;
 mod sandbox;
 mod shutdown;
 
+use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::anyhow;
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
@@ -55,11 +58,9 @@ enum Verb {
         /// The language [default: that of the file's name]
         #[arg(short, long)]
         language: Option<String>,
-        /// The source
-        file: PathBuf,
-        /// Arguments of the program
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        args: Vec<String>,
+        /// The source, and the arguments of the program: whatever they look like, they are not ours
+        #[arg(required = true, trailing_var_arg = true, value_names = ["FILE", "ARGS"])]
+        program: Vec<OsString>,
     },
     /// Check whether this host can do what is promised; exit code 1 if not.
     Doctor(Common),
@@ -70,6 +71,9 @@ enum Verb {
     /// PID 1 of a sandbox.
     #[command(hide = true)]
     Init,
+    /// The server's hand in podman's namespaces.
+    #[command(hide = true)]
+    Agent,
 }
 
 #[derive(Debug, Args)]
@@ -84,9 +88,11 @@ struct Common {
 
 fn main() -> ExitCode {
     let verb = Cli::parse().verb;
-    if let Verb::Init = verb {
+    match verb {
         // Before anything that makes threads.
-        return sandbox::init::main();
+        Verb::Init => return sandbox::init::main(),
+        Verb::Agent => return sandbox::agent::main(),
+        _ => {}
     }
     let level = match verb {
         Verb::Serve { .. } => "info",
@@ -144,7 +150,11 @@ async fn run(verb: Verb) -> anyhow::Result<ExitCode> {
             let overrides = Overrides { listen, engine, languages: common.languages, ..Overrides::default() };
             app::serve(common.config, overrides).await.map(|()| ExitCode::SUCCESS)
         }
-        Verb::Run { config, language, file, args } => {
+        Verb::Run { config, language, program } => {
+            let mut words = program.into_iter();
+            let file = words.next().unwrap_or_default().into();
+            let text = |word: OsString| word.into_string().map_err(|word| anyhow!("the argument {word:?} is no UTF-8"));
+            let args = words.map(text).collect::<anyhow::Result<_>>()?;
             once::run(once::Once { file, language, args, config }).await.map(ExitCode::from)
         }
         Verb::Doctor(common) => {
@@ -158,6 +168,6 @@ async fn run(verb: Verb) -> anyhow::Result<ExitCode> {
             print!("{}", toml::to_string(&load(&common)?)?);
             Ok(ExitCode::SUCCESS)
         }
-        Verb::Init => Ok(ExitCode::FAILURE),
+        Verb::Init | Verb::Agent => Ok(ExitCode::FAILURE),
     }
 }

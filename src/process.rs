@@ -154,13 +154,19 @@ impl Cmd {
         Err(ProcessError::Failed { command: self.name(), status, message: tail(&stderr) })
     }
 
-    /// Starts a child that lives on, with `fd` as its descriptor 3; stdout is thrown away.
-    pub fn spawn(&self, fd: OwnedFd) -> Result<Running, ProcessError> {
+    /// Starts a child that lives on, with a descriptor of ours; stdout is thrown away.
+    pub fn spawn(&self, passed: Passed) -> Result<Running, ProcessError> {
         let mut command = self.command();
         command.stdout(Stdio::null()).stderr(Stdio::piped());
-        command
-            .fd_mappings(vec![FdMapping { parent_fd: fd, child_fd: 3 }])
-            .map_err(|error| ProcessError::Io { command: self.name(), source: std::io::Error::other(error) })?;
+        match passed {
+            Passed::Nothing => {}
+            Passed::Stdin(fd) => drop(command.stdin(Stdio::from(fd))),
+            Passed::Third(fd) => {
+                let mapping = vec![FdMapping { parent_fd: fd, child_fd: 3 }];
+                let io = |error| ProcessError::Io { command: self.name(), source: std::io::Error::other(error) };
+                command.fd_mappings(mapping).map_err(io)?;
+            }
+        }
         let mut child = self.start(&mut command)?;
         let messages = Arc::new(Mutex::new(Vec::new()));
         let (kept, stderr) = (Arc::clone(&messages), child.stderr.take());
@@ -178,6 +184,16 @@ impl Cmd {
     }
 }
 
+/// A descriptor that a child gets besides stdout and stderr.
+pub enum Passed {
+    /// None.
+    Nothing,
+    /// As its stdin.
+    Stdin(OwnedFd),
+    /// As its descriptor 3.
+    Third(OwnedFd),
+}
+
 /// A child that lives on; when dropped, its process group is killed.
 pub struct Running {
     child: Group,
@@ -186,16 +202,16 @@ pub struct Running {
 }
 
 impl Running {
-    /// Waits for its end. May be called again.
-    pub async fn wait(&mut self) -> std::io::Result<ExitStatus> {
+    /// Waits for its end; an error is the end of what it said on stderr, and its status.
+    pub async fn end(&mut self) -> Result<(), String> {
         let status = self.child.0.wait().await;
         let _ = tokio::time::timeout(PIPE_GRACE, &mut self.reader).await;
-        status
-    }
-
-    /// The end of what it said on stderr so far.
-    pub fn messages(&self) -> String {
-        tail(&self.messages.lock().unwrap_or_else(PoisonError::into_inner))
+        let said = tail(&self.messages.lock().unwrap_or_else(PoisonError::into_inner));
+        match status {
+            Ok(status) if status.success() => Ok(()),
+            Ok(status) => Err(format!("{said} ({status})")),
+            Err(error) => Err(format!("{said} ({error})")),
+        }
     }
 }
 

@@ -47,9 +47,10 @@ pub fn routes(runner: Arc<Runner>, settings: ApiSettings) -> BoxedFilter<(Respon
         .and(warp::post())
         .and(json_body(settings.body_limit))
         .then(move |request| coderunner::run(request, Arc::clone(&runner), Arc::clone(&settings)));
+    let read = || warp::get().or(warp::head()).unify();
     let healthz =
-        warp::path!("healthz").and(warp::get()).map(|| warp::reply::json(&json!({"status": "ok"})).into_response());
-    let readyz = warp::path!("readyz").and(warp::get()).map(move || ready(&ready_runner));
+        warp::path!("healthz").and(read()).map(|| warp::reply::json(&json!({"status": "ok"})).into_response());
+    let readyz = warp::path!("readyz").and(read()).map(move || ready(&ready_runner));
     let other_method = warp::path!("coderunner")
         .map(|| "POST, OPTIONS")
         .or(warp::path!("healthz").or(warp::path!("readyz")).map(|_| "GET, HEAD"))
@@ -58,7 +59,8 @@ pub fn routes(runner: Arc<Runner>, settings: ApiSettings) -> BoxedFilter<(Respon
 
     let all = run.or(healthz).unify().or(readyz).unify().or(other_method).unify();
     match cors {
-        Some(cors) => all.recover(refuse).with(cors).map(Reply::into_response).boxed(),
+        // Inside, so that a page can read refusals; and outside, for those of its origin.
+        Some(cors) => all.recover(refuse).with(cors).recover(refuse).map(Reply::into_response).boxed(),
         None => all.recover(refuse).map(Reply::into_response).boxed(),
     }
 }

@@ -1,15 +1,16 @@
-//! The server's end of the channel to init.
+//! The server's end of a channel: to an init, or to the agent.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixDatagram as StdSocket;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::Interest;
 use tokio::net::UnixDatagram;
 
 use super::SandboxError;
-use super::protocol::{self, FromInit, ToInit};
+use super::protocol;
 
 /// tokio has no seqpacket socket; its datagram socket waits for one just as well.
 #[derive(Debug)]
@@ -21,9 +22,7 @@ impl Channel {
         let make = || -> std::io::Result<(Channel, OwnedFd)> {
             let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
             // Only ours: init waits for its messages.
-            let ours = StdSocket::from(ours);
-            ours.set_nonblocking(true)?;
-            Ok((Channel(UnixDatagram::from_std(ours)?), theirs))
+            Ok((Channel::from_fd(ours)?, theirs))
         };
         make().map_err(SandboxError::io("cannot make a channel"))
     }
@@ -34,21 +33,31 @@ impl Channel {
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
+    /// The channel that a child finds at this descriptor.
+    pub fn from_fd(fd: OwnedFd) -> std::io::Result<Channel> {
+        let socket = StdSocket::from(fd);
+        socket.set_nonblocking(true)?;
+        Ok(Channel(UnixDatagram::from_std(socket)?))
+    }
+
     /// Sends without waiting: a message or two always fit into the socket's buffer.
-    pub fn send(&self, message: &ToInit, fds: &[BorrowedFd<'_>]) -> Result<(), SandboxError> {
+    pub fn send(&self, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> Result<(), SandboxError> {
         protocol::send(self.0.as_fd(), message, fds).map_err(|error| match error.kind() {
             std::io::ErrorKind::BrokenPipe => SandboxError::Gone("its channel is closed".into()),
-            _ => SandboxError::Io { what: "cannot speak to init", source: error },
+            _ => SandboxError::Io { what: "cannot send on a channel", source: error },
         })
     }
 
-    /// The next message; `None` when init has gone. Safe to cancel.
-    pub async fn receive(&self) -> Result<Option<FromInit>, SandboxError> {
-        let message = self.0.async_io(Interest::READABLE, || protocol::receive(self.0.as_fd())).await;
-        match message {
-            Ok(message) => Ok(message.map(|(message, _)| message)),
+    /// The next message; `None` when the other side has gone. Safe to cancel.
+    pub async fn receive<T: DeserializeOwned>(&self) -> Result<Option<T>, SandboxError> {
+        Ok(self.receive_with_fds().await?.map(|(message, _)| message))
+    }
+
+    /// The next message and the descriptors beside it.
+    pub async fn receive_with_fds<T: DeserializeOwned>(&self) -> Result<Option<(T, Vec<OwnedFd>)>, SandboxError> {
+        match self.0.async_io(Interest::READABLE, || protocol::receive(self.0.as_fd())).await {
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => Ok(None),
-            Err(source) => Err(SandboxError::Io { what: "cannot hear init", source }),
+            received => received.map_err(SandboxError::io("cannot receive on a channel")),
         }
     }
 }

@@ -23,6 +23,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::{Gid, Pid, Uid, setegid, seteuid};
 
 use super::protocol::{self, CHANNEL_FD, Enforced, FromInit, JOB_DIR, StageSpec, ToInit, VERSION, WORK_DIR};
+use super::seccomp;
 use crate::job::{Ended, Usage};
 
 /// Longest that killed processes may take to die; they can be stuck in the kernel, and then the container goes.
@@ -105,6 +106,8 @@ impl Init {
         let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(uid));
         self.ids = Some((uid, gid));
         WRITABLE.iter().try_for_each(|place| open_to_all(Path::new(place)))?;
+        // A tmpfs that anyone can write to, where cgroups are v1; else this fails, and need not be.
+        let _ = fs::set_permissions(CGROUP, fs::Permissions::from_mode(0o755));
         let mut contents = Vec::with_capacity(files.len());
         for name in files {
             contents.push((Path::new(WORK_DIR).join(name), fs::read(Path::new(JOB_DIR).join(name))?));
@@ -254,6 +257,7 @@ fn spawn(spec: &StageSpec, pipes: [OwnedFd; 3], (uid, gid): (Uid, Gid), enforced
         .stdout(Stdio::from(stdout))
         .stderr(Stdio::from(stderr));
     let limits = resource_limits(spec, enforced);
+    let filter = seccomp::filter()?;
     // SAFETY: this process has one thread, so the child may do whatever the parent may.
     unsafe {
         command.pre_exec(move || {
@@ -268,7 +272,8 @@ fn spawn(spec: &StageSpec, pipes: [OwnedFd; 3], (uid, gid): (Uid, Gid), enforced
             nix::unistd::setresuid(uid, uid, uid)?;
             nix::sys::prctl::set_no_new_privs()?;
             SigSet::empty().thread_set_mask()?;
-            Ok(())
+            // Last: it holds from here on.
+            seccompiler::apply_filter(&filter).map_err(io::Error::other)
         });
     }
     let child = command.spawn()?;

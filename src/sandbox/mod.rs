@@ -4,12 +4,16 @@
 //! closes the channel; init exits, and the container with it. Its *keeper*, a task of the engine, owns the
 //! rest (the engine's process, the job directory, the [`Slot`]) and gives it back when the container is gone.
 
+pub mod agent;
 mod channel;
+pub mod crun;
 pub mod init;
+pub mod keeper;
 pub mod podman;
 pub mod pool;
 pub mod protocol;
 pub mod reaper;
+mod seccomp;
 mod stage;
 
 use std::path::PathBuf;
@@ -87,6 +91,9 @@ pub trait Engine: Send + Sync {
     /// Makes one and waits until its init is ready. The slot is given back when the container is gone,
     /// also where this fails or is dropped.
     fn start(&self, spec: SandboxSpec) -> BoxFuture<'_, Result<Sandbox, SandboxError>>;
+
+    /// Gives up what is kept for further sandboxes.
+    fn close(&self) -> BoxFuture<'_, ()>;
 }
 
 /// What a sandbox is made of.

@@ -1,38 +1,27 @@
 //! podman: its argument vectors, its JSON, and the engine that makes each sandbox by `podman run`.
 
 use std::ffi::OsString;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
 use super::channel::Channel;
-use super::protocol::{self, FromInit, JOB_DIR, WORK_DIR};
-use super::reaper::Living;
+use super::keeper::{EngineSettings, Started};
+use super::protocol::{JOB_DIR, WORK_DIR};
 use super::{Engine, LABEL, LABEL_INSTANCE, LABEL_LANGUAGE, Sandbox, SandboxError, SandboxSpec};
 use crate::language::Language;
-use crate::process::{Cmd, ProcessError, Running};
+use crate::process::{Cmd, Passed, ProcessError};
 
 /// Longest that a quick verb (ps, rm, inspect, tag) may take: podman waits for its locks under load.
 const VERB_TIME: Duration = Duration::from_secs(30);
 
-/// Longest that making a sandbox may take, the wait for podman's locks included.
-const START_TIME: Duration = Duration::from_secs(30);
-
-/// Longest that a released container may take to end by itself before it is removed by force.
-const END_TIME: Duration = Duration::from_secs(10);
-
 /// Where the executable is mounted in a sandbox.
-const INIT: &str = "/run/coderunner-init";
+pub(super) const INIT: &str = "/run/coderunner-init";
 
-/// A failing command's status goes out of band, so podman's own codes mean podman.
-const PODMAN_OK: i32 = 0;
+/// The places that programs may write to, and whether they may execute what they wrote there.
+pub(super) const WRITABLE: [(&str, &str); 3] = [(WORK_DIR, "exec"), ("/tmp", "exec"), ("/dev/shm", "noexec")];
 
 /// The podman of this user, one function per verb.
 #[derive(Debug, Clone)]
@@ -89,6 +78,13 @@ impl Podman {
         let fixed = ["rm", "--force", "--volumes", "--ignore", "--time", "0", "--"];
         let args = fixed.into_iter().chain(names.iter().map(String::as_str));
         Cmd::new(&self.program, args).output(VERB_TIME).await.map(drop)
+    }
+
+    /// Removes a container; a failure is for the log, and for the next sweep.
+    pub async fn remove_or_warn(&self, name: &str) {
+        if let Err(error) = self.remove(&[name.to_owned()]).await {
+            tracing::warn!(container = name, %error, "cannot remove a container: the next sweep tries again");
+        }
     }
 
     /// Content id of an image; `None` where there is none of that name.
@@ -148,6 +144,21 @@ impl Podman {
         Ok(map.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok()).sum())
     }
 
+    /// The command that runs another one inside this user's user and mount namespace.
+    pub fn unshare(&self, program: &Path, args: &[&str]) -> Cmd {
+        let fixed = ["unshare".into(), program.into()];
+        Cmd::new(&self.program, fixed.into_iter().chain(args.iter().map(OsString::from)))
+    }
+
+    /// Creates a container and has everything mounted for it, but does not start it. Returns the path of the
+    /// OCI configuration that podman wrote for it.
+    pub async fn create(&self, name: &str, args: Vec<OsString>) -> Result<PathBuf, ProcessError> {
+        let args = std::iter::once("create".into()).chain(args);
+        Cmd::new(&self.program, args).output(VERB_TIME).await?;
+        self.text(&["init", "--", name]).await?;
+        self.text(&["container", "inspect", "--format", "{{.OCIConfigPath}}", "--", name]).await.map(PathBuf::from)
+    }
+
     /// What podman says of itself and the host.
     pub async fn info(&self) -> Result<Info, ProcessError> {
         let json = self.cmd(&["info", "--format", "json"]).output(VERB_TIME).await?;
@@ -172,23 +183,6 @@ impl Podman {
     }
 }
 
-/// What an engine needs to know.
-#[derive(Debug, Clone)]
-pub struct EngineSettings {
-    /// Name of the instance, for labels.
-    pub instance: String,
-    /// Where job directories are made, below the runtime directory: podman's mount namespace sees it.
-    pub jobs: PathBuf,
-    /// This program, as mounted for init.
-    pub executable: PathBuf,
-    /// Whether a sandbox whose limits the kernel does not keep is refused.
-    pub require_limits: bool,
-    /// Where the keepers of sandboxes run.
-    pub keepers: TaskTracker,
-    /// Where they tell what they keep.
-    pub living: Living,
-}
-
 /// Makes each sandbox by `podman run`, which stays our child until its container is removed.
 pub struct PodmanEngine {
     podman: Podman,
@@ -204,66 +198,25 @@ impl PodmanEngine {
 
     async fn make(&self, spec: SandboxSpec) -> Result<Sandbox, SandboxError> {
         let SandboxSpec { language, image, slot } = spec;
-        let job_dir = tempfile::Builder::new()
-            .prefix("job-")
-            // Not for the programs: these see what init copies.
-            .permissions(std::fs::Permissions::from_mode(0o700))
-            .tempdir_in(&self.settings.jobs)
-            .map_err(SandboxError::io("cannot make a job directory"))?;
+        let job_dir = self.settings.job_directory()?;
         let number = self.made.fetch_add(1, Ordering::Relaxed);
         let name = format!("coderunner-{}-{}-{number}", self.settings.instance, std::process::id());
         let mark = self.settings.living.mark(&name);
         let args = run_args(&name, &self.settings, &language, &image, job_dir.path());
         let (channel, theirs) = Channel::pair()?;
-        let running = Cmd::new(&self.podman.program, args).spawn(theirs)?;
-
-        let (released, gone, uid) = (CancellationToken::new(), CancellationToken::new(), slot.uid());
-        let path = job_dir.path().to_owned();
-        let mut keeper = Keeper { podman: self.podman.clone(), name, running, what: Some((job_dir, mark, slot)) };
-        let (told, ended) = (released.clone(), gone.clone());
-        let last_words = Arc::new(std::sync::OnceLock::new());
-        let words = Arc::clone(&last_words);
-        self.settings.keepers.spawn(async move {
-            keeper.keep(&told, &words).await;
-            ended.cancel();
-        });
-        let mut sandbox = Sandbox {
+        let mut running = Cmd::new(&self.podman.program, args).spawn(Passed::Third(theirs))?;
+        let podman = self.podman.clone();
+        let started = Started {
             channel,
-            job_dir: path,
-            uid,
+            job_dir: job_dir.path().to_owned(),
             image,
-            enforced: protocol::Enforced::default(),
-            gone,
-            _released: released.drop_guard(),
+            uid: slot.uid(),
+            // podman removes what it ran (--rm), unless it failed half-way or was killed.
+            ended: Box::pin(async move { running.end().await }),
+            remove: Box::pin(async move { podman.remove_or_warn(&name).await }),
+            owned: Box::new((job_dir, mark, slot)),
         };
-        // From here on whatever fails drops the sandbox, and its keeper cleans up.
-        let not_made = |reason: String| SandboxError::NotMade { language: language.name.clone(), reason };
-        let ready = tokio::select! {
-            message = timeout(START_TIME, sandbox.channel.receive()) => message,
-            () = sandbox.gone.cancelled() => {
-                return Err(not_made(last_words.get().cloned().unwrap_or_else(|| "podman ended".into())));
-            }
-        };
-        match ready {
-            Ok(Ok(Some(FromInit::Ready { version: protocol::VERSION, enforced }))) => {
-                sandbox.enforced = enforced;
-                match enforced.missing() {
-                    missing if self.settings.require_limits && !missing.is_empty() => Err(not_made(format!(
-                        "require_limits is set and the kernel does not limit its {}; see `coderunner doctor`",
-                        missing.join(", ")
-                    ))),
-                    _ => Ok(sandbox),
-                }
-            }
-            Ok(Ok(Some(FromInit::Ready { version, .. }))) => Err(not_made(format!(
-                "the executable speaks protocol {version}, this server {}: it was replaced, restart the server",
-                protocol::VERSION
-            ))),
-            Ok(Ok(Some(_))) => Err(not_made("init said something else than that it is ready".into())),
-            Ok(Ok(None)) => Err(not_made("init closed its channel".into())),
-            Ok(Err(error)) => Err(error),
-            Err(_) => Err(not_made(format!("not ready within {}", humantime::format_duration(START_TIME)))),
-        }
+        self.settings.raise(started, &language).await
     }
 }
 
@@ -271,56 +224,38 @@ impl Engine for PodmanEngine {
     fn start(&self, spec: SandboxSpec) -> BoxFuture<'_, Result<Sandbox, SandboxError>> {
         Box::pin(self.make(spec))
     }
-}
 
-/// Owns what a sandbox is made of until its container is gone.
-struct Keeper<T> {
-    podman: Podman,
-    name: String,
-    running: Running,
-    what: Option<T>,
-}
-
-impl<T> Keeper<T> {
-    /// Waits until the container has ended, by itself or because it was released, and sees it removed.
-    async fn keep(&mut self, released: &CancellationToken, words: &std::sync::OnceLock<String>) {
-        let status = tokio::select! {
-            status = self.running.wait() => Some(status),
-            () = released.cancelled() => timeout(END_TIME, self.running.wait()).await.ok(),
-        };
-        let clean = matches!(&status, Some(Ok(status)) if status.code() == Some(PODMAN_OK));
-        if !clean {
-            let messages = self.running.messages();
-            if !released.is_cancelled() {
-                let status = status.map(|s| s.map_or_else(|e| e.to_string(), |s| s.to_string()));
-                let _ = words.set(format!("{messages} ({})", status.unwrap_or_else(|| "still running".into())));
-            }
-            // podman removes what it ran (--rm), unless it failed half-way or was killed.
-            if let Err(error) = self.podman.remove(std::slice::from_ref(&self.name)).await {
-                tracing::warn!(container = self.name, %error, "cannot remove a container: the next sweep tries again");
-            }
-        }
-        self.what = None;
+    fn close(&self) -> BoxFuture<'_, ()> {
+        Box::pin(std::future::ready(()))
     }
 }
 
 /// The command that makes a sandbox. Nothing of a request is in it: code, arguments and input go
 /// through the job directory and the channel.
 fn run_args(name: &str, settings: &EngineSettings, language: &Language, image: &str, job_dir: &Path) -> Vec<OsString> {
+    let mut args: Vec<OsString> = ["run", "--rm", "--sdnotify=ignore", "--sig-proxy=false", "--preserve-fds=1"]
+        .into_iter()
+        .map(OsString::from)
+        .collect();
+    for (place, options) in WRITABLE {
+        let limits = &language.limits;
+        args.push(format!("--mount={}", volume(place, options, limits.directory_size(), limits.inodes)).into());
+    }
+    args.push(format!("--volume={}:{JOB_DIR}:ro", job_dir.display()).into());
+    args.extend(walls(name, settings, language, image));
+    args
+}
+
+/// What makes a container a sandbox, whichever engine starts it; the image at the end.
+pub(super) fn walls(name: &str, settings: &EngineSettings, language: &Language, image: &str) -> Vec<OsString> {
     let limits = &language.limits;
     let mut args: Vec<OsString> = Vec::new();
     let mut add = |arg: String| args.push(arg.into());
     for fixed in [
-        "run",
-        // Life: removed at its end; nothing restarts, checks, logs or announces it.
-        "--rm",
+        // Nothing restarts, checks or logs it.
         "--pull=never",
         "--log-driver=none",
-        "--sdnotify=ignore",
         "--no-healthcheck",
-        "--sig-proxy=false",
-        "--preserve-fds=1",
-        // Walls.
         "--network=none",
         "--ipc=none",
         "--pid=private",
@@ -355,11 +290,8 @@ fn run_args(name: &str, settings: &EngineSettings, language: &Language, image: &
     // One more for init.
     add(format!("--pids-limit={}", limits.processes + 1));
     add(format!("--cpus={}", limits.cpus));
-    add(format!("--workdir={WORK_DIR}"));
-    for (place, options) in [(WORK_DIR, "exec"), ("/tmp", "exec"), ("/dev/shm", "noexec")] {
-        add(format!("--mount={}", tmpfs(place, options, limits.directory_size(), limits.inodes)));
-    }
-    add(format!("--volume={}:{JOB_DIR}:ro", job_dir.display()));
+    // Programs start in /work, which is not mounted yet in a template.
+    add("--workdir=/".into());
     add(format!("--volume={}:{INIT}:ro", settings.executable.display()));
     add(format!("--entrypoint=[\"{INIT}\",\"init\"]"));
     add("--".into());
@@ -368,7 +300,7 @@ fn run_args(name: &str, settings: &EngineSettings, language: &Language, image: &
 }
 
 /// A tmpfs with a count of inodes: as a volume, because podman's own tmpfs mounts refuse `nr_inodes`.
-fn tmpfs(place: &str, options: &str, size: u64, inodes: u64) -> String {
+fn volume(place: &str, options: &str, size: u64, inodes: u64) -> String {
     format!(
         "type=volume,destination={place},volume-opt=type=tmpfs,volume-opt=device=tmpfs,\
          \"volume-opt=o=size={size},nr_inodes={inodes},mode=1777,nosuid,nodev,{options}\""

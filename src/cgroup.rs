@@ -1,0 +1,77 @@
+//! The part of the cgroup tree that was delegated to this server, for containers that it limits itself.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Where cgroup v2 is mounted.
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// The leaf that the server itself sits in: a cgroup that hands controllers on has no processes of its own.
+/// systemd's `DelegateSubgroup=` is given the same name.
+const LEAF: &str = "sup";
+
+/// What containers are limited by.
+const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+
+/// A delegated cgroup below which containers get theirs.
+#[derive(Debug, Clone)]
+pub struct Delegated {
+    /// Its path below the root of the tree, with a slash in front.
+    path: PathBuf,
+}
+
+impl Delegated {
+    /// Makes room: moves this process into a leaf and hands the controllers on. The error says what is in
+    /// the way: cgroup v1, or a cgroup that is not ours.
+    pub fn take() -> io::Result<Delegated> {
+        if !Path::new(ROOT).join("cgroup.controllers").exists() {
+            return Err(io::Error::other("there is no cgroup v2 tree"));
+        }
+        let own = fs::read_to_string("/proc/self/cgroup")?;
+        let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+        let own = Path::new(own);
+        let base = if own.ends_with(LEAF) { own.parent().unwrap_or(own) } else { own };
+        if base.as_os_str().is_empty() {
+            return Err(io::Error::other("this process is in the root cgroup"));
+        }
+        let dir = Path::new(ROOT).join(base);
+        let explain = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", dir.display()));
+        let leaf = dir.join(LEAF);
+        match fs::create_dir(&leaf) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(explain(error)),
+            _ => fs::write(leaf.join("cgroup.procs"), std::process::id().to_string()).map_err(explain)?,
+        }
+        for controller in CONTROLLERS {
+            fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}")).map_err(explain)?;
+        }
+        Ok(Delegated { path: Path::new("/").join(base) })
+    }
+
+    /// The path of a container's cgroup, as OCI has it: from the root of the tree.
+    pub fn of(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Removes a container's cgroup, if it is there and empty.
+    pub fn remove(&self, name: &str) {
+        let dir = self.dir().join(name);
+        // The OCI runtime does it, unless it was killed.
+        let _ =
+            fs::remove_dir(dir.join("container")).and_then(|()| fs::remove_dir(&dir)).or_else(|_| fs::remove_dir(&dir));
+    }
+
+    /// Removes the empty cgroups that an earlier server left.
+    pub fn clear(&self) {
+        let Ok(entries) = fs::read_dir(self.dir()) else { return };
+        for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+            if entry.file_name() != LEAF {
+                self.remove(&entry.file_name().to_string_lossy());
+            }
+        }
+    }
+
+    fn dir(&self) -> PathBuf {
+        Path::new(ROOT).join(self.path.strip_prefix("/").unwrap_or(&self.path))
+    }
+}
