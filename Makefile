@@ -67,6 +67,9 @@ ifeq ($(DESTDIR),)
 endif
 
 uninstall: ## remove it again, but its settings, account and data
+ifeq ($(DESTDIR),)
+	test ! -d /run/systemd/system || systemctl disable --now coderunner
+endif
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/,bin/coderunner lib/systemd/system/coderunner.service \
 		lib/sysusers.d/coderunner.conf lib/tmpfiles.d/coderunner.conf)
 

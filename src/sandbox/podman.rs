@@ -310,7 +310,9 @@ fn volume(place: &str, options: &str, size: u64, inodes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sandbox::reaper::Living;
     use proptest::prelude::*;
+    use tokio_util::task::TaskTracker;
 
     fn settings() -> EngineSettings {
         EngineSettings {
