@@ -20,6 +20,7 @@ use super::agent::Agent;
 use super::channel::Channel;
 use super::keeper::{EngineSettings, Started};
 use super::podman::{self, Podman, WRITABLE};
+use super::profile;
 use super::protocol::JOB_DIR;
 use super::reaper::Mark;
 use super::{Engine, Sandbox, SandboxError, SandboxSpec};
@@ -179,6 +180,7 @@ impl CrunEngine {
             language: language.name.clone(),
             reason: format!("cannot read podman's {}: {error}", config.display()),
         })?;
+        compile_profile(&mut template.spec);
         let template = Arc::new(template);
         templates.insert(language.name.clone(), Arc::clone(&template));
         Ok(template)
@@ -236,6 +238,15 @@ impl CrunEngine {
         let number = self.made.fetch_add(1, Ordering::Relaxed);
         format!("coderunner-{}-{}-{kind}-{number}", self.settings.instance, std::process::id())
     }
+}
+
+/// Has crun take podman's seccomp profile as a filter that is compiled already, where that can be had.
+fn compile_profile(spec: &mut Spec) {
+    let profile = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
+    let Some(filter) = profile.and_then(profile::compiled) else { return };
+    let mut annotations = spec.annotations().clone().unwrap_or_default();
+    annotations.insert(profile::ANNOTATION.to_owned(), filter);
+    spec.set_annotations(Some(annotations));
 }
 
 impl Engine for CrunEngine {

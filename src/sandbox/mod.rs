@@ -11,6 +11,7 @@ pub mod init;
 pub mod keeper;
 pub mod podman;
 pub mod pool;
+mod profile;
 pub mod protocol;
 pub mod reaper;
 mod seccomp;

@@ -1,0 +1,122 @@
+//! podman's seccomp profile as a compiled filter: crun would compile it anew for every container, which costs
+//! more than all the rest of making one.
+
+use std::collections::BTreeMap;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompOperator};
+use seccompiler::{BpfMap, TargetArch, compile_from_json};
+use serde_json::{Value, json};
+
+/// crun takes a compiled filter from this annotation, in base64.
+pub const ANNOTATION: &str = "run.oci.seccomp_bpf_data";
+
+/// Calls that podman's profile does not allow fail with this, also those that it refuses by name.
+const REFUSAL: u32 = nix::libc::ENOSYS as u32;
+
+/// The filter of a profile, ready for [`ANNOTATION`]: what the profile allows is allowed, all else is refused,
+/// and other architectures than this one, which the profile may allow, are killed. `None` where the profile is
+/// not of that kind; then crun has to compile it.
+pub fn compiled(profile: &LinuxSeccomp) -> Option<String> {
+    if profile.default_action() != LinuxSeccompAction::ScmpActErrno {
+        return None;
+    }
+    // By call: the conditions under which it is allowed; none at all is always.
+    let mut allowed: BTreeMap<&str, Option<Vec<Value>>> = BTreeMap::new();
+    for entry in profile.syscalls().iter().flatten() {
+        if entry.action() != LinuxSeccompAction::ScmpActAllow {
+            continue;
+        }
+        for name in entry.names() {
+            let rules = allowed.entry(name).or_insert_with(|| Some(Vec::new()));
+            match entry.args() {
+                Some(args) if !args.is_empty() => {
+                    let conditions = args.iter().map(condition).collect::<Option<Vec<Value>>>()?;
+                    if let Some(rules) = rules {
+                        rules.push(json!({"syscall": name, "args": conditions}));
+                    }
+                }
+                _ => *rules = None,
+            }
+        }
+    }
+    // A name that this machine does not have (or the compiler does not know) stays refused.
+    let rules: Vec<Value> = allowed
+        .into_iter()
+        .filter(|(name, _)| compile(&[json!({"syscall": name})]).is_some())
+        .flat_map(|(name, rules)| rules.unwrap_or_else(|| vec![json!({"syscall": name})]))
+        .collect();
+    compile(&rules)
+}
+
+fn compile(rules: &[Value]) -> Option<String> {
+    let filter = json!({"main": {"mismatch_action": {"errno": REFUSAL}, "match_action": "allow", "filter": rules}});
+    let arch = TargetArch::try_from(std::env::consts::ARCH).ok()?;
+    let filters: BpfMap = compile_from_json(filter.to_string().as_bytes(), arch).ok()?;
+    let bytes: Vec<u8> = filters
+        .get("main")?
+        .iter()
+        .flat_map(|step| {
+            let [code_low, code_high] = step.code.to_ne_bytes();
+            let [k0, k1, k2, k3] = step.k.to_ne_bytes();
+            [code_low, code_high, step.jt, step.jf, k0, k1, k2, k3]
+        })
+        .collect();
+    Some(STANDARD.encode(bytes))
+}
+
+fn condition(arg: &LinuxSeccompArg) -> Option<Value> {
+    let (operator, value) = match arg.op() {
+        LinuxSeccompOperator::ScmpCmpNe => (json!("ne"), arg.value()),
+        LinuxSeccompOperator::ScmpCmpLt => (json!("lt"), arg.value()),
+        LinuxSeccompOperator::ScmpCmpLe => (json!("le"), arg.value()),
+        LinuxSeccompOperator::ScmpCmpEq => (json!("eq"), arg.value()),
+        LinuxSeccompOperator::ScmpCmpGe => (json!("ge"), arg.value()),
+        LinuxSeccompOperator::ScmpCmpGt => (json!("gt"), arg.value()),
+        LinuxSeccompOperator::ScmpCmpMaskedEq => (json!({"masked_eq": arg.value()}), arg.value_two()?),
+    };
+    Some(json!({"index": u8::try_from(arg.index()).ok()?, "type": "qword", "op": operator, "val": value}))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn profile(text: &str) -> LinuxSeccomp {
+        serde_json::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn a_profile_that_allows_by_name_is_compiled() {
+        let one = profile(
+            r#"{"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [
+            {"names": ["read", "write", "no_such_call"], "action": "SCMP_ACT_ALLOW"},
+            {"names": ["mount"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1},
+            {"names": ["clone"], "action": "SCMP_ACT_ALLOW",
+             "args": [{"index": 0, "value": 2114060288, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"}]}]}"#,
+        );
+        let compiled = compiled(&one).unwrap();
+        let steps = STANDARD.decode(compiled).unwrap();
+        assert_eq!(steps.len() % 8, 0);
+        assert!(steps.len() > 10 * 8);
+    }
+
+    #[test]
+    fn always_wins_over_sometimes() {
+        let text = |second: &str| {
+            format!(
+                r#"{{"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [
+                {{"names": ["personality"], "action": "SCMP_ACT_ALLOW"}}{second}]}}"#
+            )
+        };
+        let sometimes = r#", {"names": ["personality"], "action": "SCMP_ACT_ALLOW",
+            "args": [{"index": 0, "value": 8, "op": "SCMP_CMP_EQ"}]}"#;
+        assert_eq!(compiled(&profile(&text(sometimes))), compiled(&profile(&text(""))));
+    }
+
+    #[test]
+    fn a_profile_that_refuses_by_name_is_left_to_crun() {
+        assert_eq!(compiled(&profile(r#"{"defaultAction": "SCMP_ACT_ALLOW"}"#)), None);
+    }
+}
