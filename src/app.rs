@@ -12,16 +12,15 @@ use tokio_util::task::TaskTracker;
 
 use crate::api::{self, ApiSettings};
 use crate::cache::MemoCache;
-use crate::cgroup::Delegated;
-use crate::config::{EngineKind, Overrides, Settings};
+use crate::config::{Overrides, Settings};
 use crate::control;
 use crate::image::{ImageUpdater, Request};
 use crate::instance::{self, Instance};
 use crate::language::Language;
 use crate::runner::{Runner, Tasks};
-use crate::sandbox::crun::CrunEngine;
+use crate::sandbox::auto::Chosen;
 use crate::sandbox::keeper::EngineSettings;
-use crate::sandbox::podman::{Info, Podman, PodmanEngine};
+use crate::sandbox::podman::Podman;
 use crate::sandbox::pool::Pool;
 use crate::sandbox::reaper::{self, Living};
 use crate::sandbox::{Engine, HEALTH_SLOT};
@@ -47,7 +46,7 @@ pub struct Workshop {
 
 impl Workshop {
     /// Takes the instance's name and clears what an earlier one left behind.
-    pub async fn open(settings: &Settings) -> anyhow::Result<Workshop> {
+    pub fn open(settings: &Settings) -> anyhow::Result<Workshop> {
         refuse_root()?;
         let instance = Instance::take(&settings.instance)?;
         let jobs = instance.jobs();
@@ -64,8 +63,8 @@ impl Workshop {
             keepers: keepers.clone(),
             living: living.clone(),
         };
-        let engine = engine(settings.engine, &podman, engine_settings, instance.crun_state()).await?;
-        Ok(Workshop { instance, podman, engine, keepers, living })
+        let engine = Chosen::new(settings.engine, podman.clone(), engine_settings, instance.crun_state());
+        Ok(Workshop { instance, podman, engine: Arc::new(engine), keepers, living })
     }
 
     /// Waits until all containers have gone, then removes by label whatever has not.
@@ -83,50 +82,13 @@ impl Workshop {
     }
 }
 
-/// The engine of this kind; `auto` takes the faster one where it works.
-async fn engine(
-    kind: EngineKind,
-    podman: &Podman,
-    settings: EngineSettings,
-    state: PathBuf,
-) -> anyhow::Result<Arc<dyn Engine>> {
-    let by_podman = |settings| Arc::new(PodmanEngine::new(podman.clone(), settings)) as Arc<dyn Engine>;
-    if kind == EngineKind::Podman {
-        return Ok(by_podman(settings));
-    }
-    let (cgroup, why_not) = match Delegated::take() {
-        Ok(cgroup) => (Some(cgroup), String::new()),
-        Err(error) => (None, error.to_string()),
-    };
-    let crun = CrunEngine::new(podman.clone(), settings.clone(), state, cgroup.clone());
-    let works = crun.preflight().await;
-    // Where podman can keep limits through the user's systemd, a faster engine that cannot is no gain.
-    let unlimited = cgroup.is_none() && podman.info().await.is_ok_and(|info| missing_controllers(&info).is_empty());
-    match (kind, works) {
-        (EngineKind::Crun, Err(reason)) => bail!("the crun engine does not work here: {reason}"),
-        (EngineKind::Auto, Err(reason)) => {
-            tracing::info!(reason, "engine podman: crun cannot be used");
-            Ok(by_podman(settings))
-        }
-        (EngineKind::Auto, Ok(())) if unlimited => {
-            tracing::info!(reason = why_not, "engine podman: containers of crun's could not be limited");
-            Ok(by_podman(settings))
-        }
-        (_, Ok(())) => {
-            tracing::info!(cgroup = cgroup.map(|c| c.of("").display().to_string()), "engine crun");
-            Ok(Arc::new(crun))
-        }
-        (EngineKind::Podman, Err(_)) => Ok(by_podman(settings)),
-    }
-}
-
 /// Serves until a signal ends it.
 pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Result<()> {
     let settings = Settings::load(file.as_deref(), &overrides)?;
     let phases = Phases::default();
     let (reload, reloads) = mpsc::channel(1);
     let _signals = shutdown::listen(phases.clone(), reload).context("cannot listen for signals")?;
-    let workshop = Workshop::open(&settings).await?;
+    let workshop = Workshop::open(&settings)?;
     let listener =
         TcpListener::bind(settings.listen).await.with_context(|| format!("cannot listen on {}", settings.listen))?;
     let address = listener.local_addr().context("cannot tell the address")?;
@@ -285,7 +247,7 @@ pub async fn update(settings: &Settings) -> anyhow::Result<bool> {
     if let Some(ok) = ordered {
         return Ok(ok);
     }
-    let workshop = Workshop::open(settings).await?;
+    let workshop = Workshop::open(settings)?;
     let reports = updater(&workshop, settings, settings.enabled()?, |_, _| ())?.update().await;
     workshop.close().await;
     let (text, ok) = control::summary(&reports);
@@ -335,7 +297,7 @@ async fn report_host(podman: &Podman, require_limits: bool) -> anyhow::Result<()
             return Ok(());
         }
     };
-    let missing = missing_controllers(&info);
+    let missing = info.missing_controllers();
     tracing::info!(podman = info.version, runtime = info.runtime, storage = info.driver, cgroups = info.cgroup_version);
     if !missing.is_empty() && require_limits {
         bail!(
@@ -346,14 +308,4 @@ async fn report_host(podman: &Podman, require_limits: bool) -> anyhow::Result<()
         );
     }
     Ok(())
-}
-
-/// The limits that podman's containers cannot have here.
-pub fn missing_controllers(info: &Info) -> Vec<&'static str> {
-    let has = |name: &str| info.cgroup_version == "v2" && info.controllers.iter().any(|c| c == name);
-    [("memory", "memory"), ("pids", "processes"), ("cpu", "CPU")]
-        .into_iter()
-        .filter(|(controller, _)| !has(controller))
-        .map(|(_, what)| what)
-        .collect()
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 
-use crate::app::{Workshop, missing_controllers};
+use crate::app::Workshop;
 use crate::config::Settings;
 use crate::instance;
 use crate::job::{Streams, Verdict};
@@ -82,7 +82,7 @@ fn host(info: &Info, checks: &mut Vec<Check>) {
         format!("{}{native}", info.driver),
         "write driver = \"overlay\" under [storage] in ~/.config/containers/storage.conf, then `podman system reset`",
     ));
-    let missing = missing_controllers(info);
+    let missing = info.missing_controllers();
     let seen = format!("cgroup {}, controllers {}", info.cgroup_version, info.controllers.join(" "));
     let mend = match info.cgroup_version.as_str() {
         "v2" => format!(
@@ -110,7 +110,7 @@ async fn languages(settings: &Settings, checks: &mut Vec<Check>) {
             return checks.push(Check::new("languages", false, error.to_string(), "mend the configuration"));
         }
     };
-    let workshop = match Workshop::open(settings).await {
+    let workshop = match Workshop::open(settings) {
         Ok(workshop) => workshop,
         Err(error) => return checks.push(Check::new("instance", false, crate::told(&error), "see there")),
     };

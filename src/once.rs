@@ -58,7 +58,7 @@ pub async fn run(once: Once) -> anyhow::Result<u8> {
 
     let phases = Phases::default();
     let _signals = shutdown::listen(phases.clone(), mpsc::channel(1).0).context("cannot listen for signals")?;
-    let workshop = Workshop::open(&settings).await?;
+    let workshop = Workshop::open(&settings)?;
     let image = match workshop.podman.image_id(&language.image).await? {
         Some(id) => id,
         None if image::is_local(&language.image) => {

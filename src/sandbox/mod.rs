@@ -5,6 +5,7 @@
 //! rest (the engine's process, the job directory, the [`Slot`]) and gives it back when the container is gone.
 
 pub mod agent;
+pub mod auto;
 mod channel;
 pub mod crun;
 pub mod init;

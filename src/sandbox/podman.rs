@@ -46,6 +46,18 @@ pub struct Info {
     pub controllers: Vec<String>,
 }
 
+impl Info {
+    /// The limits that podman's containers cannot have here.
+    pub fn missing_controllers(&self) -> Vec<&'static str> {
+        let has = |name: &str| self.cgroup_version == "v2" && self.controllers.iter().any(|c| c == name);
+        [("memory", "memory"), ("pids", "processes"), ("cpu", "CPU")]
+            .into_iter()
+            .filter(|(controller, _)| !has(controller))
+            .map(|(_, what)| what)
+            .collect()
+    }
+}
+
 impl Podman {
     /// The podman at this path, or of this name on PATH.
     pub fn new(program: &Path) -> Podman {

@@ -1,0 +1,88 @@
+//! Which engine it is: the faster one where it works here and keeps limits as well as the other.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+use tokio::sync::OnceCell;
+
+use super::crun::CrunEngine;
+use super::keeper::EngineSettings;
+use super::podman::{Podman, PodmanEngine};
+use super::{Engine, Sandbox, SandboxError, SandboxSpec};
+use crate::cgroup::Delegated;
+use crate::config::EngineKind;
+
+/// The engine that was asked for; `auto` is decided when the first sandbox is made, for podman may not work yet.
+pub struct Chosen {
+    kind: EngineKind,
+    podman: Podman,
+    settings: EngineSettings,
+    state: PathBuf,
+    /// The reason where there is none.
+    cgroup: Result<Delegated, String>,
+    engine: OnceCell<Arc<dyn Engine>>,
+}
+
+impl Chosen {
+    /// Takes the delegated cgroup, which can only be done before this process has children.
+    pub fn new(kind: EngineKind, podman: Podman, settings: EngineSettings, state: PathBuf) -> Chosen {
+        let cgroup = match kind {
+            EngineKind::Podman => Err("the podman engine needs none".into()),
+            EngineKind::Auto | EngineKind::Crun => Delegated::take().map_err(|error| error.to_string()),
+        };
+        Chosen { kind, podman, settings, state, cgroup, engine: OnceCell::new() }
+    }
+
+    async fn engine(&self) -> Result<&Arc<dyn Engine>, SandboxError> {
+        self.engine.get_or_try_init(|| self.choose()).await
+    }
+
+    async fn choose(&self) -> Result<Arc<dyn Engine>, SandboxError> {
+        let podman = || Arc::new(PodmanEngine::new(self.podman.clone(), self.settings.clone()));
+        if self.kind == EngineKind::Podman {
+            return Ok(podman());
+        }
+        // Its failure is no reason for the one or the other: podman may come back.
+        let info = self.podman.info().await?;
+        let cgroup = self.cgroup.as_ref().ok().cloned();
+        let limited = cgroup.is_some();
+        let crun = CrunEngine::new(self.podman.clone(), self.settings.clone(), self.state.clone(), cgroup);
+        let against = match (crun.preflight().await, &self.cgroup) {
+            (Err(reason), _) => Some(reason),
+            // Where podman can keep limits, by the user's systemd, a faster engine that cannot is no gain.
+            (Ok(()), Err(reason)) if info.missing_controllers().is_empty() => {
+                Some(format!("its containers could not be limited: {reason}"))
+            }
+            (Ok(()), _) => None,
+        };
+        match against {
+            Some(reason) if self.kind == EngineKind::Auto => {
+                tracing::info!(reason, "engine: podman, for crun cannot be used");
+                Ok(podman())
+            }
+            Some(reason) => {
+                tracing::warn!(reason, "engine: crun, as configured, in spite of a reason against it");
+                Ok(Arc::new(crun))
+            }
+            None => {
+                tracing::info!(limited, "engine: crun");
+                Ok(Arc::new(crun))
+            }
+        }
+    }
+}
+
+impl Engine for Chosen {
+    fn start(&self, spec: SandboxSpec) -> BoxFuture<'_, Result<Sandbox, SandboxError>> {
+        Box::pin(async { self.engine().await?.start(spec).await })
+    }
+
+    fn close(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async {
+            if let Some(engine) = self.engine.get() {
+                engine.close().await;
+            }
+        })
+    }
+}
