@@ -69,7 +69,7 @@ impl Workshop {
 
     /// Waits until all containers have gone, then removes by label whatever has not.
     pub async fn close(self) {
-        self.engine.close().await;
+        self.engine.release(None).await;
         self.keepers.close();
         if tokio::time::timeout(KEEPERS_TIME, self.keepers.wait()).await.is_err() {
             tracing::warn!(containers = self.keepers.len(), "containers did not go by themselves");

@@ -282,16 +282,16 @@ impl ImageUpdater {
         };
         if let Some(unused) = public.filter(|id| *id != new && Some(id.as_str()) != current) {
             // One that was never used, as after a kill during its check.
-            self.forget(&unused).await;
+            self.podman.tag(&unused, &self.old_name(&unused)).await?;
         }
         if Some(new.as_str()) == current {
             return Ok(Updated::Unchanged);
         }
         if let Err(error) = self.check(&new, languages).await {
             if let (Some(current), false) = (current, is_local(name)) {
-                // The public name back to what is in use, and the broken one away.
+                // The broken one away, and the public name back to what is in use.
+                self.podman.tag(&new, &self.old_name(&new)).await?;
                 self.podman.tag(current, name).await?;
-                self.forget(&new).await;
             }
             return Err(error);
         }
@@ -300,23 +300,23 @@ impl ImageUpdater {
         }
         self.podman.tag(&new, &self.current_name(name)).await?;
         self.announce_all(languages, &Image::Ready(new.clone()));
+        if let Some(old) = current {
+            self.engine.release(Some(old)).await;
+        }
         Ok(Updated::Replaced { old: current.map(str::to_owned), new })
     }
 
-    /// Deletes an image that is not used, unless it has a name: another instance's, or a user's.
-    async fn forget(&self, id: &str) {
-        let forgotten = match self.podman.names_of(id).await {
-            Ok(names) if names.is_empty() => self.podman.remove_image(id).await,
-            Ok(_) => Ok(()),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = forgotten {
-            tracing::warn!(image = id, %error, "cannot delete an image that is not used");
+    /// Checks an image; one that fails is not used any more.
+    async fn check(&self, id: &str, languages: &[Arc<Language>]) -> Result<(), ImageError> {
+        let checked = self.try_out(id, languages).await;
+        if checked.is_err() {
+            self.engine.release(Some(id)).await;
         }
+        checked
     }
 
     /// Runs the health program of each language in a sandbox of the image.
-    async fn check(&self, id: &str, languages: &[Arc<Language>]) -> Result<(), ImageError> {
+    async fn try_out(&self, id: &str, languages: &[Arc<Language>]) -> Result<(), ImageError> {
         let _one_at_a_time = self.checking.lock().await;
         for language in languages {
             let (free, mut freed) = mpsc::unbounded_channel();
@@ -354,7 +354,7 @@ impl ImageUpdater {
         self.podman.pull(name, self.settings.pull_timeout, progress).await.map_err(ImageError::Pull)
     }
 
-    /// Deletes replaced images whose containers have gone; waits a while for those that have not.
+    /// Deletes replaced and broken images whose containers have gone; waits a while for those that have not.
     async fn delete_old(&self, most: u32) {
         let ours = format!("{OLD}:{}-", self.instance_tag());
         for tries in 1..=most {
@@ -362,14 +362,14 @@ impl ImageUpdater {
                 Ok(left) if left.is_empty() => return,
                 Ok(left) => left,
                 Err(error) => {
-                    tracing::warn!(%error, "cannot list replaced images");
+                    tracing::warn!(%error, "cannot list images that are to be deleted");
                     Vec::new()
                 }
             };
             for name in left {
                 let deleted = self.delete(&name).await;
                 if let (Err(error), true) = (deleted, tries == most) {
-                    tracing::info!(image = name, %error, "a replaced image stays until the next update");
+                    tracing::info!(image = name, %error, "an image that is not used stays until the next update");
                 }
             }
             if tries < most {

@@ -78,10 +78,10 @@ impl Engine for Chosen {
         Box::pin(async { self.engine().await?.start(spec).await })
     }
 
-    fn close(&self) -> BoxFuture<'_, ()> {
-        Box::pin(async {
+    fn release<'a>(&'a self, image: Option<&'a str>) -> BoxFuture<'a, ()> {
+        Box::pin(async move {
             if let Some(engine) = self.engine.get() {
-                engine.close().await;
+                engine.release(image).await;
             }
         })
     }

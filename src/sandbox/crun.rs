@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use futures_util::future::BoxFuture;
 use oci_spec::runtime::{Mount, MountBuilder, Spec};
 use tokio::sync::Mutex;
+use tokio_util::task::TaskTracker;
 
 use super::agent::Agent;
 use super::channel::Channel;
@@ -54,22 +55,22 @@ struct Template {
     language: Arc<Language>,
     image: String,
     spec: Spec,
-    keepers: tokio_util::task::TaskTracker,
+    keepers: TaskTracker,
+    /// There as long as the container may be.
     mark: Option<Mark>,
 }
 
 impl Drop for Template {
     fn drop(&mut self) {
+        let Some(mark) = self.mark.take() else { return };
         // The last sandbox of it has gone. Where there is no runtime any more the sweep removes it.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            let (podman, name, mark) = (self.podman.clone(), self.name.clone(), self.mark.take());
-            self.keepers.spawn_on(
-                async move {
-                    podman.remove_or_warn(&name).await;
-                    drop(mark);
-                },
-                &runtime,
-            );
+            let (podman, name) = (self.podman.clone(), self.name.clone());
+            let removal = async move {
+                podman.remove_or_warn(&name).await;
+                drop(mark);
+            };
+            self.keepers.spawn_on(removal, &runtime);
         }
     }
 }
@@ -140,8 +141,8 @@ impl CrunEngine {
                     cgroup.remove(&id);
                 }
             }),
-            // In this order: the template's mounts last.
-            owned: Box::new((directory, slot, template)),
+            // In this order: who gets the slot may count on the rest being gone.
+            owned: Box::new((directory, template, slot)),
         };
         self.settings.raise(started, &language).await
     }
@@ -254,9 +255,21 @@ impl Engine for CrunEngine {
         Box::pin(self.make(spec))
     }
 
-    fn close(&self) -> BoxFuture<'_, ()> {
-        Box::pin(async {
-            self.templates.lock().await.clear();
+    fn release<'a>(&'a self, image: Option<&'a str>) -> BoxFuture<'a, ()> {
+        Box::pin(async move {
+            let mut templates = self.templates.lock().await;
+            let released: Vec<String> = templates
+                .iter()
+                .filter(|(_, template)| image.is_none_or(|image| template.image == image))
+                .map(|(language, _)| language.clone())
+                .collect();
+            for language in released {
+                // Otherwise its last sandbox removes it.
+                if let Some(mut template) = templates.remove(&language).and_then(Arc::into_inner) {
+                    template.podman.remove_or_warn(&template.name).await;
+                    template.mark = None;
+                }
+            }
         })
     }
 }

@@ -94,8 +94,9 @@ pub trait Engine: Send + Sync {
     /// also where this fails or is dropped.
     fn start(&self, spec: SandboxSpec) -> BoxFuture<'_, Result<Sandbox, SandboxError>>;
 
-    /// Gives up what is kept for further sandboxes.
-    fn close(&self) -> BoxFuture<'_, ()>;
+    /// Gives up what is kept for further sandboxes of an image (of all images where none is named), so that
+    /// nothing but sandboxes keeps it from being deleted.
+    fn release<'a>(&'a self, image: Option<&'a str>) -> BoxFuture<'a, ()>;
 }
 
 /// What a sandbox is made of.

@@ -237,7 +237,7 @@ impl Engine for PodmanEngine {
         Box::pin(self.make(spec))
     }
 
-    fn close(&self) -> BoxFuture<'_, ()> {
+    fn release<'a>(&'a self, _image: Option<&'a str>) -> BoxFuture<'a, ()> {
         Box::pin(std::future::ready(()))
     }
 }

@@ -1,0 +1,129 @@
+//! Answers from the cache, against a warp handler that does nothing else than answer the same.
+
+use std::io::{BufRead, BufReader};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+use warp::Filter;
+
+use crate::http::Connection;
+use crate::jobs::{JOBS, OUTPUT};
+use crate::load::{Client, Load, Until, percentile, press};
+use crate::server::Server;
+
+/// Clients at once.
+const CLIENTS: usize = 4;
+
+/// How often each has its turn, and for how long.
+const ROUNDS: usize = 5;
+const SLICE: Duration = Duration::from_millis(400);
+
+/// The flag that makes this executable the bare handler.
+pub const BARE_WARP: &str = "--bare-warp";
+
+/// Answers of one server.
+#[derive(Debug, Clone, Serialize)]
+pub struct Hits {
+    /// Whose.
+    pub server: String,
+    /// Latency.
+    pub p50_ms: f64,
+    /// Throughput.
+    pub per_s: f64,
+}
+
+/// What is asked.
+#[derive(Deserialize)]
+struct Question {
+    #[serde(rename = "code")]
+    _code: String,
+}
+
+/// What is answered, as coderunner does.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Same {
+    status: u8,
+    compile_output: &'static str,
+    run_output: &'static str,
+}
+
+/// Measures both in turn, the bare handler last.
+pub fn measure(server: &Server, name: String) -> Result<[Hits; 2]> {
+    let code = JOBS[0].code();
+    let mut kept = server.connect()?;
+    let first = kept.post(&code)?;
+    server.verify(&first)?;
+    let bare = BareWarp::start()?;
+    let same = Connection::open(bare.address)?.post(&code)?;
+    ensure!(same.body == first.body, "the bare handler answers {:?}", String::from_utf8_lossy(&same.body));
+
+    let mut loads = [Load::default(), Load::default()];
+    for _ in 0..ROUNDS {
+        for (load, address) in loads.iter_mut().zip([server.address(), bare.address]) {
+            let clients: Result<Vec<Client>> = (0..CLIENTS).map(|_| client(address, &code)).collect();
+            let slice = press(clients?, 0, Until::Elapsed(SLICE))?;
+            load.latencies.extend(slice.latencies);
+            load.elapsed += slice.elapsed;
+        }
+    }
+    let hits = |server: String, load: &Load| Hits {
+        server,
+        p50_ms: percentile(&load.latencies, 0.5),
+        per_s: load.latencies.len() as f64 / load.elapsed.as_secs_f64(),
+    };
+    Ok([hits(name, &loads[0]), hits("bare warp handler".into(), &loads[1])])
+}
+
+fn client(address: SocketAddr, code: &str) -> Result<Client<'_>> {
+    let mut connection = Connection::open(address)?;
+    Ok(Box::new(move || {
+        let status = connection.post(code)?.status;
+        ensure!(status == 200, "status {status}");
+        Ok(())
+    }))
+}
+
+/// The handler in a process of its own, as the server is.
+struct BareWarp {
+    child: Child,
+    address: SocketAddr,
+}
+
+impl BareWarp {
+    fn start() -> Result<BareWarp> {
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--"]).arg(std::env::current_exe()?).arg(BARE_WARP);
+        let mut child = command.stdout(Stdio::piped()).spawn()?;
+        let mut line = String::new();
+        let stdout = child.stdout.take().context("no stdout")?;
+        BufReader::new(stdout).read_line(&mut line)?;
+        let address = line.trim().parse().with_context(|| format!("the bare handler said {line:?}"))?;
+        Ok(BareWarp { child, address })
+    }
+}
+
+impl Drop for BareWarp {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Serves until it is killed.
+pub fn serve_bare() -> Result<()> {
+    let routes = warp::path!("coderunner")
+        .and(warp::post())
+        .and(warp::body::json())
+        .map(|_: Question| warp::reply::json(&Same { status: 1, compile_output: "", run_output: OUTPUT }));
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        println!("{}", listener.local_addr()?);
+        warp::serve(routes).incoming(listener).run().await;
+        Ok(())
+    })
+}

@@ -1,0 +1,168 @@
+//! What a run costs: bare exec, bwrap, `podman run` and coderunner measured in alternation, in one go.
+//!
+//! Latency at one client is measured with a full pool: each run waits until the one before is cleaned up and its
+//! sandbox made anew. The other loads go on without a pause: latencies are those after the ready sandboxes are used up,
+//! throughput and CPU time go from a full pool to a full pool, so they are what goes on for ever. Everything is bounded
+//! in count and time and stays on loopback.
+
+mod contenders;
+mod cpu;
+mod growth;
+mod hits;
+mod http;
+mod jobs;
+mod load;
+mod processes;
+mod report;
+mod rounds;
+mod sandboxes;
+mod server;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+
+use contenders::{Contender, Programs, Spawning, bare, bwrap, podman_run, require_images};
+use jobs::{JOBS, Job};
+use report::{Memory, Report, Start};
+use rounds::Plan;
+use server::{ENGINES, Server};
+
+/// After this long the bench ends itself: something hangs.
+const QUICK_LIMIT: Duration = Duration::from_secs(1800);
+const LONG_LIMIT: Duration = Duration::from_secs(4 * 3600);
+
+/// Measures coderunner against bare exec, bwrap and podman run.
+#[derive(Parser)]
+struct Cli {
+    /// More rounds, longer slices, and the cost of a run after 10,000 others
+    #[arg(long)]
+    long: bool,
+    /// One job only
+    #[arg(long, value_parser = JOBS.map(|job| job.name))]
+    job: Option<String>,
+    /// JSON on standard output, the tables on standard error
+    #[arg(long)]
+    json: bool,
+    /// Given by cargo bench
+    #[arg(long, hide = true)]
+    bench: bool,
+    /// Serve the bare handler instead
+    #[arg(long, hide = true)]
+    bare_warp: bool,
+    /// Given by the subreaper
+    #[arg(long, hide = true)]
+    reaped: bool,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = match (cli.bare_warp, cli.reaped) {
+        (true, _) => hits::serve_bare().map(|()| ExitCode::SUCCESS),
+        (false, false) => cpu::reap(),
+        (false, true) => bench(&cli).map(|holds| if holds { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("bench: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+/// Whether what must hold does.
+fn bench(cli: &Cli) -> Result<bool> {
+    ensure!(!cfg!(debug_assertions), "this is a debug build: cargo bench makes the other one");
+    ensure!(!nix::unistd::geteuid().is_root(), "not as root, whose containers are not rootless: make bench");
+    let start = Instant::now();
+    let (plan, limit) = match cli.long {
+        false => (quick(), QUICK_LIMIT),
+        true => (long(), LONG_LIMIT),
+    };
+    watch(limit);
+    let jobs: Vec<&Job> = JOBS.iter().filter(|job| cli.job.as_deref().is_none_or(|name| name == job.name)).collect();
+    let executable = executable()?;
+    let programs = Programs::find()?;
+    require_images(&programs, &jobs)?;
+    let spawning = [bare(&programs), bwrap(&programs)?, podman_run(&programs)?];
+
+    let mut report = Report::new(plan.clone());
+    for job in jobs {
+        for contender in &spawning {
+            let cannot = || format!("{} cannot run {}", contender.name(), job.name);
+            contender.client(job).and_then(|mut run| run()).with_context(cannot)?;
+        }
+        runs(&mut report, job, &spawning, &executable, &plan)?;
+    }
+    for engine in ENGINES {
+        let server = Server::start(&executable, engine, &JOBS[0])?;
+        report.growth.extend(growth::measure(&server, &JOBS[0], &plan.growth)?);
+        // The engine has no part in hits.
+        if report.hits.is_empty() {
+            eprintln!("cache hits");
+            report.hits = hits::measure(&server, "coderunner".into())?.into();
+        }
+        server.stop()?;
+    }
+    report.took_s = start.elapsed().as_secs_f64();
+    report.print(cli.json)?;
+    Ok(report.holds())
+}
+
+/// A job by all contenders, those that we spawn and a server of each engine.
+fn runs(report: &mut Report, job: &Job, spawning: &[Spawning; 3], executable: &Path, plan: &Plan) -> Result<()> {
+    eprintln!("{}: starting {}", job.name, ENGINES.join(", "));
+    let start = |engine: &&str| Server::start(executable, engine, job);
+    let servers = ENGINES.iter().map(start).collect::<Result<Vec<_>>>()?;
+    report.starts.extend(servers.iter().map(|server| Start {
+        contender: server.name().into(),
+        job: job.name,
+        first_answer_ms: server.first_answer.as_secs_f64() * 1e3,
+    }));
+    let [bare, bwrap, podman_run] = spawning;
+    let (bare, bwrap): (&dyn Contender, &dyn Contender) = (bare, bwrap);
+    let ours = || servers.iter().map(|server| server as &dyn Contender);
+    let all: Vec<&dyn Contender> = [bare, bwrap, podman_run].into_iter().chain(ours()).collect();
+    // `podman run` has nothing ready: at one client its load without a pause tells the same.
+    let warm: Vec<&dyn Contender> = [bare, bwrap].into_iter().chain(ours()).collect();
+    report.rows.extend(rounds::measure(job, &all, &warm, plan)?);
+    for server in servers {
+        report.memory.push(Memory {
+            contender: server.name().into(),
+            job: job.name,
+            server: server.memory()?,
+            sandbox: server.memory_per_sandbox()?,
+        });
+        server.stop()?;
+    }
+    Ok(())
+}
+
+fn quick() -> Plan {
+    Plan { rounds: 3, slice: Duration::from_millis(400), warm_runs: 8, growth: vec![100] }
+}
+
+fn long() -> Plan {
+    Plan { rounds: 10, slice: Duration::from_secs(2), warm_runs: 20, growth: vec![100, 1_000, 10_000] }
+}
+
+/// The server's executable: the release build that cargo made for this bench, or a copy of it.
+fn executable() -> Result<PathBuf> {
+    let path = match std::env::var_os("CODERUNNER_TEST_EXE") {
+        Some(path) => PathBuf::from(path),
+        None => Path::new(env!("CARGO_BIN_EXE_coderunner")).to_owned(),
+    };
+    let missing = || format!("no {}: this user must be able to read it (make bench sees to that)", path.display());
+    path.metadata().with_context(missing)?;
+    Ok(path)
+}
+
+/// Ends this process, and with it the servers, when the time is over.
+fn watch(limit: Duration) {
+    std::thread::spawn(move || {
+        std::thread::sleep(limit);
+        eprintln!("bench: not done after {} s: something hangs", limit.as_secs());
+        std::process::exit(1);
+    });
+}

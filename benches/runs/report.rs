@@ -1,0 +1,255 @@
+//! The tables and the JSON.
+
+use std::fmt::Write as _;
+
+use anyhow::Result;
+use serde::Serialize;
+
+use crate::growth::Cost;
+use crate::hits::Hits;
+use crate::rounds::{Pace, Plan, Row};
+
+/// Those against which coderunner is compared.
+const RIVALS: [&str; 3] = ["bare exec", "bwrap", "podman run"];
+
+/// How much slower than bare exec an uncached `sh` may be with a full pool.
+const MOST_ABOVE_BARE_MS: f64 = 5.0;
+
+/// From a server's start to its first answer.
+#[derive(Debug, Clone, Serialize)]
+pub struct Start {
+    pub contender: String,
+    pub job: &'static str,
+    pub first_answer_ms: f64,
+}
+
+/// Memory of an idle server, in bytes.
+#[derive(Debug, Clone, Serialize)]
+pub struct Memory {
+    pub contender: String,
+    pub job: &'static str,
+    /// RSS of the server.
+    pub server: u64,
+    /// PSS of a sandbox and all processes that are there for its sake.
+    pub sandbox: u64,
+}
+
+/// A line of ratios: this contender's number divided by each rival's of the same job and pace.
+#[derive(Debug, Clone, Serialize)]
+struct Ratio {
+    job: &'static str,
+    pace: Pace,
+    contender: String,
+    rival: &'static str,
+    p50: f64,
+    runs_per_s: Option<f64>,
+    cpu: Option<f64>,
+}
+
+/// Something that must hold.
+#[derive(Debug, Clone, Serialize)]
+struct Claim {
+    claim: String,
+    measured: String,
+    holds: bool,
+}
+
+/// Everything that was measured.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    cpus: usize,
+    load_before: String,
+    plan: Plan,
+    pub took_s: f64,
+    pub rows: Vec<Row>,
+    pub starts: Vec<Start>,
+    pub memory: Vec<Memory>,
+    pub hits: Vec<Hits>,
+    pub growth: Vec<Cost>,
+}
+
+impl Report {
+    /// An empty one.
+    pub fn new(plan: Plan) -> Report {
+        let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+        Report {
+            cpus: std::thread::available_parallelism().map_or(0, usize::from),
+            load_before: load.split(' ').take(3).collect::<Vec<_>>().join(" "),
+            plan,
+            took_s: 0.0,
+            rows: Vec::new(),
+            starts: Vec::new(),
+            memory: Vec::new(),
+            hits: Vec::new(),
+            growth: Vec::new(),
+        }
+    }
+
+    /// Whether all that must hold does.
+    pub fn holds(&self) -> bool {
+        self.claims().iter().all(|claim| claim.holds)
+    }
+
+    /// Prints the tables, and the JSON where it is wanted.
+    pub fn print(&self, json: bool) -> Result<()> {
+        let tables = self.tables();
+        if !json {
+            print!("{tables}");
+            return Ok(());
+        }
+        eprint!("{tables}");
+        let mut value = serde_json::to_value(self)?;
+        value["ratios"] = serde_json::to_value(self.ratios())?;
+        value["claims"] = serde_json::to_value(self.claims())?;
+        println!("{value:#}");
+        Ok(())
+    }
+
+    /// Ours against each rival.
+    fn ratios(&self) -> Vec<Ratio> {
+        let ours = self.rows.iter().filter(|row| !RIVALS.contains(&row.contender.as_str()));
+        let against = |row: &Row, rival: &'static str| {
+            let same = |other: &&Row| (other.job, other.pace, other.contender.as_str()) == (row.job, row.pace, rival);
+            let other = self.rows.iter().find(same)?;
+            let quotient = |ours: Option<f64>, theirs: Option<f64>| Some(ours? / theirs?);
+            Some(Ratio {
+                job: row.job,
+                pace: row.pace,
+                contender: row.contender.clone(),
+                rival,
+                p50: row.p50_ms / other.p50_ms,
+                runs_per_s: quotient(row.runs_per_s, other.runs_per_s),
+                cpu: quotient(row.cpu_ms, other.cpu_ms),
+            })
+        };
+        ours.flat_map(|row| RIVALS.iter().filter_map(move |rival| against(row, rival))).collect()
+    }
+
+    /// What must hold, checked with the numbers of this run.
+    fn claims(&self) -> Vec<Claim> {
+        let warm = |row: &&Row| (row.job, row.pace) == ("sh", Pace::WarmPool);
+        let Some(bare) = self.rows.iter().filter(warm).find(|row| row.contender == RIVALS[0]) else {
+            return Vec::new();
+        };
+        let ours = self.rows.iter().filter(warm).filter(|row| !RIVALS.contains(&row.contender.as_str()));
+        let claim = |row: &Row| Claim {
+            claim: format!(
+                "{}, full pool, uncached sh: median at most bare exec + {MOST_ABOVE_BARE_MS} ms",
+                row.contender
+            ),
+            measured: format!("{} ms, bare exec {} ms", number(row.p50_ms), number(bare.p50_ms)),
+            holds: row.p50_ms <= bare.p50_ms + MOST_ABOVE_BARE_MS,
+        };
+        ours.map(claim).collect()
+    }
+
+    fn tables(&self) -> String {
+        let mut text = format!(
+            "\n{} CPUs, load before {}, {} rounds of {} ms, {:.0} s in all.\n",
+            self.cpus,
+            self.load_before,
+            self.plan.rounds,
+            self.plan.slice.as_millis(),
+            self.took_s,
+        );
+        text.push_str(
+            "Clients \"1, warm pool\": before each run the pool is full again. The other loads go on without a pause: \
+             latencies are\nwithout the runs that the pool held ready, runs/s and CPU from a full pool to a full pool. \
+             CPU: user and system time of all\nprocesses that a run takes, those that make its sandbox and clean up \
+             among them.\n",
+        );
+        let mut section = |title: &str, left: usize, head: &[&str], lines: Vec<Vec<String>>| {
+            if !lines.is_empty() {
+                let _ = write!(text, "\n## {title}\n\n{}", table(left, head, &lines));
+            }
+        };
+        let head = ["job", "clients", "contender", "runs", "p50 ms", "p95 ms", "runs/s", "CPU ms/run"];
+        section("Runs", 3, &head, self.rows.iter().map(run_line).collect());
+        let head = ["job", "clients", "contender", "divided by", "p50", "runs/s", "CPU/run"];
+        let ratio = |ratio: &Ratio| {
+            let numbers = [Some(ratio.p50), ratio.runs_per_s, ratio.cpu].map(optional);
+            let names = [ratio.job.into(), pace(ratio.pace), ratio.contender.clone(), ratio.rival.into()];
+            names.into_iter().chain(numbers).collect()
+        };
+        section("Ratios of the same run", 4, &head, self.ratios().iter().map(ratio).collect());
+        let hit = |hits: &Hits| vec![hits.server.clone(), number(hits.p50_ms), format!("{:.0}", hits.per_s)];
+        let mut lines: Vec<Vec<String>> = self.hits.iter().map(hit).collect();
+        if let [ours, bare] = self.hits.as_slice() {
+            lines.push(vec!["ratio".into(), number(ours.p50_ms / bare.p50_ms), number(ours.per_s / bare.per_s)]);
+        }
+        section("Cache hits, 4 clients", 1, &["server", "p50 ms", "hits/s"], lines);
+        let start = |start: &Start| vec![start.contender.clone(), start.job.into(), number(start.first_answer_ms)];
+        let lines = self.starts.iter().map(start).collect();
+        section("From the server's start to the first answer", 2, &["server", "job", "ms"], lines);
+        let memory = |m: &Memory| vec![m.contender.clone(), m.job.into(), mebibytes(m.server), mebibytes(m.sandbox)];
+        let head = ["server", "job", "server MiB (RSS)", "idle sandbox MiB (PSS)"];
+        section("Memory", 2, &head, self.memory.iter().map(memory).collect());
+        let cost = |cost: &Cost| {
+            let numbers = [cost.cpu_ms, cost.wall_ms].map(number);
+            let rest = [mebibytes(cost.server_memory), cost.descriptors.to_string()];
+            [cost.contender.clone(), cost.after.to_string()].into_iter().chain(numbers).chain(rest).collect()
+        };
+        let head = ["server", "runs before", "CPU ms/run", "wall ms/run", "server MiB", "open files"];
+        section("Cost of an sh run after others", 1, &head, self.growth.iter().map(cost).collect());
+        let claim = |claim: &Claim| {
+            let holds = if claim.holds { "yes" } else { "NO" };
+            vec![claim.claim.clone(), claim.measured.clone(), holds.into()]
+        };
+        let lines = self.claims().iter().map(claim).collect();
+        section("What must hold", 3, &["claim", "measured", "holds"], lines);
+        text
+    }
+}
+
+fn run_line(row: &Row) -> Vec<String> {
+    let names = [row.job.into(), pace(row.pace), row.contender.clone(), row.runs.to_string()];
+    let numbers = [Some(row.p50_ms), Some(row.p95_ms), row.runs_per_s, row.cpu_ms];
+    names.into_iter().chain(numbers.map(optional)).collect()
+}
+
+fn pace(pace: Pace) -> String {
+    match pace {
+        Pace::WarmPool => "1, warm pool".into(),
+        Pace::Sustained(clients) => clients.to_string(),
+    }
+}
+
+fn optional(value: Option<f64>) -> String {
+    value.map_or("-".into(), number)
+}
+
+/// Three digits that matter.
+fn number(value: f64) -> String {
+    match value.abs() {
+        v if v < 0.1 => format!("{value:.4}"),
+        v if v < 10.0 => format!("{value:.2}"),
+        v if v < 100.0 => format!("{value:.1}"),
+        _ => format!("{value:.0}"),
+    }
+}
+
+fn mebibytes(bytes: u64) -> String {
+    number(bytes as f64 / f64::from(1 << 20))
+}
+
+/// A table that is readable as it stands and as Markdown; the first `left` columns are words.
+fn table(left: usize, head: &[&str], lines: &[Vec<String>]) -> String {
+    let width = |column: usize| {
+        let cells = lines.iter().filter_map(|line| line.get(column)).map(|cell| cell.chars().count());
+        cells.chain([head[column].len(), 3]).max().unwrap_or_default()
+    };
+    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    let cell = |(column, text): (usize, &str)| match column < left {
+        true => format!(" {text:<0$} |", widths[column]),
+        false => format!(" {text:>0$} |", widths[column]),
+    };
+    let row = |cells: &mut dyn Iterator<Item = &str>| format!("|{}\n", cells.enumerate().map(cell).collect::<String>());
+    let rule = |(column, width): (usize, &usize)| match column < left {
+        true => format!("{}|", "-".repeat(width + 2)),
+        false => format!("{}:|", "-".repeat(width + 1)),
+    };
+    let mut text = row(&mut head.iter().copied());
+    let _ = writeln!(text, "|{}", widths.iter().enumerate().map(rule).collect::<String>());
+    lines.iter().for_each(|line| text.push_str(&row(&mut line.iter().map(String::as_str))));
+    text
+}

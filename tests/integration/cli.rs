@@ -1,0 +1,202 @@
+//! The other verbs: `run`, `doctor`, `config`, and what they print.
+
+use std::path::PathBuf;
+use std::process::{Child, Output, Stdio};
+use std::time::Instant;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::harness::{self, Files, Options, Server, eventually, marked_seconds, wait_gone, wait_running};
+use crate::leftovers;
+
+/// A configuration, and programs beside it, for `coderunner run`.
+struct Once {
+    files: Files,
+    config: &'static str,
+}
+
+impl Once {
+    fn new(config: &'static str) -> Once {
+        Once { files: Files::new(&Once::options(config)), config }
+    }
+
+    fn options(config: &str) -> Options<'_> {
+        Options { languages: &["c", "python", "bash"], config, ..Options::default() }
+    }
+
+    fn write(&self, name: &str, code: &str) -> PathBuf {
+        let path = self.files.dir().join(name);
+        std::fs::write(&path, code).unwrap();
+        path
+    }
+
+    /// `coderunner run` with pipes, of this code with these arguments.
+    fn start(&self, name: &str, code: &str, args: &[&str]) -> Child {
+        let path = self.write(name, code);
+        let mut command = self.files.command("run", &Once::options(self.config));
+        command.arg(path).args(args);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    }
+
+    /// The whole run, with this input; nothing of it is left.
+    fn run(&self, name: &str, code: &str, args: &[&str], stdin: &[u8]) -> Output {
+        let started = Instant::now();
+        let child = self.start(name, code, args);
+        let instance = format!("run-{}", child.id());
+        let output = harness::finish(child, stdin);
+        leftovers::assert_none(&instance, started);
+        output
+    }
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+/// What went to stderr, without the log's lines: these begin with the year.
+fn stderr(output: &Output) -> String {
+    let lines = text(&output.stderr).lines().filter(|line| !line.starts_with("20"));
+    lines.map(|line| format!("{line}\n")).collect()
+}
+
+#[test]
+fn a_program_run_once_has_its_input_arguments_streams_and_exit_code() {
+    let once = Once::new("");
+    let code = "echo out \"$#\" \"$@\"; echo err >&2; cat; exit 3";
+    let input = b"typed\0\xff\nwithout end";
+    let output = once.run("main.sh", code, &["--help", "-l", "--", "a b", "$(c)", ""], input);
+    assert_eq!(output.stdout, [b"out 6 --help -l -- a b $(c) \n", &input[..]].concat());
+    assert_eq!((stderr(&output).as_str(), output.status.code()), ("err\n", Some(3)));
+}
+
+#[test]
+fn the_exit_code_of_a_program_run_once_is_its_own() {
+    let once = Once::new("");
+    // 125, 126 and 127 are podman's own codes.
+    for code in [0, 125, 126, 127, 255] {
+        let output = once.run("main.sh", &format!("echo before; exit {code}"), &[], b"");
+        assert_eq!((text(&output.stdout), output.status.code()), ("before\n", Some(code)));
+        assert_eq!(stderr(&output), "");
+    }
+    let output = once.run("main.sh", "kill -KILL $$", &[], b"");
+    assert_eq!(output.status.code(), Some(128 + 9));
+    assert_eq!(stderr(&output), "coderunner: ended by signal 9 (SIGKILL)\n");
+}
+
+#[test]
+fn a_failed_compilation_or_a_limit_has_a_code_of_its_own() {
+    let once = Once::new("[limits]\nrun_time = \"1s\"");
+    let output = once.run("main.c", "int main(void) { return missing; }\n", &[], b"");
+    assert_eq!((output.stdout.as_slice(), output.status.code()), (&b""[..], Some(1)));
+    assert!(stderr(&output).contains("missing"), "{output:?}");
+    let output = once.run("main.sh", "echo so far; sleep 60", &[], b"");
+    assert_eq!((text(&output.stdout), output.status.code()), ("so far\n", Some(124)));
+    assert!(stderr(&output).starts_with("coderunner: killed: out of time after "), "{output:?}");
+}
+
+#[test]
+fn each_stream_of_a_program_run_once_is_cut_by_itself() {
+    let once = Once::new("[limits]\nrun_time = \"60s\"");
+    let code = "head -c 10485760 /dev/zero & head -c 10485760 /dev/zero >&2 & wait; exit 7";
+    let output = once.run("main.sh", code, &[], b"");
+    assert_eq!(output.status.code(), Some(7));
+    assert_eq!(output.stdout.len(), 262_144);
+    let zeros = output.stderr.iter().filter(|byte| **byte == 0).count();
+    assert_eq!(zeros, 262_144);
+    let end = String::from_utf8_lossy(&output.stderr);
+    assert!(end.ends_with("coderunner: output cut: 524288 of 20971520 bytes shown\n"), "{}", end.trim_matches('\0'));
+}
+
+#[test]
+fn the_language_is_that_of_the_files_name_or_the_one_given() {
+    let once = Once::new("");
+    let output = once.run("main.py", "print('python')", &[], b"");
+    assert_eq!(text(&output.stdout), "python\n");
+    let path = once.write("program", "echo \"bash $1\"");
+    let run = |args: &[&str]| {
+        let mut command = once.files.command("run", &Once::options(""));
+        harness::output(command.args(args).arg(&path).arg("-l"), b"")
+    };
+    assert_eq!(text(&run(&["-l", "sh"]).stdout), "bash -l\n", "an alias, and what is after the file is the program's");
+    let output = run(&[]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("name it with -l (one of bash, c, "), "{output:?}");
+    let output = run(&["-l", "cobol"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("\"cobol\": one of bash, c, "), "{output:?}");
+}
+
+#[test]
+fn a_run_once_that_is_interrupted_leaves_nothing() {
+    let once = Once::new("[limits]\nrun_time = \"120s\"");
+    let mark = marked_seconds(100);
+    let started = Instant::now();
+    let mut child = once.start("main.sh", &format!("sleep {mark}"), &[]);
+    let instance = format!("run-{}", child.id());
+    wait_running(&mark);
+    assert!(!leftovers::containers(&instance).is_empty());
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
+    let status = eventually("its end", || child.try_wait().unwrap());
+    assert_eq!(status.code(), Some(130));
+    wait_gone(&mark);
+    leftovers::assert_none(&instance, started);
+}
+
+#[test]
+fn doctor_tells_of_each_check_and_fails_where_limits_are_not_kept() {
+    // Which limits are kept here is the server's word, read from inside a sandbox.
+    let server = Server::start(Options { languages: &["bash"], containers: 1, ..Options::default() });
+    let kept = ["memory", "processes", "cpu"].iter().all(|limit| server.enforces(limit));
+    let mut command = server.files().command("doctor", &Options::default());
+    let output = harness::output(&mut command, b"");
+    let table = text(&output.stdout);
+    for row in ["user", "runtime directory", "podman", "OCI runtime", "storage", "subordinate ids", "language bash"] {
+        let found = table.lines().any(|line| line.strip_prefix("ok    ").is_some_and(|rest| rest.starts_with(row)));
+        assert!(found, "{row:?} is not well:\n{table}");
+    }
+    let limits = if kept { "ok    limits" } else { "FAIL  limits" };
+    assert!(table.contains(limits), "{table}");
+    assert_eq!(table.contains("->"), !kept, "how to mend it:\n{table}");
+    assert_eq!(output.status.code(), Some(if kept { 0 } else { 1 }));
+    server.stop();
+}
+
+#[test]
+fn the_settings_in_effect_are_a_configuration_again() {
+    let options = Options {
+        languages: &["bash", "python"],
+        config: "[limits]\nrun_time = \"3s\"\n[language.bash.env]\nGREETING = \"hello\"",
+        env: &[("CODERUNNER_CACHE_TTL", "7m")],
+        ..Options::default()
+    };
+    let files = Files::new(&options);
+    let printed = harness::output(&mut files.command("config", &options), b"");
+    assert_eq!((printed.status.code(), stderr(&printed).as_str()), (Some(0), ""));
+    let settings: toml::Table = text(&printed.stdout).parse().unwrap();
+    assert_eq!(settings["cache"]["ttl"].as_str(), Some("7m"));
+    assert_eq!(settings["limits"]["run_time"].as_str(), Some("3s"));
+    assert_eq!(settings["languages"], toml::Value::from(vec!["bash", "python"]));
+    assert!(settings["language"]["pivot"].is_table(), "the whole catalogue");
+
+    std::fs::write(files.config(), &printed.stdout).unwrap();
+    let plain = Options::default();
+    let again = harness::output(&mut files.command("config", &plain), b"");
+    assert_eq!(text(&again.stdout), text(&printed.stdout));
+    let server = Server::launch_with(files, &plain);
+    server.wait_ready();
+    assert_eq!(server.run("echo $GREETING").run_output, "hello\n");
+    server.stop();
+}
+
+#[test]
+fn version_and_help_are_told_without_any_configuration() {
+    for (word, expected) in
+        [("--version", concat!("coderunner ", env!("CARGO_PKG_VERSION"), "\n")), ("--help", "serve")]
+    {
+        let output = harness::output(std::process::Command::new(harness::executable()).arg(word), b"");
+        assert_eq!(output.status.code(), Some(0));
+        assert!(text(&output.stdout).contains(expected), "{output:?}");
+        assert!(!text(&output.stdout).contains("PID 1"), "what is for itself alone is hidden");
+    }
+}

@@ -1,0 +1,322 @@
+//! What breaks around a server: podman missing, failing, slow or hanging, containers killed from outside, directories
+//! that cannot be used. Requests are refused with a reason, and all is well again when the fault is gone.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::client::{Answer, Reply};
+use crate::harness::{Options, Server, eventually, marked_seconds, refused, wait_gone, wait_running};
+use crate::leftovers::{self, podman};
+use crate::stand_in::StandIn;
+
+/// The engine whose containers podman starts and lists one by one.
+const ENGINE: (&str, &str) = ("CODERUNNER_ENGINE", "podman");
+
+fn options(config: &str) -> Options<'_> {
+    Options { languages: &["bash"], config, env: &[ENGINE], ..Options::default() }
+}
+
+/// Code that no other request has: its answer is in no memo.
+fn echo(word: &str) -> String {
+    format!("echo {word} # {}", marked_seconds(0))
+}
+
+#[track_caller]
+fn assert_runs(server: &Server, word: &str) {
+    assert_eq!(server.run(&echo(word)), Answer::ran(&format!("{word}\n")));
+}
+
+/// Whether a request is refused for now, with a message that has these words.
+fn is_refused(reply: &Reply, words: &str) -> bool {
+    assert_eq!(reply.status, 503, "{}", String::from_utf8_lossy(&reply.body));
+    let after = reply.header("retry-after").expect("Retry-After");
+    assert!(after.parse::<u32>().is_ok_and(|seconds| seconds > 0), "{after}");
+    reply.message().contains(words)
+}
+
+fn wait_refused(server: &Server, words: &str) {
+    eventually(&format!("a refusal because of {words:?}"), || {
+        is_refused(&server.begin("echo").reply(), words).then_some(())
+    });
+    let readyz = server.get("/readyz");
+    assert_eq!(readyz.status, 503);
+    assert!(readyz.json()["languages"]["bash"]["problem"].is_string(), "{}", readyz.json());
+    assert_eq!(server.get("/healthz").status, 200);
+}
+
+#[test]
+fn a_podman_that_is_missing_is_told_in_the_log_and_to_clients() {
+    let server = Server::launch(options("podman = \"/nonexistent/podman\""));
+    server.wait_log(&["ERROR", "/nonexistent/podman", "is it installed"]);
+    wait_refused(&server, "podman fails");
+    server.stop();
+}
+
+#[test]
+fn a_podman_that_fails_is_told_in_the_log_and_to_clients() {
+    let fails = StandIn::new("echo 'Error: out of luck' >&2; exit 125");
+    let server = Server::launch(options(&fails.config()));
+    server.wait_log(&["ERROR", "out of luck", "125"]);
+    wait_refused(&server, "podman fails");
+    server.stop();
+}
+
+#[test]
+fn a_podman_that_comes_to_work_is_found_without_a_restart() {
+    let fails = StandIn::new("[ -e works ] || exit 125");
+    let server = Server::launch(Options { path: Some(fails.dir()), ..options("") });
+    wait_refused(&server, "podman fails");
+    fails.put("works");
+    server.wait_ready();
+    assert_runs(&server, "found");
+    server.stop();
+}
+
+#[test]
+fn a_podman_that_stops_working_for_a_while_is_used_again_after() {
+    let fails = StandIn::new("[ ! -e broken ] || { echo 'Error: out of luck' >&2; exit 125; }");
+    let server = Server::start(options(&fails.config()));
+    assert_runs(&server, "before");
+    fails.put("broken");
+    eventually("a refusal, once the ready containers are used up", || {
+        let reply = server.begin(&echo("during")).reply();
+        // Whoever waits for the first attempts is told the same as those after.
+        if reply.status == 200 { None } else { is_refused(&reply, "cannot be made").then_some(()) }
+    });
+    server.wait_log(&["ERROR", "out of luck"]);
+    wait_refused(&server, "cannot be made");
+    fails.take("broken");
+    eventually("the server is ready again", || (server.get("/readyz").status == 200).then_some(()));
+    assert_runs(&server, "after");
+    server.stop();
+}
+
+#[test]
+fn a_slow_podman_delays_answers_and_fails_none() {
+    let slow = StandIn::new("sleep 2");
+    let server = Server::start(options(&slow.config()));
+    let pending: Vec<_> = (0..4).map(|number| server.begin(&format!("echo {number}"))).collect();
+    for (number, pending) in pending.into_iter().enumerate() {
+        assert_eq!(pending.reply().answer(), Answer::ran(&format!("{number}\n")));
+    }
+    server.stop();
+}
+
+#[test]
+fn a_podman_that_hangs_from_the_start_holds_up_neither_refusals_nor_the_end() {
+    let mark = marked_seconds(10_000);
+    let hangs = StandIn::new(&format!("exec sleep {mark}"));
+    let server = Server::launch(options(&hangs.config()));
+    wait_running(&mark);
+    assert!(is_refused(&server.begin("echo").reply(), "not been looked for"));
+    assert_eq!(server.get("/readyz").status, 503);
+    server.stop();
+    wait_gone(&mark);
+}
+
+#[test]
+fn requests_do_not_wait_forever_for_a_podman_that_hangs() {
+    let hangs = StandIn::new("while [ -e hang ]; do sleep 0.05; done");
+    let config = hangs.config() + "[queue]\nwait = \"1s\"";
+    let server = Server::start(options(&config));
+    hangs.put("hang");
+    eventually("a refusal, once the ready containers are used up", || {
+        let reply = server.begin(&echo("during")).reply();
+        if reply.status == 200 { None } else { is_refused(&reply, "no container became free within 1s").then_some(()) }
+    });
+    hangs.take("hang");
+    eventually("answers again", || {
+        let reply = server.begin(&echo("after")).reply();
+        (reply.status == 200).then(|| assert_eq!(reply.answer(), Answer::ran("after\n")))
+    });
+    server.stop();
+}
+
+#[test]
+fn a_server_whose_podman_hangs_comes_to_its_end() {
+    let mark = marked_seconds(10_000);
+    let hangs = StandIn::new(&format!("[ ! -e hang ] || exec sleep {mark}"));
+    let server = Server::start(options(&hangs.config()));
+    hangs.put("hang");
+    assert_runs(&server, "ready before");
+    wait_running(&mark);
+    server.stop();
+    wait_gone(&mark);
+}
+
+/// Ways in which a container, or what holds it, can be killed from outside.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Killing {
+    Init,
+    PodmanKill,
+    PodmanRemove,
+    Conmon,
+    PodmanItself,
+}
+
+const KILLINGS: [Killing; 5] =
+    [Killing::Init, Killing::PodmanKill, Killing::PodmanRemove, Killing::Conmon, Killing::PodmanItself];
+
+impl Killing {
+    fn kill(self, server: &Server, container: &str) {
+        let init = || podman(&["inspect", "--format", "{{.State.Pid}}", "--", container]);
+        // Processes whose command line has both.
+        let host = |program: &str| {
+            let lines = leftovers::processes(&server.instance);
+            let of = |line: &&String| line.split_whitespace().nth(1).is_some_and(|first| first.ends_with(program));
+            lines.iter().filter(of).filter(|line| line.contains(container)).map(|line| pid(line)).collect::<Vec<_>>()
+        };
+        let victims = match self {
+            Killing::Init => vec![pid(&init())],
+            Killing::PodmanKill => {
+                let victim = pid(&init());
+                podman(&["kill", "--", container]);
+                return wait_dead(victim);
+            }
+            Killing::PodmanRemove => return drop(podman(&["rm", "--force", "--time", "0", "--", container])),
+            Killing::Conmon => host("conmon"),
+            Killing::PodmanItself => host("podman"),
+        };
+        assert!(!victims.is_empty(), "{self:?}: nothing to kill");
+        for victim in victims {
+            kill(victim, Signal::SIGKILL).unwrap();
+            wait_dead(victim);
+        }
+    }
+}
+
+fn pid(text: &str) -> Pid {
+    Pid::from_raw(text.split_whitespace().next().unwrap().parse().unwrap())
+}
+
+/// Waits until a process has let go of its files.
+fn wait_dead(pid: Pid) {
+    eventually("the end of what was killed", || {
+        let status = fs::read_to_string(format!("/proc/{pid}/status"));
+        status.map_or(true, |status| status.contains("State:\tZ")).then_some(())
+    });
+}
+
+/// The only container of a server, once it runs.
+fn the_container(server: &Server) -> String {
+    eventually("a container runs", || {
+        let label = format!("label=io.coderunner.instance={}", server.instance);
+        let filters = ["--filter", &label, "--filter", "status=running", "--format", "{{.Names}}"];
+        leftovers::list(&[&["ps"], &filters[..]].concat()).into_iter().next()
+    })
+}
+
+#[test]
+fn a_ready_container_that_is_killed_harms_no_request() {
+    let server = Server::start(Options { containers: 1, ..options("") });
+    for killing in KILLINGS {
+        server.wait_ready();
+        let container = the_container(&server);
+        killing.kill(&server, &container);
+        assert_runs(&server, "unharmed");
+        eventually(&format!("{container} is gone after {killing:?}"), || {
+            (!server.containers().contains(&container)).then_some(())
+        });
+        assert_runs(&server, "unharmed");
+    }
+    server.stop();
+}
+
+#[test]
+fn a_container_that_is_killed_under_a_program_fails_that_request_alone() {
+    let server = Server::start(Options { containers: 1, ..options("[limits]\nrun_time = \"1m\"") });
+    for killing in KILLINGS {
+        let mark = marked_seconds(50);
+        let running = server.begin(&format!("sleep {mark}"));
+        wait_running(&mark);
+        killing.kill(&server, &the_container(&server));
+        let reply = match killing {
+            // The program does not need it.
+            Killing::Conmon => {
+                leftovers::end_marked(&mark);
+                running.reply()
+            }
+            _ => running.reply(),
+        };
+        if killing != Killing::Conmon || reply.status != 200 {
+            assert_eq!(reply.status, 500, "{killing:?}: {}", String::from_utf8_lossy(&reply.body));
+            let message = reply.message();
+            let request = message.split_whitespace().last().unwrap();
+            server.wait_log(&["ERROR", request]);
+            assert!(!message.contains("sandbox"), "details are for the log: {message}");
+        }
+        wait_gone(&mark);
+        assert_runs(&server, "after");
+    }
+    server.stop();
+}
+
+#[test]
+fn a_job_directory_that_cannot_be_made_is_made_when_it_can() {
+    let server = Server::start(Options { containers: 1, ..options("") });
+    let jobs = leftovers::runtime_dir(&server.instance).join("jobs");
+    let set_mode = |mode| fs::set_permissions(&jobs, fs::Permissions::from_mode(mode)).unwrap();
+    set_mode(0o500);
+    eventually("a refusal, once the ready container is used up", || {
+        let reply = server.begin(&echo("during")).reply();
+        if reply.status == 200 { None } else { is_refused(&reply, "cannot be made").then_some(()) }
+    });
+    server.wait_log(&["ERROR", "job directory", "Permission denied"]);
+    set_mode(0o700);
+    eventually("the server is ready again", || (server.get("/readyz").status == 200).then_some(()));
+    assert_runs(&server, "after");
+    server.stop();
+}
+
+#[test]
+fn a_state_directory_that_cannot_be_made_is_no_reason_not_to_serve() {
+    let env = [ENGINE, ("XDG_STATE_HOME", "/proc/nothing")];
+    let server = Server::start(Options { env: &env, ..options("") });
+    server.wait_log(&["WARN", "/proc/nothing"]);
+    assert_runs(&server, "served");
+    server.stop();
+}
+
+#[test]
+fn a_runtime_directory_that_is_none_is_refused_with_a_way_out() {
+    for (dir, why) in [
+        ("", "not set"),
+        ("/nonexistent", "No such file"),
+        ("/", "belongs to user 0"),
+        ("/proc/self/status", "no directory"),
+    ] {
+        let env = [ENGINE, ("XDG_RUNTIME_DIR", dir)];
+        let exit = refused(Options { env: &env, ..options("") });
+        assert_eq!(exit.status.code(), Some(1), "{dir}: {exit}");
+        for words in [why, "XDG_RUNTIME_DIR", "loginctl enable-linger"] {
+            assert!(exit.stderr.contains(words), "{dir}: {exit}");
+        }
+    }
+    let odd = tempfile::TempDir::with_prefix("coderunner-test-a:b-").unwrap();
+    let env = [ENGINE, ("XDG_RUNTIME_DIR", odd.path().to_str().unwrap())];
+    let exit = refused(Options { env: &env, ..options("") });
+    assert_eq!(exit.status.code(), Some(1), "{exit}");
+    assert!(exit.stderr.contains("colon"), "{exit}");
+}
+
+#[test]
+fn a_host_that_cannot_limit_is_refused_where_limits_are_required() {
+    let server = Server::start(options(""));
+    let kept = ["memory", "processes", "cpu"].map(|limit| server.enforces(limit));
+    server.stop();
+    let strict = options("require_limits = true");
+    if kept == [true; 3] {
+        let server = Server::start(strict);
+        assert_runs(&server, "limited");
+        server.stop();
+        return;
+    }
+    let exit = refused(strict);
+    assert_eq!(exit.status.code(), Some(1), "{exit}");
+    for words in ["cannot limit", "require_limits", "coderunner doctor"] {
+        assert!(exit.stderr.contains(words), "{exit}");
+    }
+}

@@ -1,0 +1,378 @@
+//! Images: pulled where missing, replaced by new versions that work, kept where those do not.
+
+use std::collections::BTreeSet;
+use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Instant;
+
+use crate::harness::{Files, Options, Server, eventually, marked_seconds, output, wait_running};
+use crate::leftovers;
+use crate::registry::{EMPTY, Image, Registry, SHELL};
+use crate::stand_in::StandIn;
+
+/// Prints the version of the image that it runs in.
+const VERSION: &str = "cat /version";
+
+/// The language `bash` with an image whose health program prints what the image says.
+fn config(image: &Image) -> String {
+    format!("[language.bash]\nimage = {:?}\nhealth = {{ code = \"cat /health\", output = \"well\" }}\n", image.name)
+}
+
+/// The files of a version that works.
+fn version(version: &str) -> [(&str, &str); 2] {
+    [("version", version), ("health", "well")]
+}
+
+fn options<'a>(config: &'a str, env: &'a [(&'a str, &'a str)]) -> Options<'a> {
+    Options { languages: &["bash"], config, env, ..Options::default() }
+}
+
+/// What `coderunner update` says, and with which code it exits.
+fn update(files: &Files, options: &Options) -> (i32, String) {
+    let output = output(&mut files.command("update", options), b"");
+    eprint!("{}", String::from_utf8_lossy(&output.stderr));
+    (output.status.code().expect("killed by a signal"), String::from_utf8(output.stdout).unwrap())
+}
+
+#[track_caller]
+fn assert_updated((code, text): (i32, String), words: &[&str]) {
+    assert_eq!(code, 0, "{text}");
+    assert!(words.iter().all(|word| text.contains(word)), "no {words:?}: {text}");
+    assert_eq!(text.lines().count(), 1, "a line per image: {text}");
+}
+
+#[track_caller]
+fn assert_not_updated((code, text): (i32, String), words: &[&str]) {
+    assert_eq!(code, 1, "{text}");
+    assert!(words.iter().all(|word| text.contains(word)), "no {words:?}: {text}");
+}
+
+/// Waits until requests are refused with these words.
+fn refusal(server: &Server, words: &str) {
+    let refused = eventually(&format!("a refusal because of {words:?}"), || {
+        let reply = server.begin(VERSION).reply();
+        reply.message().contains(words).then_some(reply)
+    });
+    assert_eq!(refused.status, 503);
+    assert!(refused.message().contains("bash"), "{}", refused.message());
+    let after = refused.header("retry-after").expect("Retry-After");
+    assert!(after.parse::<u32>().is_ok_and(|seconds| seconds > 0), "{after}");
+}
+
+/// As people see an id.
+fn short(id: &str) -> &str {
+    &id[..12]
+}
+
+#[test]
+fn a_missing_image_is_pulled_while_other_languages_work() {
+    let registry = Registry::start();
+    let image = registry.image();
+    let id = registry.push(&image, SHELL, &version("one"));
+    let slow = StandIn::new("[ \"$1\" != pull ] || while [ -e podman ] && [ ! -e go ]; do sleep 0.05; done");
+    let (config, env) = (config(&image), registry.env());
+    let server =
+        Server::launch(Options { languages: &["bash", "c"], path: Some(slow.dir()), ..options(&config, &env) });
+
+    refusal(&server, "is being pulled");
+    eventually("the other language is ready", || {
+        let readyz = server.get("/readyz");
+        assert_eq!(readyz.status, 503);
+        let body = readyz.json();
+        assert_eq!(body["languages"]["bash"]["ready"], false);
+        (body["languages"]["c"]["ready"] == true).then_some(())
+    });
+
+    slow.put("go");
+    server.wait_ready();
+    assert_eq!(server.run(VERSION).run_output, "one");
+    assert_eq!(image.id(), Some(id));
+    server.stop();
+}
+
+#[test]
+fn a_missing_image_that_cannot_be_pulled_is_tried_again() {
+    let registry = Registry::start();
+    let image = registry.image();
+    registry.push(&image, SHELL, &version("one"));
+    registry.go_down();
+    let (config, env) = (config(&image), registry.env());
+    let options = options(&config, &env);
+    let server = Server::launch(options.clone());
+    server.wait_log(&["ERROR", &image.name, "connection refused"]);
+    refusal(&server, "cannot be pulled");
+    registry.come_up();
+    server.wait_ready();
+    assert_eq!(server.run(VERSION).run_output, "one");
+    server.stop();
+}
+
+#[test]
+fn a_new_version_is_used_from_then_on_and_the_old_one_deleted() {
+    let registry = Registry::start();
+    let image = registry.image();
+    let old = registry.push(&image, SHELL, &version("one"));
+    let config = config(&image) + "limits = { run_time = \"1m\" }\n";
+    let env = registry.env();
+    let options = options(&config, &env);
+    let server = Server::start(options.clone());
+    assert_eq!(server.run(VERSION).run_output, "one");
+    let mark = marked_seconds(50);
+    let running = server.begin(&format!("sleep {mark}; cat /version"));
+    wait_running(&mark);
+
+    let new = registry.push(&image, SHELL, &version("two"));
+    assert_updated(update(server.files(), &options), &[&image.name, short(&new), short(&old), "replaces"]);
+    // Not what the memo has of the old one.
+    assert_eq!(server.run(VERSION).run_output, "two");
+    assert!(!running.has_begun());
+    assert!(image.stored().contains(&old), "the old image was deleted under a job");
+    leftovers::end_marked(&mark);
+    assert!(running.reply().answer().run_output.ends_with("one"));
+    image.wait_stored(&[&new]);
+    assert_eq!(image.id(), Some(new));
+    server.stop();
+}
+
+#[test]
+fn an_update_under_load_fails_no_request() {
+    let registry = Registry::start();
+    let image = registry.image();
+    let old = registry.push(&image, SHELL, &version("one"));
+    let (config, env) = (config(&image), registry.env());
+    let options = Options { containers: 3, ..options(&config, &env) };
+    let server = Server::start(options.clone());
+    let new = registry.push(&image, SHELL, &version("two"));
+    let (updated, served) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let seen: BTreeSet<String> = std::thread::scope(|scope| {
+        let (server, updated, served) = (&server, &updated, &served);
+        let client = move |number: usize| {
+            let mut seen = BTreeSet::new();
+            // Each its own program, so that each takes a container; the last ones after the update.
+            for count in 0.. {
+                let last = updated.load(Ordering::SeqCst);
+                let answer = server.run(&format!("cat /version # {number} {count}"));
+                if last {
+                    assert_eq!(answer.run_output, "two");
+                    break;
+                }
+                seen.insert(answer.run_output);
+                served.fetch_add(1, Ordering::SeqCst);
+            }
+            seen
+        };
+        let clients: Vec<_> = (0..4).map(|number| scope.spawn(move || client(number))).collect();
+        eventually("the clients are served", || (served.load(Ordering::SeqCst) >= 4).then_some(()));
+        assert_updated(update(server.files(), &options), &[short(&new), short(&old)]);
+        updated.store(true, Ordering::SeqCst);
+        clients.into_iter().flat_map(|client| client.join().unwrap()).collect()
+    });
+    assert!(seen.iter().all(|version| version == "one" || version == "two"), "{seen:?}");
+    image.wait_stored(&[&new]);
+    server.stop();
+}
+
+#[test]
+fn a_new_version_that_does_not_work_is_refused_and_removed() {
+    let registry = Registry::start();
+    let image = registry.image();
+    let old = registry.push(&image, SHELL, &version("one"));
+    let (config, env) = (config(&image), registry.env());
+    let options = options(&config, &env);
+    let server = Server::start(options.clone());
+    assert_eq!(server.run(VERSION).run_output, "one");
+
+    let ill = [("version", "two"), ("health", "ill")];
+    for (base, files, why) in [(SHELL, &ill[..], "ill"), (EMPTY, &version("three")[..], "bash")] {
+        registry.push(&image, base, files);
+        assert_not_updated(update(server.files(), &options), &[&image.name, "nothing changed", why]);
+        server.wait_log(&["WARN", &image.name, "nothing changed", why]);
+        assert_eq!(server.run(&format!("{VERSION} # after {why}")).run_output, "one");
+        assert_eq!(image.id().as_ref(), Some(&old), "its public name");
+        image.wait_stored(&[&old]);
+    }
+
+    let new = registry.push(&image, SHELL, &version("four"));
+    assert_updated(update(server.files(), &options), &[short(&new), "replaces", short(&old)]);
+    assert_eq!(server.run(VERSION).run_output, "four");
+    image.wait_stored(&[&new]);
+    server.stop();
+}
+
+#[test]
+fn a_first_version_that_does_not_work_is_not_used() {
+    let registry = Registry::start();
+    let image = registry.image();
+    registry.push(&image, SHELL, &[("version", "one"), ("health", "ill")]);
+    let (config, env) = (config(&image), registry.env());
+    let options = options(&config, &env);
+    let server = Server::launch(options.clone());
+    server.wait_log(&["ERROR", &image.name, "ill"]);
+    refusal(&server, "health check");
+
+    let new = registry.push(&image, SHELL, &version("two"));
+    assert_updated(update(server.files(), &options), &[short(&new), "in use"]);
+    server.wait_ready();
+    assert_eq!(server.run(VERSION).run_output, "two");
+    server.stop();
+}
+
+#[test]
+fn an_image_of_two_languages_must_work_for_both() {
+    let registry = Registry::start();
+    let image = registry.image();
+    let both = |other: &'static str| [("version", "any"), ("health", "well"), ("other", other)];
+    let old = registry.push(&image, SHELL, &both("well"));
+    let config = format!(
+        "{}[language.other]\nimage = {:?}\nsource = \"main.sh\"\nrun = [\"sh\", \"main.sh\"]\n\
+         health = {{ code = \"cat /other\", output = \"well\" }}\n",
+        config(&image),
+        image.name
+    );
+    let env = registry.env();
+    let options = Options { languages: &["bash", "other"], ..options(&config, &env) };
+    let server = Server::start(options.clone());
+    registry.push(&image, SHELL, &both("ill"));
+    assert_not_updated(update(server.files(), &options), &["other", "ill"]);
+    image.wait_stored(&[&old]);
+    let new = registry.push(&image, SHELL, &both("well"));
+    assert_updated(update(server.files(), &options), &[short(&new), "replaces"]);
+    server.stop();
+}
+
+#[test]
+fn a_registry_that_is_down_changes_nothing_also_over_a_restart() {
+    let registry = Registry::start();
+    let image = registry.image();
+    let old = registry.push(&image, SHELL, &version("one"));
+    let (config, env) = (config(&image), registry.env());
+    let options = options(&config, &env);
+    let server = Server::start(options.clone());
+    registry.go_down();
+    let words = [&image.name, "nothing changed", "cannot be pulled", "connection refused"];
+    assert_not_updated(update(server.files(), &options), &words);
+    assert_eq!(server.run(VERSION).run_output, "one");
+
+    let server = Server::launch_with(server.crash(), &options);
+    server.wait_ready();
+    assert_eq!(server.run(VERSION).run_output, "one");
+    image.wait_stored(&[&old]);
+
+    registry.come_up();
+    assert_updated(update(server.files(), &options), &["the newest is in use"]);
+    server.stop();
+}
+
+#[test]
+fn an_update_without_news_says_so() {
+    let registry = Registry::start();
+    let image = registry.image();
+    let id = registry.push(&image, SHELL, &version("one"));
+    let (config, env) = (config(&image), registry.env());
+    let options = options(&config, &env);
+    let server = Server::start(options.clone());
+    assert_updated(update(server.files(), &options), &[&image.name, "the newest is in use"]);
+    assert_eq!(server.run(VERSION).run_output, "one");
+    image.wait_stored(&[&id]);
+    server.stop();
+}
+
+#[test]
+fn a_local_image_that_was_built_anew_is_taken_by_an_update() {
+    let image = Image::local();
+    let old = image.build(&version("one"));
+    let config = config(&image);
+    let options = options(&config, &[]);
+    let server = Server::start(options.clone());
+    let new = image.build(&version("two"));
+    assert_eq!(server.run(VERSION).run_output, "one");
+    assert_updated(update(server.files(), &options), &[short(&new), "replaces", short(&old)]);
+    assert_eq!(server.run(VERSION).run_output, "two");
+    image.wait_stored(&[&new]);
+    server.stop();
+}
+
+#[test]
+fn a_local_image_that_is_missing_is_not_looked_for_elsewhere() {
+    let image = Image::local();
+    let config = config(&image);
+    let options = options(&config, &[]);
+    let server = Server::launch(options.clone());
+    server.wait_log(&["ERROR", &image.name, "build it"]);
+    refusal(&server, "not installed");
+    assert_not_updated(update(server.files(), &options), &[&image.name, "build it"]);
+    image.build(&version("one"));
+    assert_updated(update(server.files(), &options), &[&image.name, "in use"]);
+    server.wait_ready();
+    assert_eq!(server.run(VERSION).run_output, "one");
+    server.stop();
+}
+
+#[test]
+fn new_versions_are_looked_for_from_time_to_time() {
+    let registry = Registry::start();
+    let image = registry.image();
+    registry.push(&image, SHELL, &version("one"));
+    let config = config(&image) + "[update]\ninterval = \"1s\"\n";
+    let env = registry.env();
+    let server = Server::start(options(&config, &env));
+    let mut newest = String::new();
+    for version_now in ["two", "three"] {
+        newest = registry.push(&image, SHELL, &version(version_now));
+        eventually("the new version is in use", || (server.run(VERSION).run_output == version_now).then_some(()));
+    }
+    image.wait_stored(&[&newest]);
+    server.stop();
+}
+
+#[test]
+fn an_update_works_without_a_server() {
+    let started = Instant::now();
+    let registry = Registry::start();
+    let image = registry.image();
+    let old = registry.push(&image, SHELL, &version("one"));
+    let (config, env) = (config(&image), registry.env());
+    let options = options(&config, &env);
+    let files = Files::new(&options);
+    assert_updated(update(&files, &options), &[&image.name, short(&old), "in use"]);
+    assert_updated(update(&files, &options), &["the newest is in use"]);
+    registry.push(&image, SHELL, &[("health", "ill")]);
+    assert_not_updated(update(&files, &options), &["ill"]);
+    let new = registry.push(&image, SHELL, &version("two"));
+    assert_updated(update(&files, &options), &[short(&new), "replaces", short(&old)]);
+    assert_eq!(image.stored(), BTreeSet::from([new]));
+    leftovers::assert_none(&files.instance, started);
+}
+
+#[test]
+fn a_server_killed_while_it_checks_a_new_version_comes_back_with_the_old_one() {
+    let registry = Registry::start();
+    let image = registry.image();
+    let config = config(&image).replace("cat /health", ". /health") + "limits = { run_time = \"1m\" }\n";
+    let env = registry.env();
+    let options = options(&config, &env);
+    let healthy = |version| [("version", version), ("health", "printf well")];
+    registry.push(&image, SHELL, &healthy("one"));
+    let server = Server::start(options.clone());
+    assert_eq!(server.run(VERSION).run_output, "one");
+
+    let mark = marked_seconds(50);
+    let slow = format!("sleep {mark}; printf well");
+    let second = registry.push(&image, SHELL, &[("version", "two"), ("health", &slow)]);
+    let mut order = server.files().command("update", &options).stderr(Stdio::null()).spawn().unwrap();
+    wait_running(&mark);
+    assert_eq!(image.id().as_ref(), Some(&second), "its public name before the check");
+    let files = server.crash();
+    let told = eventually("the end of the order", || order.try_wait().unwrap());
+    assert_eq!(told.code(), Some(1));
+    leftovers::assert_nothing_runs(&files.instance);
+
+    let server = Server::launch_with(files, &options);
+    server.wait_ready();
+    assert_eq!(server.run(VERSION).run_output, "one");
+    let third = registry.push(&image, SHELL, &healthy("three"));
+    assert_updated(update(server.files(), &options), &[short(&third), "replaces"]);
+    assert_eq!(server.run(VERSION).run_output, "three");
+    image.wait_stored(&[&third]);
+    server.stop();
+}

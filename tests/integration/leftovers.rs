@@ -1,0 +1,163 @@
+//! What a server may have left behind: containers, mounts, processes, directories, volumes. Asked of podman and the
+//! kernel, not of the server.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::harness::{eventually, eventually_none, output};
+
+/// Runs podman and returns what it printed; panics where it fails.
+pub fn podman(args: &[&str]) -> String {
+    let output = output(Command::new("podman").args(args), b"");
+    assert!(output.status.success(), "podman {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Like [`podman`], for lists: they fail where something in them goes away meanwhile.
+pub fn list(args: &[&str]) -> Vec<String> {
+    eventually("podman can list", || {
+        let output = output(Command::new("podman").args(args), b"");
+        let text = String::from_utf8(output.stdout).unwrap();
+        output.status.success().then(|| text.lines().map(str::to_owned).collect())
+    })
+}
+
+/// Names of all containers with the label of an instance.
+pub fn containers(instance: &str) -> Vec<String> {
+    let label = format!("label=io.coderunner.instance={instance}");
+    list(&["ps", "--all", "--filter", &label, "--format", "{{.Names}}"])
+}
+
+/// Processes that name a container or a job directory of the instance, and live.
+pub fn processes(instance: &str) -> Vec<String> {
+    let marks = [format!("coderunner-{instance}-"), format!("coderunner/{instance}/")];
+    command_lines(|line| marks.iter().any(|mark| line.contains(mark)))
+}
+
+/// Processes that have this in their command line, in whatever sandbox: a mark that a test gave its program.
+pub fn marked(mark: &str) -> Vec<String> {
+    command_lines(|line| line.contains(mark))
+}
+
+/// Ends the programs with this mark: they are their sandbox's users', which are this user's in its namespace.
+pub fn end_marked(mark: &str) {
+    for line in marked(mark) {
+        podman(&["unshare", "kill", line.split_whitespace().next().unwrap()]);
+    }
+}
+
+fn command_lines(wanted: impl Fn(&str) -> bool) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        // A zombie's is empty.
+        let Ok(bytes) = fs::read(entry.path().join("cmdline")) else { continue };
+        let line = String::from_utf8_lossy(&bytes).replace('\0', " ");
+        if wanted(&line) {
+            found.push(format!("{} {line}", entry.file_name().to_string_lossy()));
+        }
+    }
+    found
+}
+
+/// Processes in whose mount namespace a directory of the instance is mounted, or `host` and `podman` for the
+/// namespaces of this process and of podman. Whatever runs in one of its sandboxes is among them.
+pub fn mounts(instance: &str) -> Vec<String> {
+    let script = r#"
+        mark="coderunner/$1/"
+        grep -sq "$mark" /proc/self/mountinfo && echo podman
+        grep -sl "$mark" /proc/[0-9]*/mountinfo
+        true"#;
+    let found = podman(&["unshare", "sh", "-c", script, "sh", instance]);
+    let mut found: Vec<String> = found.lines().map(str::to_owned).collect();
+    let host = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    if host.contains(&format!("coderunner/{instance}/")) {
+        found.push("host".into());
+    }
+    found
+}
+
+/// How many sandboxes of an instance there are: mount namespaces that one of its job directories is mounted in.
+pub fn sandboxes(instance: &str) -> usize {
+    let script = r#"
+        for process in $(grep -sl "coderunner/$1/" /proc/[0-9]*/mountinfo); do
+            readlink "${process%mountinfo}ns/mnt"
+        done | sort -u | wc -l"#;
+    podman(&["unshare", "sh", "-c", script, "sh", instance]).trim().parse().unwrap()
+}
+
+/// The runtime directory of an instance.
+pub fn runtime_dir(instance: &str) -> PathBuf {
+    let dir = std::env::var_os("XDG_RUNTIME_DIR").expect("XDG_RUNTIME_DIR: `make test` sets it");
+    PathBuf::from(dir).join("coderunner").join(instance)
+}
+
+/// Panics unless, within moments, nothing of the instance is left. A volume bears no label: none may stay that was
+/// made since `started` and belongs to no container.
+pub fn assert_none(instance: &str, started: Instant) {
+    assert_eq!(containers(instance), [""; 0], "containers are left");
+    assert!(!runtime_dir(instance).exists(), "its runtime directory is left");
+    assert_nothing_runs(instance);
+    let age = started.elapsed() + Duration::from_secs(1);
+    let mut suspects: Option<Vec<String>> = None;
+    eventually_none("volumes of no container", || {
+        // Another server's new volume is loose for a moment; one that stays so is left over.
+        let mut loose = loose_volumes(age);
+        loose.retain(|name| suspects.as_ref().is_none_or(|before| before.contains(name)));
+        suspects = Some(loose.clone());
+        loose
+    });
+    remove_image_names(instance);
+}
+
+/// Panics unless, within moments, no process and no mount of the instance is left.
+pub fn assert_nothing_runs(instance: &str) {
+    assert_no_process(instance, |_| true);
+}
+
+/// Panics unless, within moments, no process and no mount of the instance's sandboxes is left. What podman keeps of
+/// the containers that sandboxes are copied from may be there: these never start anything.
+pub fn assert_no_sandbox_runs(instance: &str) {
+    assert_no_process(instance, |line| !line.contains("-template-"));
+}
+
+fn assert_no_process(instance: &str, counts: impl Fn(&str) -> bool) {
+    eventually_none(&format!("processes of {instance}"), || {
+        let mut left = processes(instance);
+        left.retain(|line| counts(line));
+        left
+    });
+    eventually_none(&format!("mounts of {instance}"), || mounts(instance));
+}
+
+/// Removes what a failed test left, as well as it goes.
+pub fn remove(instance: &str) {
+    let label = format!("label=io.coderunner.instance={instance}");
+    let _ = output(Command::new("podman").args(["rm", "-fv", "--time", "0", "--filter", &label]), b"");
+    let _ = fs::remove_dir_all(runtime_dir(instance));
+    remove_image_names(instance);
+}
+
+/// Volumes that no container uses, younger than `age`.
+fn loose_volumes(age: Duration) -> Vec<String> {
+    let format = "{{.Name}} {{.CreatedAt.Unix}}";
+    let all = list(&["volume", "ls", "--filter", "dangling=true", "--format", format]);
+    let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs();
+    let young = |line: &str| {
+        let (name, made) = line.split_once(' ')?;
+        let made: u64 = made.parse().unwrap();
+        (made + age.as_secs() >= now).then(|| name.to_owned())
+    };
+    all.iter().filter_map(|line| young(line)).collect()
+}
+
+/// Takes away the names under which the instance keeps its images: it will not come back.
+fn remove_image_names(instance: &str) {
+    let tag = blake3::hash(instance.as_bytes()).to_hex()[..12].to_owned();
+    let names = list(&["images", "--format", "{{.Repository}}:{{.Tag}}"]);
+    let ours = ["current", "old"].map(|kind| format!("localhost/coderunner-{kind}:{tag}-"));
+    for name in names.iter().filter(|name| ours.iter().any(|prefix| name.starts_with(prefix))) {
+        let _ = output(Command::new("podman").args(["rmi", "--", name]), b"");
+    }
+}

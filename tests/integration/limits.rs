@@ -1,0 +1,344 @@
+//! Programs that use up time, output, processes, memory and disk: ended in time, told why, and no harm to others.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use nix::unistd::Pid;
+
+use crate::client::Answer;
+use crate::harness::{Options, Server, code};
+
+/// Longer than any answer that does not wait for the program may take, and shorter than those programs sleep.
+const AT_ONCE: Duration = Duration::from_secs(40);
+
+fn serve(language: &[&str], config: &str) -> Server {
+    Server::start(Options { languages: language, config, ..Options::default() })
+}
+
+fn serve_on(engine: &str, language: &[&str], config: &str) -> Server {
+    serve(language, &format!("engine = \"{engine}\"\n{config}"))
+}
+
+on_each_engine! {
+    processes_and_threads_are_counted_together
+    a_fork_bomb_is_ended_and_its_neighbour_does_not_notice
+    memory_beyond_the_limit_is_refused_where_the_kernel_can
+    full_disks_leave_memory_for_the_program
+    disks_fill_up_to_their_size_and_are_empty_for_the_next
+    programs_that_ignore_signals_or_stop_themselves_are_ended
+    a_daemon_that_holds_the_streams_delays_nothing
+}
+
+/// Splits the last line off, which must be one of ours, and returns it without our name.
+fn last_line(answer: &Answer) -> (&str, &str) {
+    let text = answer.run_output.strip_suffix('\n').unwrap_or_else(|| panic!("{answer:?}"));
+    let at = text.rfind('\n').map_or(0, |at| at + 1);
+    let line = text[at..].strip_prefix("coderunner: ").unwrap_or_else(|| panic!("{answer:?}"));
+    (&text[..at], line)
+}
+
+#[track_caller]
+fn assert_out_of(what: &str, answer: &Answer, printed: &str) {
+    let (before, line) = last_line(answer);
+    assert_eq!((answer.status, answer.compile_output.as_str(), before), (1, "", printed));
+    assert!(line.starts_with(&format!("killed: out of {what} after ")), "{line}");
+}
+
+/// A number of KiB from `/proc/PID/status`.
+fn status_kib(pid: Pid, field: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+    line.trim_matches([':', ' ', '\t', 'k', 'B']).parse().unwrap()
+}
+
+#[test]
+fn a_program_that_never_ends_is_ended_and_keeps_its_output() {
+    let server = serve(&["bash"], "[limits]\nrun_time = \"1s\"");
+    assert_out_of("time", &server.run("printf 'so far'; sleep 60"), "so far\n");
+    let many = "seq 20000; sleep 60";
+    let lines: String = (1..=20_000).map(|n| format!("{n}\n")).collect();
+    assert_out_of("time", &server.run(many), &lines);
+    // Each line within its own second: it is the whole that counts.
+    let trickle = server.run("while :; do echo drop; sleep 0.1; done");
+    let (before, line) = last_line(&trickle);
+    assert!(line.starts_with("killed: out of time after "), "{line}");
+    assert!(before.lines().all(|line| line == "drop"), "{before}");
+    server.stop();
+}
+
+#[test]
+fn a_program_that_never_rests_is_ended_at_its_cpu_time() {
+    let server = serve(&["c"], "[limits]\nrun_time = \"60s\"\nrun_cpu_time = \"1s\"");
+    assert_out_of("CPU time", &server.run("int main(void) { for (;;); }"), "");
+    // All its processes together.
+    let two = "#include <unistd.h>\nint main(void) { fork(); fork(); for (;;); }";
+    assert_out_of("CPU time", &server.run(two), "");
+    server.stop();
+}
+
+#[test]
+fn a_compiler_that_never_ends_is_ended() {
+    let server = serve(
+        &["c"],
+        r#"
+        [limits]
+        compile_time = "2s"
+        output_total = "1MiB"
+        [language.c]
+        compile = ["sh", "-c", """
+            grep -q LOOP main.c && while :; do :; done
+            grep -q CHATTER main.c && yes
+            exec tcc -o out main.c"""]
+        "#,
+    );
+    for (code, why) in
+        [("// LOOP", "coderunner: killed: out of time after "), ("// CHATTER", "coderunner: killed: too much output\n")]
+    {
+        let answer = server.run(code);
+        assert_eq!((answer.status, answer.run_output.as_str()), (0, ""), "{code}");
+        assert!(answer.compile_output.contains(why), "{code}: {:?}", answer.compile_output.lines().last());
+    }
+    // Attacks that the compiler itself is open to: whatever comes of them, they end, and nothing leaks.
+    for code in [
+        "#include \"main.c\"",
+        "#include \"/dev/zero\"",
+        "#include \"/dev/stdin\"",
+        "#include \"/proc/1/environ\"",
+        "#include \"/job/main.c\"",
+    ] {
+        let answer = server.run(code);
+        assert_eq!((answer.status, answer.run_output.as_str()), (0, ""), "{code}");
+        assert!(!answer.compile_output.is_empty(), "{code}");
+    }
+    server.stop();
+}
+
+#[test]
+fn ten_mebibytes_on_both_streams_are_read_to_the_end_in_little_memory() {
+    let server = serve(&["bash"], "");
+    server.run("echo warm");
+    let before = status_kib(server.pid(), "VmHWM");
+    let answer = server.run(
+        "head -c 10485760 /dev/zero | tr '\\0' o &\n\
+         head -c 10485760 /dev/zero | tr '\\0' e >&2 &\n\
+         wait; echo end",
+    );
+    let (kept, line) = last_line(&answer);
+    assert_eq!(line, "output cut: 262144 of 20971524 bytes shown");
+    assert_eq!(kept.len(), 262_144 + 1);
+    assert!(kept.trim_end().chars().all(|c| c == 'o' || c == 'e'));
+    // The peak, so nothing was there for a moment only.
+    let grown = status_kib(server.pid(), "VmHWM") - before;
+    assert!(grown < 8 * 1024, "20 MiB of output took {grown} KiB of memory");
+    server.stop();
+}
+
+#[test]
+fn endless_output_is_ended() {
+    let server = serve(&["bash"], "[limits]\noutput_total = \"1MiB\"\nrun_time = \"60s\"");
+    let started = Instant::now();
+    let answer = server.run("yes");
+    assert!(started.elapsed() < AT_ONCE);
+    let (before, line) = last_line(&answer);
+    assert_eq!(line, "killed: too much output");
+    let cut = before.lines().last().unwrap();
+    assert!(cut.starts_with("coderunner: output cut: 262144 of "), "{cut}");
+    assert_eq!(before.len(), 262_144 + cut.len() + 1);
+    server.stop();
+}
+
+fn a_daemon_that_holds_the_streams_delays_nothing(engine: &str) {
+    let server = serve_on(engine, &["python"], "[limits]\nrun_time = \"60s\"");
+    let started = Instant::now();
+    let daemon = "
+        import os, time
+        print('parent', flush=True)
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                print('daemon', flush=True)
+                time.sleep(50)
+                print('late', flush=True)
+            os._exit(0)
+        os.wait()
+        time.sleep(0.5)
+    ";
+    let answer = server.run(&code(daemon));
+    assert_eq!(answer, Answer::ran("parent\ndaemon\n"));
+    assert!(started.elapsed() < AT_ONCE);
+    server.stop();
+}
+
+fn programs_that_ignore_signals_or_stop_themselves_are_ended(engine: &str) {
+    let server = serve_on(engine, &["bash"], "[limits]\nrun_time = \"1s\"");
+    let stubborn = "for n in $(seq 64); do trap '' $n 2>/dev/null; done; echo deaf; while :; do sleep 60; done";
+    assert_out_of("time", &server.run(stubborn), "deaf\n");
+    assert_out_of("time", &server.run("echo stopping; kill -STOP $$"), "stopping\n");
+    server.stop();
+}
+
+fn processes_and_threads_are_counted_together(engine: &str) {
+    let server = serve_on(engine, &["python"], "[limits]\nprocesses = 16");
+    let forks = "
+        import os, time
+        made = 0
+        try:
+            while True:
+                if os.fork() == 0:
+                    time.sleep(60)
+                made += 1
+        except BlockingIOError:
+            print(made)
+    ";
+    let threads = "
+        import threading, time
+        made = 0
+        try:
+            while True:
+                threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+                made += 1
+        except RuntimeError:
+            print(made)
+    ";
+    // Besides the program itself.
+    assert_eq!(server.run(&code(forks)), Answer::ran("15\n"));
+    assert_eq!(server.run(&code(threads)), Answer::ran("15\n"));
+    server.stop();
+}
+
+fn a_fork_bomb_is_ended_and_its_neighbour_does_not_notice(engine: &str) {
+    let server = serve_on(
+        engine,
+        &["c"],
+        "[limits]\nprocesses = 24\nrun_time = \"4s\"\nrun_cpu_time = \"60s\"\ncompile_time = \"60s\"",
+    );
+    let bomb = server.begin("#include <unistd.h>\nint main(void) { for (;;) fork(); }");
+    let forking = "
+        #include <stdio.h>
+        #include <unistd.h>
+        #include <sys/wait.h>
+        int main(void) {
+            int n, ended = 0;
+            for (n = 0; n < 20; n++)
+                if (fork() == 0) return usleep(100000);
+            while (wait(0) > 0) ended++;
+            printf(\"%d children\\n\", ended);
+            return 0;
+        }
+    ";
+    assert_eq!(server.run(forking), Answer::ran("20 children\n"));
+    let answer = bomb.reply().answer();
+    if server.enforces("processes") {
+        assert_eq!(last_line(&answer), ("", "failed: no more processes or threads allowed"));
+    } else {
+        // Bounded by a count per uid, which tells nobody that it refused; the uid is this sandbox's own.
+        assert_out_of("time", &answer, "");
+    }
+    assert_eq!(server.run(&format!("{forking}\n// again")), Answer::ran("20 children\n"));
+    server.stop();
+}
+
+fn memory_beyond_the_limit_is_refused_where_the_kernel_can(engine: &str) {
+    let server = serve_on(engine, &["python"], "[limits]\nmemory = \"64MiB\"\nrun_time = \"30s\"");
+    let answer = server.run("hog = bytearray(160 << 20)\nprint('survived')\n");
+    if server.enforces("memory") {
+        assert_eq!(last_line(&answer), ("", "killed: out of memory"));
+    } else {
+        assert_eq!(answer, Answer::ran("survived\n"));
+        server.wait_log(&["limits are NOT enforced", "memory"]);
+    }
+    server.stop();
+}
+
+fn disks_fill_up_to_their_size_and_are_empty_for_the_next(engine: &str) {
+    let server = Server::start(Options {
+        languages: &["python"],
+        containers: 1,
+        config: &format!("engine = \"{engine}\"\n[limits]\ndisk = \"4MiB\"\ninodes = 200\nrun_time = \"60s\""),
+        ..Options::default()
+    });
+    let fill = "
+        import os, errno
+        for place in '/work', '/tmp', '/dev/shm':
+            size = 0
+            try:
+                for n in range(64):
+                    with open(f'{place}/{n}', 'wb', buffering=0) as file:
+                        size += file.write(bytes(1 << 20))
+            except OSError as error:
+                print(place, errno.errorcode[error.errno], 3 << 20 < size <= 4 << 20)
+    ";
+    let many = "
+        import os, errno
+        for place in '/work', '/tmp', '/dev/shm':
+            try:
+                for n in range(1000000):
+                    os.mkdir(f'{place}/{n}')
+            except OSError as error:
+                print(place, errno.errorcode[error.errno], 150 < n <= 200)
+    ";
+    for each in [fill, many] {
+        let full = Answer::ran("/work ENOSPC True\n/tmp ENOSPC True\n/dev/shm ENOSPC True\n");
+        assert_eq!(server.run(&code(each)), full);
+    }
+    let deep = "
+        import os
+        try:
+            while True:
+                os.mkdir('d')
+                os.chdir('d')
+        except OSError:
+            print('full')
+    ";
+    assert_eq!(server.run(&code(deep)), Answer::ran("full\n"));
+    let sparse = "
+        import os
+        try:
+            os.truncate(os.open('sparse', os.O_CREAT | os.O_WRONLY), 1 << 40)
+        except OSError as error:
+            print(error.strerror)
+    ";
+    assert_eq!(server.run(&code(sparse)), Answer::ran("File too large\n"));
+    let look = "
+        import os
+        for place in '/work', '/tmp', '/dev/shm':
+            print(place, os.listdir(place))
+    ";
+    assert_eq!(server.run(&code(look)), Answer::ran("/work ['main.py']\n/tmp []\n/dev/shm []\n"));
+    server.stop();
+}
+
+fn full_disks_leave_memory_for_the_program(engine: &str) {
+    // Files are charged to the memory: each directory holds a quarter of it at the most.
+    let server = serve_on(engine, &["python"], "[limits]\nmemory = \"64MiB\"\ndisk = \"256MiB\"\nrun_time = \"30s\"");
+    let fill = "
+        for place in '/work', '/tmp', '/dev/shm':
+            size = 0
+            try:
+                for n in range(64):
+                    with open(f'{place}/{n}', 'wb', buffering=0) as file:
+                        size += file.write(bytes(1 << 20))
+            except OSError:
+                print(place, 15 << 20 < size <= 16 << 20)
+    ";
+    assert_eq!(server.run(&code(fill)), Answer::ran("/work True\n/tmp True\n/dev/shm True\n"));
+    server.stop();
+}
+
+#[test]
+fn descriptors_run_out_at_their_limit() {
+    let server = serve(&["python"], "[limits]\nopen_files = 32");
+    let open = "
+        import os
+        made = 0
+        try:
+            while True:
+                os.dup(0)
+                made += 1
+        except OSError as error:
+            os.write(1, f'{made} {error.strerror}\\n'.encode())
+        os._exit(0)
+    ";
+    assert_eq!(server.run(&code(open)), Answer::ran("29 Too many open files\n"));
+    server.stop();
+}

@@ -1,0 +1,32 @@
+//! Drives the real executable over HTTP, with real rootless containers. `make test` prepares all that it needs:
+//! the local images, an ordinary account, and the executable.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+/// Makes two tests of each function: one for either way to make sandboxes. The walls and limits are the same.
+macro_rules! on_each_engine {
+    ($($test:ident)*) => {
+        mod podman {
+            $(#[test] fn $test() { super::$test("podman"); })*
+        }
+        mod crun {
+            $(#[test] fn $test() { super::$test("crun"); })*
+        }
+    };
+}
+
+mod cli;
+mod client;
+mod faults;
+mod harness;
+mod http;
+mod images;
+mod leftovers;
+mod limits;
+mod programs;
+mod queue;
+mod registry;
+mod reload;
+mod settings;
+mod shutdown;
+mod stand_in;
+mod walls;

@@ -1,0 +1,202 @@
+//! What programs print and how they end, and what is answered.
+
+use crate::client::Answer;
+use crate::harness::{Options, Server};
+
+/// A language that prints its own source, byte for byte.
+const VERBATIM: &str = r#"
+    [language.verbatim]
+    image = "localhost/coderunner-bash:latest"
+    source = "source"
+    run = ["cat", "source"]
+    health = { code = "hello", output = "hello" }
+"#;
+
+fn serve<'a>(language: &'a [&'a str]) -> Server {
+    Server::start(Options { languages: language, ..Options::default() })
+}
+
+#[test]
+fn hello_runs_in_each_local_language() {
+    let hello = [
+        (["c"], "#include <stdio.h>\nint main(void) { puts(\"hello\"); return 0; }\n"),
+        (["python"], "print('hello')"),
+        (["bash"], "echo hello"),
+    ];
+    for (language, code) in hello {
+        let server = serve(&language);
+        assert_eq!(server.run(code), Answer::ran("hello\n"), "{language:?}");
+        server.stop();
+    }
+}
+
+#[test]
+fn a_source_arrives_byte_for_byte() {
+    let server = Server::start(Options { languages: &["verbatim"], config: VERBATIM, ..Options::default() });
+    // 64 KiB is the most that a source may have; escaped as JSON these are many more.
+    let large: String = "\u{1}é€🦀\\\"\n".chars().cycle().take(65_536).collect();
+    let large = &large[..(0..=65_536).rev().find(|&at| large.is_char_boundary(at)).unwrap()];
+    let sources = [
+        "",
+        " ",
+        "--help",
+        "-",
+        "'\"`$(touch /tmp/x)`; rm -rf / #\\ \\\\ %s %n \\n",
+        "${IFS}$PATH!! ~ * ? [a-z] {a,b}",
+        "nul \0 in the middle\0",
+        "no newline at the end",
+        "\r\n\r\n\t\u{b}\u{c}\u{7f}",
+        "\u{feff}\u{200b}\u{202e}é€🦀\u{10ffff}",
+        large,
+    ];
+    for source in sources {
+        assert_eq!(server.run(source), Answer::ran(source));
+    }
+    server.stop();
+}
+
+#[test]
+fn a_source_that_does_not_compile_is_not_run() {
+    let server = serve(&["c"]);
+    let answer = server.run("int main(void) { return missing; }\n");
+    assert_eq!(answer.status, 0);
+    assert!(answer.compile_output.contains("main.c:1:"), "{answer:?}");
+    assert!(answer.compile_output.contains("missing"), "{answer:?}");
+    assert_eq!(answer.run_output, "");
+    let answer = server.run("");
+    assert_eq!((answer.status, answer.run_output.as_str()), (0, ""), "no main: {answer:?}");
+    assert_ne!(answer.compile_output, "");
+    server.stop();
+}
+
+#[test]
+fn warnings_of_the_compiler_are_told_beside_the_programs_output() {
+    let server = serve(&["c"]);
+    let answer = server.run("int main(void) { puts(\"ran\"); return 0; }\n");
+    assert_eq!((answer.status, answer.run_output.as_str()), (1, "ran\n"), "{answer:?}");
+    assert!(answer.compile_output.contains("warning"), "{answer:?}");
+    server.stop();
+}
+
+#[test]
+fn a_compiler_that_says_nothing_and_makes_nothing_has_failed() {
+    let server = Server::start(Options {
+        // Like one that exits 0 although linking failed.
+        config: r#"
+            [language.c]
+            compile = ["sh", "-c", "grep -q NOTHING main.c || tcc -o out main.c"]
+        "#,
+        ..Options::default()
+    });
+    let expected = Answer {
+        status: 0,
+        compile_output: "coderunner: the compiler made no program\n".into(),
+        run_output: String::new(),
+    };
+    assert_eq!(server.run("// NOTHING"), expected);
+    server.stop();
+}
+
+#[test]
+fn a_failing_program_keeps_its_output_whatever_its_exit_code() {
+    let server = serve(&["bash"]);
+    // 125, 126 and 127 are podman's own codes.
+    for code in [0, 1, 3, 125, 126, 127, 137, 255] {
+        assert_eq!(server.run(&format!("echo before; exit {code}")), Answer::ran("before\n"), "exit code {code}");
+    }
+    server.stop();
+}
+
+#[test]
+fn an_uncaught_exception_is_the_programs_output() {
+    let server = serve(&["python"]);
+    let answer = server.run("print('so far')\nraise ValueError('boom')\n");
+    assert_eq!((answer.status, answer.compile_output.as_str()), (1, ""));
+    assert!(answer.run_output.starts_with("so far\nTraceback"), "{answer:?}");
+    assert!(answer.run_output.ends_with("\nValueError: boom\n"), "{answer:?}");
+    server.stop();
+}
+
+#[test]
+fn a_program_that_a_signal_ended_is_told_so() {
+    let server = serve(&["c"]);
+    let end = |how: &str| {
+        server.run(&format!(
+            "#include <stdio.h>\n#include <stdlib.h>\n#include <signal.h>\n\
+             int main(void) {{ printf(\"so far\"); fflush(stdout); {how}; return 0; }}\n"
+        ))
+    };
+    let ended = |how: &str| Answer::ran(&format!("so far\ncoderunner: ended by signal {how}\n"));
+    assert_eq!(end("raise(SIGSEGV)"), ended("11 (SIGSEGV)"));
+    assert_eq!(end("*(volatile int *)0 = 1"), ended("11 (SIGSEGV)"));
+    assert_eq!(end("abort()"), ended("6 (SIGABRT)"));
+    // Not taken for one of our own kills.
+    assert_eq!(end("raise(SIGKILL)"), ended("9 (SIGKILL)"));
+    server.stop();
+}
+
+#[test]
+fn both_streams_come_in_the_order_of_writing() {
+    let server = serve(&["bash"]);
+    let code = "for n in 1 2 3; do echo out $n; echo err $n >&2; done";
+    let expected = "out 1\nerr 1\nout 2\nerr 2\nout 3\nerr 3\n";
+    assert_eq!(server.run(code), Answer::ran(expected));
+    server.stop();
+}
+
+#[test]
+fn output_of_any_bytes_is_text() {
+    let server = serve(&["bash"]);
+    assert_eq!(
+        server.run(r"printf '\xff\xfe|\0|\x1b[31mred\x1b]0;title\x07|\xe2\x82'"),
+        Answer::ran("\u{fffd}\u{fffd}|\0|\u{1b}[31mred\u{1b}]0;title\u{7}|\u{fffd}")
+    );
+    // A character that is written in pieces is one all the same.
+    assert_eq!(server.run(r"printf '\xe2'; sleep 0.2; printf '\x82'; sleep 0.2; printf '\xac'"), Answer::ran("€"));
+    // What looks like our own framing is just output.
+    let framing = "{\"status\": 0}\r\n\r\nHTTP/1.1 500 no\r\n";
+    assert_eq!(server.run(&format!("printf '%s' '{framing}'")), Answer::ran(framing));
+    server.stop();
+}
+
+#[test]
+fn output_beyond_the_limit_is_cut_between_characters() {
+    let server =
+        Server::start(Options { languages: &["bash"], config: "[limits]\noutput = \"10B\"", ..Options::default() });
+    assert_eq!(server.run("printf '€€€€'"), Answer::ran("€€€\ncoderunner: output cut: 10 of 12 bytes shown\n"));
+    assert_eq!(server.run("printf 0123456789"), Answer::ran("0123456789"));
+    server.stop();
+}
+
+#[test]
+fn standard_input_is_empty() {
+    let server = serve(&["bash"]);
+    assert_eq!(server.run("read -r line && echo got; echo end"), Answer::ran("end\n"));
+    assert_eq!(server.run("wc -c"), Answer::ran("0\n"));
+    server.stop();
+}
+
+#[test]
+fn a_program_starts_with_signals_and_mask_as_usual() {
+    let server = serve(&["bash"]);
+    let ignored = server.run("grep -E '^Sig(Ign|Blk)' /proc/self/status");
+    assert_eq!(ignored, Answer::ran("SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n"));
+    // SIGPIPE ends who writes to nobody, silently.
+    assert_eq!(server.run("yes | head -n 1"), Answer::ran("y\n"));
+    server.stop();
+}
+
+#[test]
+fn the_end_of_long_output_is_never_lost() {
+    // podman itself loses ends of streams now and then; ours do not go through it.
+    let server =
+        Server::start(Options { languages: &["bash"], config: "[limits]\noutput = \"1MiB\"", ..Options::default() });
+    for round in 0..10 {
+        let code = format!("for n in $(seq 50); do seq {round} 1500; done");
+        let once: String = (round..=1500).map(|n| format!("{n}\n")).collect();
+        let answer = server.run(&code);
+        assert_eq!(answer.run_output.len(), once.len() * 50);
+        assert_eq!(answer, Answer::ran(&once.repeat(50)));
+    }
+    server.stop();
+}

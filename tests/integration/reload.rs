@@ -1,0 +1,52 @@
+//! SIGHUP: another configuration without an end.
+
+use nix::sys::signal::Signal;
+
+use crate::client::Answer;
+use crate::harness::{Options, Server, eventually, marked_seconds, wait_running};
+
+/// Changes the configuration file: the first string becomes the second.
+fn edit(server: &Server, from: &str, to: &str) {
+    let path = server.files().config();
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert!(text.contains(from), "{text}");
+    std::fs::write(path, text.replace(from, to)).unwrap();
+}
+
+#[test]
+fn a_reload_changes_the_settings_and_no_run_under_way() {
+    let server = Server::start(Options {
+        languages: &["bash"],
+        config: "source_limit = \"1KiB\"\n[limits]\nrun_time = \"60s\"\n[language.bash.env]\nGREETING = \"old\"",
+        ..Options::default()
+    });
+    let mark = marked_seconds(5);
+    let running = server.begin(&format!("sleep {mark}; echo $GREETING"));
+    wait_running(&mark);
+    edit(&server, "GREETING = \"old\"", "GREETING = \"new\"");
+    edit(&server, "1KiB", "2KiB");
+    edit(&server, "[\"bash\"]", "[\"bash\", \"python\"]");
+    server.signal(Signal::SIGHUP);
+    server.wait_log(&["configuration reloaded"]);
+    assert_eq!(server.run("echo $GREETING"), Answer::ran("new\n"));
+    let large = format!("echo large #{}", "x".repeat(1500));
+    assert_eq!(server.run(&large), Answer::ran("large\n"));
+    eventually("python is ready", || {
+        (server.get("/readyz").json()["languages"]["python"]["ready"] == true).then_some(())
+    });
+    assert_eq!(running.reply().answer(), Answer::ran("old\n"));
+    server.stop();
+}
+
+#[test]
+fn a_reload_of_a_bad_configuration_changes_nothing() {
+    let server =
+        Server::start(Options { languages: &["bash"], config: "source_limit = \"1KiB\"", ..Options::default() });
+    edit(&server, "1KiB", "lots");
+    server.signal(Signal::SIGHUP);
+    let line = server.wait_log(&["configuration not changed"]);
+    assert!(line.contains("source_limit"), "{line}");
+    assert_eq!(server.begin(&"#".repeat(1025)).reply().status, 413);
+    assert_eq!(server.run("echo alive"), Answer::ran("alive\n"));
+    server.stop();
+}

@@ -1,0 +1,150 @@
+//! The end of a server, asked for or not: what becomes of its requests, and that nothing is left.
+
+use nix::sys::signal::Signal;
+
+use crate::client::{Answer, Pending};
+use crate::harness::{Files, Options, Server, eventually, marked_seconds, refused_with, wait_gone, wait_running};
+use crate::leftovers::{self, podman};
+
+fn options(config: &str) -> Options<'_> {
+    Options { languages: &["bash"], config, ..Options::default() }
+}
+
+on_each_engine! {
+    a_server_that_was_killed_leaves_nothing_running_and_the_next_one_cleans_up
+    two_instances_of_a_user_do_not_touch_each_other
+}
+
+/// Sends a program that sleeps about so long and then prints `done`, and waits until it runs.
+fn begin_sleep(server: &Server, seconds: u32) -> (Pending, String) {
+    let mark = marked_seconds(seconds);
+    let pending = server.begin(&format!("sleep {mark}; echo done"));
+    wait_running(&mark);
+    (pending, mark)
+}
+
+#[test]
+fn a_running_program_is_let_finish_while_nobody_new_comes_in() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let server = Server::start(options("[shutdown]\ndrain = \"60s\""));
+        let (running, _) = begin_sleep(&server, 3);
+        server.signal(signal);
+        eventually("connections are refused", || std::net::TcpStream::connect(server.address).is_err().then_some(()));
+        assert_eq!(running.reply().answer(), Answer::ran("done\n"));
+        server.ends_well();
+    }
+}
+
+#[test]
+fn what_runs_longer_than_the_drain_is_cut_off_and_told_so() {
+    let server = Server::start(options("[shutdown]\ndrain = \"1s\"\n[limits]\nrun_time = \"120s\""));
+    let (running, mark) = begin_sleep(&server, 100);
+    server.signal(Signal::SIGTERM);
+    let reply = running.reply();
+    assert_eq!(reply.status, 503);
+    assert!(reply.message().contains("shutting down"), "{}", reply.message());
+    assert!(reply.header("retry-after").is_some());
+    wait_gone(&mark);
+    server.ends_well();
+}
+
+#[test]
+fn a_second_signal_does_not_wait_for_programs() {
+    let server = Server::start(options("[shutdown]\ndrain = \"10m\"\n[limits]\nrun_time = \"280s\""));
+    let (running, mark) = begin_sleep(&server, 250);
+    server.signal(Signal::SIGTERM);
+    server.wait_log(&["stopping: running requests come to their end"]);
+    assert!(!running.has_begun());
+    server.signal(Signal::SIGTERM);
+    assert_eq!(running.reply().status, 503);
+    wait_gone(&mark);
+    server.ends_well();
+}
+
+#[test]
+fn under_load_every_request_is_answered_before_the_end() {
+    let config = "[shutdown]\ndrain = \"3s\"\n[limits]\nrun_time = \"120s\"\n[queue]\nlength = 10\nwait = \"100s\"";
+    let server = Server::start(options(config));
+    let (running, mark) = begin_sleep(&server, 100);
+    // More than the queue takes; those that find it full are told at once.
+    let many: Vec<Pending> = (0..16).map(|n| server.begin(&format!("sleep 0.5; echo {n}"))).collect();
+    eventually("some are answered", || (many.iter().filter(|one| one.has_begun()).count() >= 5).then_some(()));
+    server.signal(Signal::SIGTERM);
+    assert_eq!(running.reply().status, 503);
+    let mut refused = 0;
+    for (n, pending) in many.into_iter().enumerate() {
+        // A connection that was not yet accepted is closed without an answer.
+        let Ok(reply) = pending.try_reply() else { continue };
+        match reply.status {
+            200 => assert_eq!(reply.answer(), Answer::ran(&format!("{n}\n"))),
+            503 => {
+                assert!(reply.header("retry-after").is_some() && !reply.message().is_empty());
+                refused += 1;
+            }
+            other => panic!("{other}: {reply:?}"),
+        }
+    }
+    assert!(refused > 0, "the queue was full");
+    wait_gone(&mark);
+    server.ends_well();
+}
+
+fn a_server_that_was_killed_leaves_nothing_running_and_the_next_one_cleans_up(engine: &str) {
+    let config = format!("engine = \"{engine}\"\n[limits]\nrun_time = \"120s\"");
+    let options = options(&config);
+    let server = Server::start(options.clone());
+    let (_running, mark) = begin_sleep(&server, 100);
+    let files = server.crash();
+    wait_gone(&mark);
+    leftovers::assert_no_sandbox_runs(&files.instance);
+
+    // A container that podman still lists, as after a crash of conmon; it never ran.
+    let instance = files.instance.clone();
+    let left = format!("coderunner-{instance}-1-1");
+    let stranger = format!("stranger-{instance}");
+    for (name, label) in [(&left, instance.as_str()), (&stranger, "another")] {
+        let label = format!("--label=io.coderunner.instance={label}");
+        let name = format!("--name={name}");
+        podman(&["create", &name, "--label=io.coderunner=1", &label, "localhost/coderunner-bash", "true"]);
+    }
+    std::fs::create_dir_all(leftovers::runtime_dir(&instance).join("jobs/job-left")).unwrap();
+    let server = Server::launch_with(files, &options);
+    server.wait_ready();
+    eventually("the container is removed", || (!server.containers().contains(&left)).then_some(()));
+    assert!(!leftovers::runtime_dir(&instance).join("jobs/job-left").exists());
+    assert_eq!(server.run("echo again"), Answer::ran("again\n"));
+    let removed = podman(&["rm", "--force", &stranger]);
+    assert_ne!(removed.trim(), "", "another instance's container is not ours to remove");
+    server.stop();
+}
+
+fn two_instances_of_a_user_do_not_touch_each_other(engine: &str) {
+    let config = format!("engine = \"{engine}\"\n[limits]\nrun_time = \"60s\"");
+    let one = Server::start(options(&config));
+    let other = Server::start(options(&config));
+    let (running, _) = begin_sleep(&one, 6);
+    let mut containers = one.containers();
+    other.stop();
+    let crashed = Server::start(options(&config)).crash();
+    assert_eq!(running.reply().answer(), Answer::ran("done\n"));
+    leftovers::assert_no_sandbox_runs(&crashed.instance);
+    leftovers::remove(&crashed.instance);
+    // What was ready is ready still.
+    let after = one.containers();
+    containers.retain(|name| after.contains(name));
+    assert!(!containers.is_empty(), "{after:?}");
+    one.stop();
+}
+
+#[test]
+fn a_second_server_of_the_same_name_is_refused() {
+    let first = Server::start(options(""));
+    let options = Options { instance: Some(&first.instance), ..options("") };
+    let exit = refused_with(&Files::new(&options), &options);
+    assert_eq!(exit.status.code(), Some(1), "{exit}");
+    let expected = format!("an instance named \"{}\" is running already (process {})", first.instance, first.pid());
+    assert!(exit.stderr.contains(&expected), "{exit}");
+    assert!(!exit.stderr.contains("panicked"), "{exit}");
+    assert_eq!(first.run("echo unharmed"), Answer::ran("unharmed\n"));
+    first.stop();
+}
