@@ -272,12 +272,25 @@ fn spawn(spec: &StageSpec, pipes: [OwnedFd; 3], (uid, gid): (Uid, Gid), enforced
             nix::unistd::setresuid(uid, uid, uid)?;
             nix::sys::prctl::set_no_new_privs()?;
             SigSet::empty().thread_set_mask()?;
+            default_signals();
             // Last: it holds from here on.
             seccompiler::apply_filter(&filter).map_err(io::Error::other)
         });
     }
     let child = command.spawn()?;
     Ok(Pid::from_raw(child.id().cast_signed()))
+}
+
+/// Sets every signal to its default, also 32 and 33: a C library keeps these for itself, lets nobody set them, and
+/// leaves them ignored in what it spawns.
+fn default_signals() {
+    // The kernel's structure, whose zeros are the default action without flags.
+    let default = [0_u64; 4];
+    for signal in 1..=64_i32 {
+        // SAFETY: the kernel reads 32 bytes that are there, and writes nothing. SIGKILL and SIGSTOP fail, as they
+        // should.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), std::ptr::null::<u64>(), 8_usize) };
+    }
 }
 
 /// What the image (and podman for it) set, without podman's own marks.
