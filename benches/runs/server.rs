@@ -128,7 +128,12 @@ impl Server {
 
     /// Memory of an idle sandbox in bytes, with all that is there for its sake.
     pub fn memory_per_sandbox(&self) -> Result<u64> {
-        sandboxes::memory_per_sandbox(&self.instance, self.child.id())
+        let look = || {
+            self.settle()?;
+            sandboxes::memory_per_sandbox(&self.instance, self.child.id())
+        };
+        // A process of something periodic may end under our eyes.
+        look().or_else(|_| look())
     }
 
     /// File descriptors that it has open.

@@ -127,7 +127,7 @@ impl CrunEngine {
             channel,
             job_dir,
             image,
-            uid: slot.uid(),
+            slot,
             ended: Box::pin(ended),
             remove: Box::pin(async move {
                 let removed = match agent.start(CRUN, delete, None) {
@@ -141,8 +141,7 @@ impl CrunEngine {
                     cgroup.remove(&id);
                 }
             }),
-            // In this order: who gets the slot may count on the rest being gone.
-            owned: Box::new((directory, template, slot)),
+            owned: Box::new((directory, template)),
         };
         self.settings.raise(started, &language).await
     }

@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 use super::channel::Channel;
 use super::protocol::{self, FromInit};
 use super::reaper::Living;
-use super::{Sandbox, SandboxError};
+use super::{Sandbox, SandboxError, Slot};
 use crate::language::Language;
 
 /// Longest that making a sandbox may take, the wait for podman's locks included.
@@ -52,13 +52,13 @@ pub(super) struct Started {
     pub job_dir: PathBuf,
     /// Content id of its image.
     pub image: String,
-    /// The uid of its programs.
-    pub uid: u32,
+    /// The place it takes.
+    pub slot: Slot,
     /// Ends when the container has ended and is removed; an error says what was not as it should be.
     pub ended: BoxFuture<'static, Result<(), String>>,
     /// Removes it by force.
     pub remove: BoxFuture<'static, ()>,
-    /// What is given back when it is gone.
+    /// What goes with it, before the slot is given back.
     pub owned: Box<dyn Send>,
 }
 
@@ -76,7 +76,8 @@ impl EngineSettings {
     /// Hands a container to a keeper, and returns it as a sandbox once its init is ready. Whatever fails, the
     /// keeper cleans up.
     pub(super) async fn raise(&self, started: Started, language: &Language) -> Result<Sandbox, SandboxError> {
-        let Started { channel, job_dir, image, uid, ended, remove, owned } = started;
+        let Started { channel, job_dir, image, slot, ended, remove, owned } = started;
+        let (uid, number) = (slot.uid(&self.instance), slot.number);
         let (released, gone) = (CancellationToken::new(), CancellationToken::new());
         let last_words = Arc::new(OnceLock::new());
         let (told, over, words) = (released.clone(), gone.clone(), Arc::clone(&last_words));
@@ -88,6 +89,7 @@ impl EngineSettings {
             channel,
             job_dir,
             uid,
+            number,
             image,
             enforced: protocol::Enforced::default(),
             gone,

@@ -40,11 +40,16 @@ pub const LABEL_INSTANCE: &str = "io.coderunner.instance";
 /// Label with the language of a sandbox.
 pub const LABEL_LANGUAGE: &str = "io.coderunner.language";
 
-/// First uid of programs; a sandbox's is this plus its slot, so no two that live at once share one.
+/// First uid of programs; a sandbox's follows from its instance and its slot, so no two that live at once share one.
 const FIRST_UID: u32 = 10_000;
+/// Uids of an instance: more than it can have containers.
+const UIDS: u32 = 200;
+/// Ranges of uids for instances, below the 65,536 that a user has: their names say which is whose. The instances of a
+/// user share podman's user namespace, and what the kernel counts per uid.
+const RANGES: u32 = 250;
 
 /// Slot of the sandboxes in which new images are checked: beyond any number of containers that can be set.
-pub const HEALTH_SLOT: u32 = 1000;
+pub const HEALTH_SLOT: u32 = UIDS - 1;
 
 /// How long after its time limit a stage's end may reach us, killing and reaping included.
 const STAGE_GRACE: Duration = Duration::from_secs(7);
@@ -123,8 +128,11 @@ impl Slot {
         Slot { number, free }
     }
 
-    fn uid(&self) -> u32 {
-        FIRST_UID + self.number
+    /// The uid of programs in this place.
+    fn uid(&self, instance: &str) -> u32 {
+        let hash = blake3::hash(instance.as_bytes());
+        let [first, second, ..] = *hash.as_bytes();
+        FIRST_UID + u32::from(u16::from_le_bytes([first, second])) % RANGES * UIDS + self.number
     }
 }
 
@@ -161,6 +169,8 @@ pub struct Sandbox {
     channel: Channel,
     job_dir: PathBuf,
     uid: u32,
+    /// The number of its slot.
+    number: u32,
     /// Content id of its image.
     pub image: String,
     /// What its init saw of the limits.

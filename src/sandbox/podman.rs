@@ -222,11 +222,11 @@ impl PodmanEngine {
             channel,
             job_dir: job_dir.path().to_owned(),
             image,
-            uid: slot.uid(),
+            slot,
             // podman removes what it ran (--rm), unless it failed half-way or was killed.
             ended: Box::pin(async move { running.end().await }),
             remove: Box::pin(async move { podman.remove_or_warn(&name).await }),
-            owned: Box::new((job_dir, mark, slot)),
+            owned: Box::new((job_dir, mark)),
         };
         self.settings.raise(started, &language).await
     }

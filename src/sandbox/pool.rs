@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::protocol::Enforced;
-use super::{Engine, FIRST_UID, Sandbox, SandboxError, SandboxSpec, Slot};
+use super::{Engine, Sandbox, SandboxError, SandboxSpec, Slot};
 use crate::config::QueueSettings;
 use crate::language::Language;
 
@@ -255,7 +255,7 @@ impl Pool {
             given_up.extend(before.into_values().flat_map(|lane| lane.ready));
             for lane in state.lanes.values_mut() {
                 let (kept, beyond) =
-                    std::mem::take(&mut lane.ready).into_iter().partition(|sandbox| sandbox.uid < FIRST_UID + slots);
+                    std::mem::take(&mut lane.ready).into_iter().partition(|sandbox| sandbox.number < slots);
                 lane.ready = kept;
                 let beyond: VecDeque<Sandbox> = beyond;
                 given_up.extend(beyond);

@@ -147,49 +147,57 @@ fn a_server_whose_podman_hangs_comes_to_its_end() {
     wait_gone(&mark);
 }
 
-/// Ways in which a container, or what holds it, can be killed from outside.
+/// What can be killed from outside: a container, or what holds it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Killing {
-    Init,
-    PodmanKill,
-    PodmanRemove,
+    /// Every process inside.
+    Inside,
+    ByPodman,
+    RemovedByPodman,
     Conmon,
     PodmanItself,
+    /// Ours inside podman's namespace.
+    Agent,
 }
-
-const KILLINGS: [Killing; 5] =
-    [Killing::Init, Killing::PodmanKill, Killing::PodmanRemove, Killing::Conmon, Killing::PodmanItself];
 
 impl Killing {
-    fn kill(self, server: &Server, container: &str) {
-        let init = || podman(&["inspect", "--format", "{{.State.Pid}}", "--", container]);
-        // Processes whose command line has both.
-        let host = |program: &str| {
-            let lines = leftovers::processes(&server.instance);
-            let of = |line: &&String| line.split_whitespace().nth(1).is_some_and(|first| first.ends_with(program));
-            lines.iter().filter(of).filter(|line| line.contains(container)).map(|line| pid(line)).collect::<Vec<_>>()
-        };
-        let victims = match self {
-            Killing::Init => vec![pid(&init())],
-            Killing::PodmanKill => {
-                let victim = pid(&init());
-                podman(&["kill", "--", container]);
-                return wait_dead(victim);
+    fn of(engine: &str) -> &'static [Killing] {
+        match engine {
+            "podman" => {
+                &[Killing::Inside, Killing::ByPodman, Killing::RemovedByPodman, Killing::Conmon, Killing::PodmanItself]
             }
-            Killing::PodmanRemove => return drop(podman(&["rm", "--force", "--time", "0", "--", container])),
-            Killing::Conmon => host("conmon"),
-            Killing::PodmanItself => host("podman"),
-        };
-        assert!(!victims.is_empty(), "{self:?}: nothing to kill");
-        for victim in victims {
-            kill(victim, Signal::SIGKILL).unwrap();
-            wait_dead(victim);
+            _ => &[Killing::Inside, Killing::Agent],
         }
     }
-}
 
-fn pid(text: &str) -> Pid {
-    Pid::from_raw(text.split_whitespace().next().unwrap().parse().unwrap())
+    /// Whether the container is dead as soon as this is done, and not a moment later.
+    fn is_sudden(self) -> bool {
+        matches!(self, Killing::Inside | Killing::ByPodman | Killing::RemovedByPodman)
+    }
+
+    /// Does it to the only container of a server.
+    fn kill(self, server: &Server) {
+        let victims = match self {
+            Killing::Inside => inside(server),
+            Killing::ByPodman => {
+                let victims = inside(server);
+                podman(&["kill", "--", &the_container(server)]);
+                return victims.into_iter().for_each(wait_dead);
+            }
+            Killing::RemovedByPodman => {
+                return drop(podman(&["rm", "--force", "--time", "0", "--", &the_container(server)]));
+            }
+            Killing::Conmon => of_the_container(server, "conmon"),
+            Killing::PodmanItself => of_the_container(server, "podman"),
+            Killing::Agent => agents(server),
+        };
+        assert!(!victims.is_empty(), "{self:?}: nothing to kill");
+        for victim in &victims {
+            // One may have gone with the one before.
+            let _ = kill(*victim, Signal::SIGKILL);
+        }
+        victims.into_iter().for_each(wait_dead);
+    }
 }
 
 /// Waits until a process has let go of its files.
@@ -198,6 +206,20 @@ fn wait_dead(pid: Pid) {
         let status = fs::read_to_string(format!("/proc/{pid}/status"));
         status.map_or(true, |status| status.contains("State:\tZ")).then_some(())
     });
+}
+
+/// The init of each sandbox of a server, once there is one: it is of this user, unlike the programs.
+fn inside(server: &Server) -> Vec<Pid> {
+    eventually("a sandbox", || {
+        let files = leftovers::mounts(&server.instance);
+        let pids: Vec<Pid> = files
+            .iter()
+            .filter_map(|file| file.strip_prefix("/proc/")?.strip_suffix("/mountinfo")?.parse().ok())
+            .map(Pid::from_raw)
+            .filter(|pid| command_line(*pid).starts_with("/run/coderunner-init"))
+            .collect();
+        (!pids.is_empty()).then_some(pids)
+    })
 }
 
 /// The only container of a server, once it runs.
@@ -209,39 +231,74 @@ fn the_container(server: &Server) -> String {
     })
 }
 
-#[test]
-fn a_ready_container_that_is_killed_harms_no_request() {
-    let server = Server::start(Options { containers: 1, ..options("") });
-    for killing in KILLINGS {
-        server.wait_ready();
-        let container = the_container(&server);
-        killing.kill(&server, &container);
+/// Processes of this program that name the container.
+fn of_the_container(server: &Server, program: &str) -> Vec<Pid> {
+    let container = the_container(server);
+    let lines = leftovers::processes(&server.instance);
+    let of = |line: &&String| line.split_whitespace().nth(1).is_some_and(|first| first.ends_with(program));
+    lines.iter().filter(of).filter(|line| line.contains(&container)).map(|line| pid(line)).collect()
+}
+
+/// What waits for the end of each container of the crun engine, and holds its channel until then.
+fn crun(server: &Server) -> Vec<Pid> {
+    let lines = leftovers::processes(&server.instance);
+    lines.iter().filter(|line| line.split_whitespace().nth(1) == Some("crun")).map(|line| pid(line)).collect()
+}
+
+/// The server's processes in podman's namespace.
+fn agents(server: &Server) -> Vec<Pid> {
+    let parent = |of: Pid| {
+        let status = fs::read_to_string(format!("/proc/{of}/status")).ok()?;
+        Some(pid(status.lines().find_map(|line| line.strip_prefix("PPid:"))?))
+    };
+    let ours = |of: &Pid| std::iter::successors(Some(*of), |of| parent(*of)).any(|of| of == server.pid());
+    leftovers::marked(" agent ").iter().map(|line| pid(line)).filter(ours).collect()
+}
+
+fn command_line(pid: Pid) -> String {
+    String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default()).into_owned()
+}
+
+fn pid(text: &str) -> Pid {
+    Pid::from_raw(text.split_whitespace().next().unwrap().parse().unwrap())
+}
+
+on_each_engine! {
+    a_ready_container_that_is_killed_harms_no_request
+    a_container_that_is_killed_under_a_program_fails_that_request_alone
+}
+
+fn a_ready_container_that_is_killed_harms_no_request(engine: &str) {
+    let env = [("CODERUNNER_ENGINE", engine)];
+    let server = Server::start(Options { containers: 1, env: &env, ..options("") });
+    for killing in Killing::of(engine) {
+        let mut holders = inside(&server);
+        holders.extend(crun(&server));
+        killing.kill(&server);
+        if !killing.is_sudden() || engine == "crun" {
+            holders.into_iter().for_each(wait_dead);
+        }
         assert_runs(&server, "unharmed");
-        eventually(&format!("{container} is gone after {killing:?}"), || {
-            (!server.containers().contains(&container)).then_some(())
-        });
         assert_runs(&server, "unharmed");
     }
     server.stop();
 }
 
-#[test]
-fn a_container_that_is_killed_under_a_program_fails_that_request_alone() {
-    let server = Server::start(Options { containers: 1, ..options("[limits]\nrun_time = \"1m\"") });
-    for killing in KILLINGS {
+fn a_container_that_is_killed_under_a_program_fails_that_request_alone(engine: &str) {
+    let env = [("CODERUNNER_ENGINE", engine)];
+    let config = "[limits]\nrun_time = \"1m\"";
+    let server = Server::start(Options { containers: 1, env: &env, ..options(config) });
+    for killing in Killing::of(engine) {
         let mark = marked_seconds(50);
         let running = server.begin(&format!("sleep {mark}"));
         wait_running(&mark);
-        killing.kill(&server, &the_container(&server));
-        let reply = match killing {
-            // The program does not need it.
-            Killing::Conmon => {
-                leftovers::end_marked(&mark);
-                running.reply()
-            }
-            _ => running.reply(),
-        };
-        if killing != Killing::Conmon || reply.status != 200 {
+        killing.kill(&server);
+        if !killing.is_sudden() {
+            // The program may live on.
+            leftovers::end_marked(&mark);
+        }
+        let reply = running.reply();
+        if killing.is_sudden() || reply.status != 200 {
             assert_eq!(reply.status, 500, "{killing:?}: {}", String::from_utf8_lossy(&reply.body));
             let message = reply.message();
             let request = message.split_whitespace().last().unwrap();

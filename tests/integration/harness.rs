@@ -89,6 +89,8 @@ impl Files {
         }
         config.insert("instance".into(), instance.clone().into());
         config.insert("languages".into(), languages.to_vec().into());
+        // A busy machine is slow: tests of the limit set their own.
+        merge(&mut config, toml::toml! { limits = { run_time = "30s" } });
         config.insert("containers".into(), i64::try_from(containers).unwrap().into());
         merge(&mut config, options.config.parse().unwrap());
         fs::write(dir.path().join("coderunner.toml"), config.to_string()).unwrap();

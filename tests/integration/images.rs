@@ -5,7 +5,7 @@ use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
-use crate::harness::{Files, Options, Server, eventually, marked_seconds, output, wait_running};
+use crate::harness::{Files, Options, Server, eventually, marked_seconds, output, wait_gone, wait_running};
 use crate::leftovers;
 use crate::registry::{EMPTY, Image, Registry, SHELL};
 use crate::stand_in::StandIn;
@@ -21,6 +21,11 @@ fn config(image: &Image) -> String {
 /// The files of a version that works.
 fn version(version: &str) -> [(&str, &str); 2] {
     [("version", version), ("health", "well")]
+}
+
+/// The same for one engine.
+fn config_for(engine: &str, image: &Image) -> String {
+    format!("engine = {engine:?}\n{}", config(image))
 }
 
 fn options<'a>(config: &'a str, env: &'a [(&'a str, &'a str)]) -> Options<'a> {
@@ -57,6 +62,13 @@ fn refusal(server: &Server, words: &str) {
     assert!(refused.message().contains("bash"), "{}", refused.message());
     let after = refused.header("retry-after").expect("Retry-After");
     assert!(after.parse::<u32>().is_ok_and(|seconds| seconds > 0), "{after}");
+}
+
+on_each_engine! {
+    a_new_version_is_used_from_then_on_and_the_old_one_deleted
+    a_new_version_that_does_not_work_is_refused_and_removed
+    an_update_under_load_fails_no_request
+    a_server_killed_while_it_checks_a_new_version_comes_back_with_the_old_one
 }
 
 /// As people see an id.
@@ -107,12 +119,11 @@ fn a_missing_image_that_cannot_be_pulled_is_tried_again() {
     server.stop();
 }
 
-#[test]
-fn a_new_version_is_used_from_then_on_and_the_old_one_deleted() {
+fn a_new_version_is_used_from_then_on_and_the_old_one_deleted(engine: &str) {
     let registry = Registry::start();
     let image = registry.image();
     let old = registry.push(&image, SHELL, &version("one"));
-    let config = config(&image) + "limits = { run_time = \"1m\" }\n";
+    let config = config_for(engine, &image) + "limits = { run_time = \"1m\" }\n";
     let env = registry.env();
     let options = options(&config, &env);
     let server = Server::start(options.clone());
@@ -134,12 +145,11 @@ fn a_new_version_is_used_from_then_on_and_the_old_one_deleted() {
     server.stop();
 }
 
-#[test]
-fn an_update_under_load_fails_no_request() {
+fn an_update_under_load_fails_no_request(engine: &str) {
     let registry = Registry::start();
     let image = registry.image();
     let old = registry.push(&image, SHELL, &version("one"));
-    let (config, env) = (config(&image), registry.env());
+    let (config, env) = (config_for(engine, &image), registry.env());
     let options = Options { containers: 3, ..options(&config, &env) };
     let server = Server::start(options.clone());
     let new = registry.push(&image, SHELL, &version("two"));
@@ -172,12 +182,11 @@ fn an_update_under_load_fails_no_request() {
     server.stop();
 }
 
-#[test]
-fn a_new_version_that_does_not_work_is_refused_and_removed() {
+fn a_new_version_that_does_not_work_is_refused_and_removed(engine: &str) {
     let registry = Registry::start();
     let image = registry.image();
     let old = registry.push(&image, SHELL, &version("one"));
-    let (config, env) = (config(&image), registry.env());
+    let (config, env) = (config_for(engine, &image), registry.env());
     let options = options(&config, &env);
     let server = Server::start(options.clone());
     assert_eq!(server.run(VERSION).run_output, "one");
@@ -344,11 +353,10 @@ fn an_update_works_without_a_server() {
     leftovers::assert_none(&files.instance, started);
 }
 
-#[test]
-fn a_server_killed_while_it_checks_a_new_version_comes_back_with_the_old_one() {
+fn a_server_killed_while_it_checks_a_new_version_comes_back_with_the_old_one(engine: &str) {
     let registry = Registry::start();
     let image = registry.image();
-    let config = config(&image).replace("cat /health", ". /health") + "limits = { run_time = \"1m\" }\n";
+    let config = config_for(engine, &image).replace("cat /health", ". /health") + "limits = { run_time = \"1m\" }\n";
     let env = registry.env();
     let options = options(&config, &env);
     let healthy = |version| [("version", version), ("health", "printf well")];
@@ -365,7 +373,7 @@ fn a_server_killed_while_it_checks_a_new_version_comes_back_with_the_old_one() {
     let files = server.crash();
     let told = eventually("the end of the order", || order.try_wait().unwrap());
     assert_eq!(told.code(), Some(1));
-    leftovers::assert_nothing_runs(&files.instance);
+    wait_gone(&mark);
 
     let server = Server::launch_with(files, &options);
     server.wait_ready();
