@@ -143,7 +143,7 @@ async fn hello(workshop: &Workshop, language: &Arc<Language>) -> Result<Enforced
     let sandbox = workshop.engine.start(spec).await.map_err(|e| text(&e))?;
     let enforced = sandbox.enforced;
     let job = language.job(language.health.code.clone().into(), Streams::Merged);
-    let outcome = sandbox.run(language, &job, Live::default()).await.map_err(|e| text(&e))?;
+    let outcome = sandbox.run(language, &job, &mut Live::default()).await.map_err(|e| text(&e))?;
     let printed = outcome.run.as_ref().map(|run| run.output.text()).unwrap_or_default();
     match outcome.verdict() == Verdict::Ok && printed == language.health.output {
         true => Ok(enforced),

@@ -324,7 +324,7 @@ impl ImageUpdater {
                 SandboxSpec { language: Arc::clone(language), image: id.to_owned(), slot: Slot::new(self.slot, free) };
             let job = language.job(language.health.code.clone().into(), Streams::Merged);
             let outcome = match self.engine.start(spec).await {
-                Ok(sandbox) => sandbox.run(language, &job, Live::default()).await,
+                Ok(sandbox) => sandbox.run(language, &job, &mut Live::default()).await,
                 Err(error) => Err(error),
             };
             // Until the container is gone its image cannot be deleted, nor its slot, and with it the uid, used again.

@@ -159,15 +159,22 @@ impl Runner {
     }
 }
 
+/// Sandboxes that may turn out to have been killed while they waited, before a job is given up.
+const LOST_SANDBOXES: usize = 3;
+
 /// A job in a sandbox of its own; also tells the image that it ran on.
-async fn execute(pool: &Pool, language: &Language, job: &Job, live: Live) -> Result<(Outcome, String), RunError> {
-    let sandbox = pool.acquire(&job.language).await?;
-    let image = sandbox.image.clone();
-    match sandbox.run(language, job, live).await {
-        Ok(outcome) => Ok((outcome, image)),
-        Err(error) => {
-            tracing::error!(language = job.language, %error, "a run failed");
-            Err(RunError::Sandbox(Arc::new(error)))
+async fn execute(pool: &Pool, language: &Language, job: &Job, mut live: Live) -> Result<(Outcome, String), RunError> {
+    let mut lost = 0;
+    loop {
+        let sandbox = pool.acquire(&job.language).await?;
+        let image = sandbox.image.clone();
+        match sandbox.run(language, job, &mut live).await {
+            Ok(outcome) => return Ok((outcome, image)),
+            Err(SandboxError::Lost) if lost < LOST_SANDBOXES => lost += 1,
+            Err(error) => {
+                tracing::error!(language = job.language, %error, "a run failed");
+                return Err(RunError::Sandbox(Arc::new(error)));
+            }
         }
     }
 }

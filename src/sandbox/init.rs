@@ -79,7 +79,7 @@ impl Init {
         while let Some((message, pipes)) = protocol::receive(self.channel.as_fd())? {
             let answer = match message {
                 ToInit::Prepare { uid, files } => match self.prepare(uid, &files) {
-                    Ok(()) => continue,
+                    Ok(()) => FromInit::Prepared,
                     Err(error) => FromInit::Failed(format!("cannot place the sources: {error}")),
                 },
                 ToInit::Stage(spec) => match <[OwnedFd; 3]>::try_from(pipes) {

@@ -31,7 +31,7 @@ use crate::job::{Job, Outcome, Stage, Stream, Verdict};
 use crate::language::Language;
 use crate::process::ProcessError;
 use channel::Channel;
-use protocol::{Enforced, ToInit};
+use protocol::{Enforced, FromInit, ToInit};
 
 /// Label of every container of ours; its value is 1.
 pub const LABEL: &str = "io.coderunner";
@@ -68,6 +68,9 @@ pub enum SandboxError {
     /// An engine's command failed.
     #[error(transparent)]
     Process(#[from] ProcessError),
+    /// The container had ended before anything of the job ran in it: another one will do.
+    #[error("the sandbox had ended while it waited for a job")]
+    Lost,
     /// The container ended under a job.
     #[error("the sandbox ended by itself: {0}")]
     Gone(String),
@@ -186,20 +189,38 @@ impl Sandbox {
     }
 
     /// Compiles and runs a job, then gives the container up.
-    pub async fn run(mut self, language: &Language, job: &Job, mut live: Live) -> Result<Outcome, SandboxError> {
-        self.write_files(job)?;
+    pub async fn run(mut self, language: &Language, job: &Job, live: &mut Live) -> Result<Outcome, SandboxError> {
+        // The directory goes with the container.
+        self.write_files(job).map_err(|error| if self.is_gone() { SandboxError::Lost } else { error })?;
         let files = job.files.iter().map(|file| file.name.clone()).collect();
-        self.channel.send(&ToInit::Prepare { uid: self.uid, files }, &[])?;
+        self.prepare(files).await?;
         let compile = match language.command(Stage::Compile) {
-            Some(_) => Some(self.stage(Stage::Compile, language, job, &mut live).await?),
+            Some(_) => Some(self.stage(Stage::Compile, language, job, live).await?),
             None => None,
         };
         let failed = compile.as_ref().is_some_and(|stage| stage.verdict() != Verdict::Ok);
         let run = match failed {
             true => None,
-            false => Some(self.stage(Stage::Run, language, job, &mut live).await?),
+            false => Some(self.stage(Stage::Run, language, job, live).await?),
         };
         Ok(Outcome { compile, run })
+    }
+
+    /// Has init place the files. A container that was killed while it waited is found out here, when nothing of
+    /// the job has run: its channel may be open still, for podman holds the other end until it has cleaned up.
+    async fn prepare(&self, files: Vec<String>) -> Result<(), SandboxError> {
+        let lost = |_| SandboxError::Lost;
+        self.channel.send(&ToInit::Prepare { uid: self.uid, files }, &[]).map_err(lost)?;
+        tokio::select! {
+            message = self.channel.receive() => match message.map_err(lost)? {
+                Some(FromInit::Prepared) => Ok(()),
+                Some(FromInit::Failed(reason)) => Err(SandboxError::Init(reason)),
+                Some(_) => Err(SandboxError::Init("an answer to something else".into())),
+                None => Err(SandboxError::Lost),
+            },
+            () = self.gone.cancelled() => Err(SandboxError::Lost),
+            () = tokio::time::sleep(STAGE_GRACE) => Err(SandboxError::Silent(STAGE_GRACE)),
+        }
     }
 
     /// The names were checked where the job was made, and nobody but us writes to this directory.

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use crate::job::{Ended, Usage};
 
 /// Changes with every change of a message, since an upgrade may replace the executable under a running server.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The descriptor on which init finds the channel: podman's `--preserve-fds=1` passes 3.
 pub const CHANNEL_FD: RawFd = 3;
@@ -78,6 +78,8 @@ pub enum FromInit {
         /// What init saw of its own cgroup.
         enforced: Enforced,
     },
+    /// The files of [`ToInit::Prepare`] are in place.
+    Prepared,
     /// The stage is over and everything that it started is dead.
     StageEnded {
         /// How the main process ended.

@@ -55,7 +55,9 @@ impl Sandbox {
                 message = self.channel.receive() => match message? {
                     Some(FromInit::StageEnded { ended, artifact, usage }) => break (ended, artifact, usage),
                     Some(FromInit::Failed(reason)) => return Err(SandboxError::Init(reason)),
-                    Some(FromInit::Ready { .. }) => return Err(SandboxError::Init("ready twice".into())),
+                    Some(FromInit::Ready { .. } | FromInit::Prepared) => {
+                        return Err(SandboxError::Init("an answer to something else".into()));
+                    }
                     None => return Err(SandboxError::Gone("its channel is closed".into())),
                 },
                 () = &mut feeding, if !fed => fed = true,
