@@ -82,6 +82,8 @@ impl EngineSettings {
         let last_words = Arc::new(OnceLock::new());
         let (told, over, words) = (released.clone(), gone.clone(), Arc::clone(&last_words));
         self.keepers.spawn(async move {
+            // Dropped in reverse: nothing else takes the place before all of this is gone.
+            let _slot = slot;
             let _owned = owned;
             keep(ended, remove, &told, &words, over).await;
         });
