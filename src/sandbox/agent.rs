@@ -5,14 +5,17 @@
 //! agent waits for what it has started, which then ends too, and goes.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use nix::sched::{CloneFlags, unshare};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
 use super::SandboxError;
@@ -26,19 +29,28 @@ pub const VERB: &str = "agent";
 /// Longest that what was started may take to end once the server has gone.
 const LAST_TIME: Duration = Duration::from_secs(10);
 
-/// From the server: start this; the descriptor beside it, if there is one, becomes the child's 3. The channel is the agent's stdin.
+/// From the server.
 #[derive(Debug, Serialize, Deserialize)]
-struct Start {
+struct Order {
     id: u64,
-    program: String,
-    args: Vec<String>,
+    what: What,
 }
 
-/// From the agent: it has ended.
 #[derive(Debug, Serialize, Deserialize)]
-struct Ended {
+enum What {
+    /// Start this; the descriptor beside the order, if there is one, becomes the child's 3. The channel is the agent's
+    /// stdin.
+    Start { program: String, args: Vec<String> },
+    /// Make an empty network namespace, its loopback down, and keep it.
+    Network,
+}
+
+/// From the agent: what became of an order. That of a command comes with its end and is empty, that of a network is
+/// the path by which a container joins it.
+#[derive(Debug, Serialize, Deserialize)]
+struct Done {
     id: u64,
-    result: Result<(), String>,
+    result: Result<String, String>,
 }
 
 /// The life of the agent.
@@ -60,33 +72,61 @@ pub fn main() -> ExitCode {
 async fn serve(channel: OwnedFd) -> std::io::Result<()> {
     let channel = Arc::new(Channel::from_fd(channel)?);
     let started = TaskTracker::new();
-    while let Some((Start { id, program, args }, fds)) =
-        channel.receive_with_fds().await.map_err(std::io::Error::other)?
-    {
-        let child =
-            Cmd::new(Path::new(&program), args).spawn(fds.into_iter().next().map_or(Passed::Nothing, Passed::Third));
-        let channel = Arc::clone(&channel);
-        started.spawn(async move {
-            let result = match child {
-                Ok(mut child) => child.end().await,
-                Err(error) => Err(error.to_string()),
-            };
-            // The server may have gone.
-            let _ = channel.send(&Ended { id, result }, &[]);
-        });
+    // They go when this process does.
+    let mut networks = Vec::new();
+    while let Some((Order { id, what }, fds)) = channel.receive_with_fds().await.map_err(std::io::Error::other)? {
+        // The server may have gone.
+        let done = move |channel: &Channel, result| drop(channel.send(&Done { id, result }, &[]));
+        match what {
+            What::Start { program, args } => {
+                let passed = fds.into_iter().next().map_or(Passed::Nothing, Passed::Third);
+                let child = Cmd::new(Path::new(&program), args).spawn(passed);
+                let channel = Arc::clone(&channel);
+                started.spawn(async move {
+                    let result = match child {
+                        Ok(mut child) => child.end().await,
+                        Err(error) => Err(error.to_string()),
+                    };
+                    done(&channel, result.map(|()| String::new()));
+                });
+            }
+            What::Network => {
+                let made = network().map(|network| {
+                    let path = format!("/proc/{}/fd/{}", std::process::id(), network.as_raw_fd());
+                    networks.push(network);
+                    path
+                });
+                done(&channel, made.map_err(|error| format!("cannot make a network namespace: {error}")));
+            }
+        }
     }
     started.close();
     let _ = tokio::time::timeout(LAST_TIME, started.wait()).await;
     Ok(())
 }
 
-type Waiting = Arc<Mutex<HashMap<u64, oneshot::Sender<Result<(), String>>>>>;
+/// A new network namespace: made by a thread of its own, which alone moves into it.
+fn network() -> std::io::Result<File> {
+    let make = || {
+        unshare(CloneFlags::CLONE_NEWNET)?;
+        File::open("/proc/thread-self/ns/net")
+    };
+    let made = std::thread::Builder::new().spawn(make)?.join();
+    made.unwrap_or_else(|_| Err(std::io::Error::other("the thread that was to make it ended")))
+}
+
+/// Longest that making a network namespace may take: the kernel needs some ms, and more under load.
+const NETWORK_TIME: Duration = Duration::from_secs(10);
+
+type Waiting = Arc<Mutex<HashMap<u64, oneshot::Sender<Result<String, String>>>>>;
 
 /// The server's side of an agent.
 pub(super) struct Agent {
     channel: Arc<Channel>,
     waiting: Waiting,
     next: Mutex<u64>,
+    /// By slot: a container at a time is in each.
+    networks: tokio::sync::Mutex<HashMap<u32, String>>,
     _process: Running,
     reader: tokio::task::JoinHandle<()>,
 }
@@ -99,7 +139,7 @@ impl Agent {
         let (channel, waiting) = (Arc::new(channel), Waiting::default());
         let (heard, answers) = (Arc::clone(&channel), Arc::clone(&waiting));
         let reader = tokio::spawn(async move {
-            while let Ok(Some(Ended { id, result })) = heard.receive().await {
+            while let Ok(Some(Done { id, result })) = heard.receive().await {
                 let waiter = answers.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
                 // Who started it may not care any more.
                 let _ = waiter.map(|waiter| waiter.send(result));
@@ -107,7 +147,7 @@ impl Agent {
             // Whoever still waits hears that nobody will tell him.
             answers.lock().unwrap_or_else(PoisonError::into_inner).clear();
         });
-        Ok(Agent { channel, waiting, next: Mutex::new(0), _process: process, reader })
+        Ok(Agent { channel, waiting, next: Mutex::new(0), networks: Default::default(), _process: process, reader })
     }
 
     /// Whether it has ended.
@@ -122,19 +162,41 @@ impl Agent {
         args: Vec<String>,
         fd: Option<OwnedFd>,
     ) -> Result<impl Future<Output = Result<(), String>> + Send + use<>, SandboxError> {
+        let ended = self.order(What::Start { program: program.to_owned(), args }, fd)?;
+        Ok(async move { ended.await.map(drop) })
+    }
+
+    /// The path of a slot's network namespace, which is made when it is first asked for.
+    pub async fn network(&self, slot: u32) -> Result<String, SandboxError> {
+        let mut networks = self.networks.lock().await;
+        if let Some(path) = networks.get(&slot) {
+            return Ok(path.clone());
+        }
+        let made = timeout(NETWORK_TIME, self.order(What::Network, None)?).await;
+        let late = |_| Err(format!("no answer within {}", humantime::format_duration(NETWORK_TIME)));
+        let path = made.unwrap_or_else(late).map_err(SandboxError::Agent)?;
+        networks.insert(slot, path.clone());
+        Ok(path)
+    }
+
+    fn order(
+        &self,
+        what: What,
+        fd: Option<OwnedFd>,
+    ) -> Result<impl Future<Output = Result<String, String>> + Send + use<>, SandboxError> {
         let id = {
             let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
             *next += 1;
             *next
         };
-        let (waiter, ended) = oneshot::channel();
+        let (waiter, done) = oneshot::channel();
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(id, waiter);
         let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
-        let sent = self.channel.send(&Start { id, program: program.to_owned(), args }, &fds);
+        let sent = self.channel.send(&Order { id, what }, &fds);
         if sent.is_err() || self.reader.is_finished() {
             self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
         }
         sent?;
-        Ok(async move { ended.await.unwrap_or_else(|_| Err("the agent in podman's namespace has ended".into())) })
+        Ok(async move { done.await.unwrap_or_else(|_| Err("it has ended".into())) })
     }
 }

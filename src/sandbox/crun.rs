@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures_util::future::BoxFuture;
-use oci_spec::runtime::{Mount, MountBuilder, Spec};
+use oci_spec::runtime::{LinuxNamespaceBuilder, LinuxNamespaceType, Mount, MountBuilder, Spec};
 use tokio::sync::Mutex;
 use tokio_util::task::TaskTracker;
 
@@ -112,7 +112,8 @@ impl CrunEngine {
         for made in [&job_dir, &bundle] {
             DirBuilder::new().mode(0o700).create(made).map_err(io("cannot make a job directory"))?;
         }
-        let copy = self.copy(&template, &job_dir, &id)?;
+        let network = agent.network(slot.number).await?;
+        let copy = self.copy(&template, &job_dir, &id, network.as_ref())?;
         let json = serde_json::to_vec(&copy).map_err(|error| io("cannot write a bundle")(error.into()))?;
         std::fs::write(bundle.join("config.json"), json).map_err(io("cannot write a bundle"))?;
 
@@ -187,7 +188,7 @@ impl CrunEngine {
     }
 
     /// The template's configuration for one sandbox.
-    fn copy(&self, template: &Template, job_dir: &Path, id: &str) -> Result<Spec, SandboxError> {
+    fn copy(&self, template: &Template, job_dir: &Path, id: &str, network: &Path) -> Result<Spec, SandboxError> {
         let limits = &template.language.limits;
         let mut spec = template.spec.clone();
         let of_podman = spec.mounts().clone().unwrap_or_default().into_iter();
@@ -195,7 +196,7 @@ impl CrunEngine {
             of_podman.filter(|mount| !NOT_NEEDED.iter().any(|place| mount.destination() == Path::new(place))).collect();
         let wrong = |error: oci_spec::OciSpecError| SandboxError::NotMade {
             language: template.language.name.clone(),
-            reason: format!("a mount cannot be described: {error}"),
+            reason: format!("a mount or namespace cannot be described: {error}"),
         };
         for (place, options) in WRITABLE {
             let sizes = format!("size={}", limits.directory_size());
@@ -224,6 +225,12 @@ impl CrunEngine {
         spec.set_mounts(Some(mounts));
         if let Some(linux) = spec.linux_mut() {
             linux.set_cgroups_path(self.cgroup.as_ref().map(|cgroup| cgroup.of(id)));
+            // A new one is what a container costs most, in the kernel, where no cgroup counts it.
+            let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+            namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+            let joined = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Network).path(network);
+            namespaces.push(joined.build().map_err(wrong)?);
+            linux.set_namespaces(Some(namespaces));
         }
         Ok(spec)
     }

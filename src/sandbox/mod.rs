@@ -68,6 +68,9 @@ pub enum SandboxError {
     /// An engine's command failed.
     #[error(transparent)]
     Process(#[from] ProcessError),
+    /// The process in podman's namespaces failed.
+    #[error("the agent in podman's namespaces: {0}")]
+    Agent(String),
     /// The container had ended before anything of the job ran in it: another one will do.
     #[error("the sandbox had ended while it waited for a job")]
     Lost,

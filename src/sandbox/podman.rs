@@ -2,10 +2,12 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use tokio::sync::Mutex;
 
 use super::channel::Channel;
 use super::keeper::{EngineSettings, Started};
@@ -23,10 +25,15 @@ pub(super) const INIT: &str = "/run/coderunner-init";
 /// The places that programs may write to, and whether they may execute what they wrote there.
 pub(super) const WRITABLE: [(&str, &str); 3] = [(WORK_DIR, "exec"), ("/tmp", "exec"), ("/dev/shm", "noexec")];
 
+/// What podman says when its own process that holds the user namespace was killed, and all containers with it.
+const NAMESPACE_LOST: &str = "invalid internal status";
+
 /// The podman of this user, one function per verb.
 #[derive(Debug, Clone)]
 pub struct Podman {
     program: PathBuf,
+    /// Held while podman is mended: it is done once, whoever notices first.
+    mending: Arc<Mutex<()>>,
 }
 
 /// What `podman info` tells that matters here.
@@ -61,16 +68,40 @@ impl Info {
 impl Podman {
     /// The podman at this path, or of this name on PATH.
     pub fn new(program: &Path) -> Podman {
-        Podman { program: program.to_owned() }
+        Podman { program: program.to_owned(), mending: Arc::default() }
     }
 
-    fn cmd(&self, args: &[&str]) -> Cmd {
+    fn cmd(&self, args: impl IntoIterator<Item = impl Into<OsString>>) -> Cmd {
         Cmd::new(&self.program, args)
     }
 
+    /// Runs a quick verb. Where all of this user's containers were killed and podman's own process with them, podman
+    /// refuses every verb until it is told to begin anew: that is done here.
+    async fn verb(&self, args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Vec<u8>, ProcessError> {
+        let cmd = self.cmd(args);
+        let is_lost = |result: &Result<_, ProcessError>| matches!(result, Err(ProcessError::Failed { message, .. }) if message.contains(NAMESPACE_LOST));
+        let first = cmd.output(VERB_TIME).await;
+        if !is_lost(&first) {
+            return first;
+        }
+        let _one_at_a_time = self.mending.lock().await;
+        // Another may have mended it while we waited, and containers may run again: these would be stopped.
+        let again = cmd.output(VERB_TIME).await;
+        if !is_lost(&again) {
+            return again;
+        }
+        tracing::warn!("podman's process was killed, and all containers with it: podman begins anew");
+        // It fails over the containers that it finds dead, after it has done what is needed.
+        let migrated = self.cmd(["system", "migrate"]).output(VERB_TIME).await;
+        cmd.output(VERB_TIME).await.inspect_err(|_| {
+            if let Err(error) = migrated {
+                tracing::error!(%error, "podman cannot begin anew");
+            }
+        })
+    }
+
     async fn text(&self, args: &[&str]) -> Result<String, ProcessError> {
-        let output = self.cmd(args).output(VERB_TIME).await?;
-        Ok(String::from_utf8_lossy(&output).trim().to_owned())
+        Ok(String::from_utf8_lossy(&self.verb(args).await?).trim().to_owned())
     }
 
     /// Names of all containers of an instance, whatever their state.
@@ -89,7 +120,7 @@ impl Podman {
         }
         let fixed = ["rm", "--force", "--volumes", "--ignore", "--time", "0", "--"];
         let args = fixed.into_iter().chain(names.iter().map(String::as_str));
-        Cmd::new(&self.program, args).output(VERB_TIME).await.map(drop)
+        self.verb(args).await.map(drop)
     }
 
     /// Removes a container; a failure is for the log, and for the next sweep.
@@ -114,7 +145,7 @@ impl Podman {
 
     /// Pulls an image and returns the id that the name stands for now; progress goes to `on_line`.
     pub async fn pull(&self, name: &str, deadline: Duration, on_line: impl Fn(&str)) -> Result<String, ProcessError> {
-        let output = self.cmd(&["pull", "--", name]).output_with(deadline, on_line).await?;
+        let output = self.cmd(["pull", "--", name]).output_with(deadline, on_line).await?;
         let id = String::from_utf8_lossy(&output).lines().last().unwrap_or_default().trim().to_owned();
         match id.is_empty() {
             false => Ok(id),
@@ -159,21 +190,21 @@ impl Podman {
     /// The command that runs another one inside this user's user and mount namespace.
     pub fn unshare(&self, program: &Path, args: &[&str]) -> Cmd {
         let fixed = ["unshare".into(), program.into()];
-        Cmd::new(&self.program, fixed.into_iter().chain(args.iter().map(OsString::from)))
+        self.cmd(fixed.into_iter().chain(args.iter().map(OsString::from)))
     }
 
     /// Creates a container and has everything mounted for it, but does not start it. Returns the path of the
     /// OCI configuration that podman wrote for it.
     pub async fn create(&self, name: &str, args: Vec<OsString>) -> Result<PathBuf, ProcessError> {
         let args = std::iter::once("create".into()).chain(args);
-        Cmd::new(&self.program, args).output(VERB_TIME).await?;
+        self.verb(args).await?;
         self.text(&["init", "--", name]).await?;
         self.text(&["container", "inspect", "--format", "{{.OCIConfigPath}}", "--", name]).await.map(PathBuf::from)
     }
 
     /// What podman says of itself and the host.
     pub async fn info(&self) -> Result<Info, ProcessError> {
-        let json = self.cmd(&["info", "--format", "json"]).output(VERB_TIME).await?;
+        let json = self.verb(["info", "--format", "json"]).await?;
         let value: serde_json::Value = serde_json::from_slice(&json).unwrap_or_default();
         let text = |pointer: &str| value.pointer(pointer).and_then(|v| v.as_str()).unwrap_or_default().to_owned();
         Ok(Info {
@@ -216,7 +247,7 @@ impl PodmanEngine {
         let mark = self.settings.living.mark(&name);
         let args = run_args(&name, &self.settings, &language, &image, job_dir.path());
         let (channel, theirs) = Channel::pair()?;
-        let mut running = Cmd::new(&self.podman.program, args).spawn(Passed::Third(theirs))?;
+        let mut running = self.podman.cmd(args).spawn(Passed::Third(theirs))?;
         let podman = self.podman.clone();
         let started = Started {
             channel,
