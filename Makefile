@@ -34,9 +34,11 @@ setup: ## install what building, running and testing need
 run: setup build ## start a server and post a hello program; LANGUAGE=c, LISTEN=127.0.0.1:8080
 	@setpriv --pdeathsig TERM packaging/dev/run $(EXECUTABLE) $(LANGUAGE)
 
-test: setup ## run every test
+test: setup ## run every test, with both engines
 	@packaging/images/build c python bash
 	@packaging/dev/cargo test --locked
+	@echo 'again, with the other engine:'
+	@CODERUNNER_TEST_ENGINE=podman packaging/dev/cargo test --locked --test integration -- --skip podman:: --skip crun::
 
 bench: setup ## measure; BENCH=long for longer
 	@packaging/images/build bash c gcc

@@ -13,7 +13,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures_util::future::BoxFuture;
-use oci_spec::runtime::{LinuxNamespaceBuilder, LinuxNamespaceType, Mount, MountBuilder, Spec};
+use oci_spec::runtime::{
+    LinuxNamespaceBuilder, LinuxNamespaceType, LinuxSeccompAction, LinuxSeccompBuilder, Mount, MountBuilder, Spec,
+};
 use tokio::sync::Mutex;
 use tokio_util::task::TaskTracker;
 
@@ -247,10 +249,14 @@ impl CrunEngine {
     }
 }
 
-/// Has crun take podman's seccomp profile as a filter that is compiled already, where that can be had.
+/// Has crun take podman's seccomp profile as a filter that is compiled already, where that can be had. What stays in the
+/// profile's place refuses every call: a runtime that does not know the annotation starts nothing.
 fn compile_profile(spec: &mut Spec) {
-    let profile = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
-    let Some(filter) = profile.and_then(profile::compiled) else { return };
+    let Some(linux) = spec.linux_mut() else { return };
+    let Some(filter) = linux.seccomp().as_ref().and_then(profile::compiled) else { return };
+    let nothing = LinuxSeccompBuilder::default().default_action(LinuxSeccompAction::ScmpActErrno).build();
+    let Ok(nothing) = nothing else { return };
+    linux.set_seccomp(Some(nothing));
     let mut annotations = spec.annotations().clone().unwrap_or_default();
     annotations.insert(profile::ANNOTATION.to_owned(), filter);
     spec.set_annotations(Some(annotations));

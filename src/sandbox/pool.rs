@@ -506,7 +506,8 @@ impl State {
                 _ => Step::Nothing,
             };
         }
-        if making >= cores {
+        // A core stays free of this for the runs that clients wait for.
+        if making >= cores.saturating_sub(1).max(1) {
             return Step::Nothing;
         }
         let refill = self
@@ -689,8 +690,10 @@ mod tests {
     #[tokio::test]
     async fn no_more_starts_at_once_than_cores() {
         let mut state = state(10, &["a"]);
+        state.lanes.get_mut("a").unwrap().making = 1;
+        assert_eq!(state.next_step(2, Instant::now()), Step::Nothing, "nobody waits: a core stays free");
         state.lanes.get_mut("a").unwrap().making = 2;
-        let _turn = state.wait_for("a");
+        let _turns = [state.wait_for("a"), state.wait_for("a"), state.wait_for("a")];
         assert_eq!(state.next_step(2, Instant::now()), Step::Nothing);
         assert_eq!(state.next_step(3, Instant::now()), Step::Make("a".into()));
     }
