@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use cached::{Cached, LruTtlCache};
 
@@ -11,9 +12,12 @@ use crate::job::{JobKey, Outcome};
 /// Most entries, whatever their size: bounds the index.
 const ENTRIES: usize = 100_000;
 
+/// An outcome, and since when it is kept.
+type Kept = (Arc<Outcome>, Instant);
+
 /// Outcomes by key, the least recently used given up first.
 pub struct MemoCache {
-    entries: Mutex<LruTtlCache<JobKey, Arc<Outcome>>>,
+    entries: Mutex<LruTtlCache<JobKey, Kept>>,
     bytes: Arc<AtomicUsize>,
     capacity: usize,
 }
@@ -26,7 +30,7 @@ impl MemoCache {
         let entries = LruTtlCache::builder()
             .max_size(ENTRIES)
             .ttl(settings.ttl)
-            .on_evict(move |_, outcome: &Arc<Outcome>| {
+            .on_evict(move |_, (outcome, _): &Kept| {
                 freed.fetch_sub(outcome.size(), Ordering::Relaxed);
             })
             .build()?;
@@ -34,9 +38,10 @@ impl MemoCache {
         Ok(MemoCache { entries: Mutex::new(entries), bytes, capacity })
     }
 
-    /// An outcome that was kept.
-    pub fn get(&self, key: &JobKey) -> Option<Arc<Outcome>> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner).cache_get(key).cloned()
+    /// An outcome that was kept, and for how long it has been.
+    pub fn get(&self, key: &JobKey) -> Option<(Arc<Outcome>, Duration)> {
+        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        entries.cache_get(key).map(|(outcome, since)| (Arc::clone(outcome), since.elapsed()))
     }
 
     /// Keeps an outcome, if it is of a kind that may be kept.
@@ -47,7 +52,7 @@ impl MemoCache {
         }
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         self.bytes.fetch_add(size, Ordering::Relaxed);
-        if let Some(replaced) = entries.cache_set(key, Arc::clone(outcome)) {
+        if let Some((replaced, _)) = entries.cache_set(key, (Arc::clone(outcome), Instant::now())) {
             self.bytes.fetch_sub(replaced.size(), Ordering::Relaxed);
         }
         if self.bytes.load(Ordering::Relaxed) > self.capacity {
@@ -67,7 +72,6 @@ mod tests {
     use super::*;
     use crate::job::{Ended, Output, Stage, StageOutcome, Stream, Usage};
     use bytesize::ByteSize;
-    use std::time::Duration;
 
     fn outcome(ended: Ended, printed: usize) -> Arc<Outcome> {
         let mut output = Output::default();

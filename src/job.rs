@@ -29,6 +29,28 @@ pub struct Job {
     pub streams: Streams,
     /// Limits in force, the language's unless the client asked for lower ones.
     pub limits: Limits,
+    /// Lower memory limits of the stages, where the client asked for them.
+    pub memory: StageMemory,
+}
+
+/// Memory that a stage may use, below that of its container: watched by init, which looks every few
+/// milliseconds, while the container's own limit is kept by the kernel.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StageMemory {
+    /// Bytes for the compile stage.
+    pub compile: Option<u64>,
+    /// Bytes for the run stage.
+    pub run: Option<u64>,
+}
+
+impl StageMemory {
+    /// That of a stage.
+    pub fn of(&self, stage: Stage) -> Option<u64> {
+        match stage {
+            Stage::Compile => self.compile,
+            Stage::Run => self.run,
+        }
+    }
 }
 
 /// How the two output streams of a program are read.
@@ -67,6 +89,7 @@ impl Job {
         }
         feed(&[matches!(self.streams, Streams::Merged).into()]);
         feed(format!("{:?}", self.limits).as_bytes());
+        feed(format!("{:?}", self.memory).as_bytes());
         JobKey(*hash.finalize().as_bytes())
     }
 }
@@ -151,6 +174,8 @@ pub enum Ended {
     WallTime,
     /// Killed at its CPU time limit.
     CpuTime,
+    /// Killed because its processes used more memory than the request allowed.
+    Memory,
     /// Killed because the server said so (output limit, cancelled).
     Killed,
     /// It could not be started; the reason.
@@ -227,6 +252,7 @@ impl StageOutcome {
         match self.ended {
             Ended::Killed if self.output.overflowed => Verdict::OutputLimit,
             Ended::Killed => Verdict::Cancelled,
+            Ended::Memory => Verdict::MemoryLimit,
             _ if self.usage.oom_kills > 0 => Verdict::MemoryLimit,
             _ if failed && self.usage.forks_refused > 0 => Verdict::ProcessLimit,
             Ended::WallTime | Ended::CpuTime => Verdict::TimeLimit,
@@ -251,10 +277,10 @@ impl StageOutcome {
         text
     }
 
-    /// Why it was cut short and what was left out, in lines of their own.
-    pub fn notes(&self) -> Option<String> {
+    /// Why it was cut short, in one line without its end.
+    pub fn why(&self) -> Option<String> {
         let seconds = |us: u64| us as f64 / 1e6;
-        let why = match (self.verdict(), &self.ended) {
+        match (self.verdict(), &self.ended) {
             (Verdict::MemoryLimit, _) => Some("killed: out of memory".to_owned()),
             (Verdict::ProcessLimit, _) => Some("failed: no more processes or threads allowed".to_owned()),
             (Verdict::OutputLimit, _) => Some("killed: too much output".to_owned()),
@@ -269,13 +295,17 @@ impl StageOutcome {
             (_, Ended::Exited(0)) if !self.artifact && self.output.kept() == 0 => {
                 Some("the compiler made no program".to_owned())
             }
-            (_, Ended::Exited(_)) => None,
-        };
+            (_, Ended::Exited(_) | Ended::Memory) => None,
+        }
+    }
+
+    /// Why it was cut short and what was left out, in lines of their own.
+    pub fn notes(&self) -> Option<String> {
         let cut = self
             .output
             .truncated()
             .then(|| format!("output cut: {} of {} bytes shown", self.output.kept(), self.output.total_both()));
-        let lines: String = cut.into_iter().chain(why).map(|line| format!("coderunner: {line}\n")).collect();
+        let lines: String = cut.into_iter().chain(self.why()).map(|line| format!("coderunner: {line}\n")).collect();
         (!lines.is_empty()).then_some(lines)
     }
 }
@@ -346,6 +376,11 @@ impl Output {
         fits
     }
 
+    /// Bytes printed on a stream.
+    pub fn total(&self, stream: Stream) -> u64 {
+        self.total[stream as usize]
+    }
+
     /// Bytes printed on both streams.
     pub fn total_both(&self) -> u64 {
         self.total.iter().sum()
@@ -363,9 +398,19 @@ impl Output {
 
     /// Both streams as text in order of arrival. Bytes that are no UTF-8 become U+FFFD.
     pub fn text(&self) -> String {
+        self.decoded(|_| true, self.truncated())
+    }
+
+    /// One stream as text.
+    pub fn text_of(&self, stream: Stream) -> String {
+        self.decoded(|of| of == stream, self.total(stream) > self.kept[stream as usize] as u64)
+    }
+
+    fn decoded(&self, wanted: impl Fn(Stream) -> bool, truncated: bool) -> String {
         // A character may be split over two chunks: join first, then decode.
-        let mut bytes: Vec<u8> = self.chunks.iter().flat_map(|(_, chunk)| chunk).copied().collect();
-        if self.truncated() {
+        let chunks = self.chunks.iter().filter(|(stream, _)| wanted(*stream));
+        let mut bytes: Vec<u8> = chunks.flat_map(|(_, chunk)| chunk).copied().collect();
+        if truncated {
             bytes.truncate(whole_characters(&bytes));
         }
         String::from_utf8_lossy(&bytes).into_owned()
@@ -500,6 +545,8 @@ pub(crate) mod tests {
             change(&mut job.limits);
             job
         };
+        others.push(Job { memory: StageMemory { compile: Some(1), run: None }, ..base.clone() });
+        others.push(Job { memory: StageMemory { compile: None, run: Some(1) }, ..base.clone() });
         others.push(limits(&|l| l.run_time += Duration::from_nanos(1)));
         others.push(limits(&|l| l.memory = bytesize::ByteSize(l.memory.as_u64() + 1)));
         others.push(limits(&|l| l.cpus += 0.001));

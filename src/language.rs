@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use figment::value::Dict;
+use semver::Version;
 use serde::{Deserialize, Serialize};
 
-use crate::job::{Job, Limits, SourceFile, Stage, Streams};
+use crate::job::{Job, Limits, SourceFile, Stage, StageMemory, Streams};
 
 /// The catalogue that is built in.
 pub const CATALOGUE: &str = include_str!("languages.toml");
@@ -16,6 +17,8 @@ pub const CATALOGUE: &str = include_str!("languages.toml");
 #[serde(deny_unknown_fields)]
 pub struct LanguageSettings {
     image: String,
+    #[serde(default = "some_version")]
+    version: Version,
     #[serde(default)]
     aliases: Vec<String>,
     source: String,
@@ -30,6 +33,11 @@ pub struct LanguageSettings {
     #[serde(default)]
     pub(crate) limits: Dict,
     health: Health,
+}
+
+/// Of an entry that names none.
+fn some_version() -> Version {
+    Version::new(1, 0, 0)
 }
 
 impl LanguageSettings {
@@ -54,6 +62,8 @@ pub struct Health {
 pub struct Language {
     /// Its key in the catalogue: lower-case letters, digits, `-`, `+` and `_`.
     pub name: String,
+    /// What clients are told, and may ask for a range of.
+    pub version: Version,
     /// Other names that requests may use.
     pub aliases: Vec<String>,
     /// The image's name; sandboxes are made from the id that it stood for.
@@ -107,6 +117,7 @@ impl Language {
         }
         Ok(Language {
             name: name.into(),
+            version: entry.version,
             aliases: entry.aliases,
             image: entry.image,
             source: entry.source,
@@ -122,16 +133,26 @@ impl Language {
 
     /// The job of a request that is nothing but code: the language's own files are beside it.
     pub fn job(&self, code: Bytes, streams: Streams) -> Job {
+        self.job_of(vec![SourceFile { name: self.source.clone(), content: code }], streams)
+    }
+
+    /// The job of a request's files, whose names were checked; the language's own are beside them.
+    pub fn job_of(&self, files: Vec<SourceFile>, streams: Streams) -> Job {
         let own = self.files.iter().map(|(name, text)| SourceFile { name: name.clone(), content: text.clone().into() });
-        let main = SourceFile { name: self.source.clone(), content: code };
         Job {
             language: self.name.clone(),
-            files: std::iter::once(main).chain(own).collect(),
+            files: files.into_iter().chain(own).collect(),
             stdin: Bytes::new(),
             args: Vec::new(),
             streams,
             limits: self.limits.clone(),
+            memory: StageMemory::default(),
         }
+    }
+
+    /// Names that a request's files cannot have: the language's own files, and what compiling makes.
+    pub fn reserved(&self) -> impl Iterator<Item = &str> {
+        self.files.keys().chain(&self.artifact).map(String::as_str)
     }
 
     /// The command of a stage; none where the language has no such stage.

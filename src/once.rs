@@ -93,7 +93,7 @@ pub async fn run(once: Once) -> anyhow::Result<u8> {
     workshop.close().await;
     match result {
         Some(outcome) => {
-            let outcome = outcome?;
+            let outcome = outcome?.outcome;
             let last = outcome.run.as_ref().or(outcome.compile.as_ref()).context("nothing was run")?;
             if let Some(why) = last.notes() {
                 eprint!("{why}");

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -13,6 +13,26 @@ use crate::job::{Job, JobKey, Outcome};
 use crate::language::Language;
 use crate::sandbox::pool::{Pool, PoolError};
 use crate::sandbox::{Live, SandboxError};
+
+/// What a request is given.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    /// What became of its job.
+    pub outcome: Arc<Outcome>,
+    /// For how long the outcome has been kept, if it is one from the memo.
+    pub cached: Option<Duration>,
+    /// How long the run waited for its sandbox.
+    pub queued: Duration,
+}
+
+/// Whether an outcome of before may answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reuse {
+    /// From the memo, or of a run in flight.
+    Allowed,
+    /// Only of a run that starts now.
+    Refused,
+}
 
 /// Why a job has no outcome.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -31,7 +51,7 @@ pub enum RunError {
     ShuttingDown,
 }
 
-type Landed = Option<Result<Arc<Outcome>, RunError>>;
+type Landed = Option<Result<Answer, RunError>>;
 
 /// A run that one or more requests wait for. The last who drops it ends the run.
 struct Flight {
@@ -96,15 +116,14 @@ impl Runner {
 
     /// Answers a job from the memo, from a run of the same job in flight, or by running it. Dropping the
     /// future gives the job up, unless others wait for the same one.
-    pub async fn run(&self, job: Job) -> Result<Arc<Outcome>, RunError> {
+    pub async fn run(&self, job: Job, reuse: Reuse) -> Result<Answer, RunError> {
         if self.tasks.running.is_closed() {
             return Err(RunError::ShuttingDown);
         }
-        let key = job.key(&self.pool.image(&job.language)?);
-        if let Some(outcome) = self.memo.get(&key) {
-            return Ok(outcome);
+        if let Some(answer) = self.remembered(&job, reuse)? {
+            return Ok(answer);
         }
-        let flight = self.board(key, job)?;
+        let flight = self.board(job, reuse)?;
         let mut landed = flight.landed.clone();
         match landed.wait_for(Option::is_some).await {
             Ok(landed) => landed.clone().unwrap_or(Err(RunError::ShuttingDown)),
@@ -112,18 +131,43 @@ impl Runner {
         }
     }
 
-    /// Runs a job for one who watches it: never from the memo, never shared.
-    pub async fn run_live(&self, job: Job, live: Live) -> Result<Arc<Outcome>, RunError> {
+    /// The answer of the memo, if it has one.
+    pub fn remembered(&self, job: &Job, reuse: Reuse) -> Result<Option<Answer>, RunError> {
+        if reuse == Reuse::Refused {
+            return Ok(None);
+        }
+        let kept = self.memo.get(&job.key(&self.pool.image(&job.language)?));
+        Ok(kept.map(|(outcome, age)| Answer { outcome, cached: Some(age), queued: Duration::ZERO }))
+    }
+
+    /// Runs a job for one who watches it: never from the memo, never shared. Dropping the future ends the run.
+    pub async fn run_live(&self, job: Job, live: Live) -> Result<Answer, RunError> {
+        if self.tasks.running.is_closed() {
+            return Err(RunError::ShuttingDown);
+        }
         let language = Arc::clone(self.language(Some(&job.language))?);
-        let (outcome, _) = execute(&self.pool, &language, &job, live).await?;
-        Ok(Arc::new(outcome))
+        let typed = live.stdin.is_some() || live.signals.is_some();
+        let running = async {
+            tokio::select! {
+                executed = execute(&self.pool, &language, &job, live) => executed,
+                () = self.tasks.stop.cancelled() => Err(RunError::ShuttingDown),
+            }
+        };
+        let (answer, image) = self.tasks.running.track_future(running).await?;
+        if !typed {
+            self.memo.put(job.key(&image), &answer.outcome);
+        }
+        Ok(answer)
     }
 
     /// Joins the flight of the same job, or starts one.
-    fn board(&self, key: JobKey, job: Job) -> Result<Arc<Flight>, RunError> {
+    fn board(&self, job: Job, reuse: Reuse) -> Result<Arc<Flight>, RunError> {
         let language = Arc::clone(self.language(Some(&job.language))?);
+        let key = job.key(&self.pool.image(&job.language)?);
         let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(flight) = flights.get(&key).and_then(Weak::upgrade) {
+        if reuse == Reuse::Allowed
+            && let Some(flight) = flights.get(&key).and_then(Weak::upgrade)
+        {
             return Ok(flight);
         }
         let (land, landed) = watch::channel(None);
@@ -140,11 +184,10 @@ impl Runner {
                 () = given_up.cancelled() => Err(RunError::ShuttingDown),
                 () = stop.cancelled() => Err(RunError::ShuttingDown),
             };
-            let result = executed.map(|(outcome, image)| {
-                let outcome = Arc::new(outcome);
+            let result = executed.map(|(answer, image)| {
                 // Under the image that it ran on: a newer one may have come while it was queued.
-                memo.put(job.key(&image), &outcome);
-                outcome
+                memo.put(job.key(&image), &answer.outcome);
+                answer
             });
             {
                 let mut flights = flights.lock().unwrap_or_else(PoisonError::into_inner);
@@ -163,13 +206,15 @@ impl Runner {
 const LOST_SANDBOXES: usize = 3;
 
 /// A job in a sandbox of its own; also tells the image that it ran on.
-async fn execute(pool: &Pool, language: &Language, job: &Job, mut live: Live) -> Result<(Outcome, String), RunError> {
-    let mut lost = 0;
+async fn execute(pool: &Pool, language: &Language, job: &Job, mut live: Live) -> Result<(Answer, String), RunError> {
+    let (mut lost, mut queued) = (0, Duration::ZERO);
     loop {
+        let asked = Instant::now();
         let sandbox = pool.acquire(&job.language).await?;
+        queued += asked.elapsed();
         let image = sandbox.image.clone();
         match sandbox.run(language, job, &mut live).await {
-            Ok(outcome) => return Ok((outcome, image)),
+            Ok(outcome) => return Ok((Answer { outcome: Arc::new(outcome), cached: None, queued }, image)),
             Err(SandboxError::Lost) if lost < LOST_SANDBOXES => lost += 1,
             Err(error) => {
                 tracing::error!(language = job.language, %error, "a run failed");

@@ -6,11 +6,14 @@ use serde::{Deserialize, Serialize};
 use warp::Reply;
 use warp::reply::Response;
 
-use super::ApiSettings;
 use super::error::ApiError;
+use super::{ApiSettings, Wishes};
 use crate::job::{Job, Outcome, StageOutcome, Streams};
 use crate::language::Language;
 use crate::runner::Runner;
+
+/// A request that is one, for those who sent another.
+pub const EXAMPLE: &str = "{\"code\": \"…\"}";
 
 /// What is asked. Fields of other APIs are ignored.
 #[derive(Debug, Deserialize)]
@@ -48,14 +51,19 @@ impl Request {
 }
 
 /// Runs the code in the default language.
-pub async fn run(request: Result<Request, ApiError>, runner: Arc<Runner>, settings: Arc<ApiSettings>) -> Response {
-    let outcome = async {
+pub async fn run(
+    request: Result<Request, ApiError>,
+    wishes: Wishes,
+    runner: Arc<Runner>,
+    settings: Arc<ApiSettings>,
+) -> Response {
+    let answer = async {
         let language = runner.language(None)?;
         let job = request?.into_job(language, settings.source_limit)?;
-        Ok::<_, ApiError>(runner.run(job).await?)
+        Ok::<_, ApiError>(runner.run(job, wishes.reuse).await?)
     };
-    match outcome.await {
-        Ok(outcome) => warp::reply::json(&Answer::from(&*outcome)).into_response(),
+    match answer.await {
+        Ok(answer) => warp::reply::json(&Answer::from(&*answer.outcome)).into_response(),
         Err(error) => error.into_response(),
     }
 }

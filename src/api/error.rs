@@ -15,15 +15,17 @@ use crate::sandbox::pool::PoolError;
 /// What is said to a client whose request has no outcome.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
-    #[error("the body is no valid request: {0}; send {{\"code\": \"…\"}}")]
-    BadBody(String),
+    #[error("the body is no valid request: {why}; send {example}")]
+    BadBody { why: String, example: &'static str },
+    #[error("{0}")]
+    BadRequest(String),
     #[error("the body did not arrive in time; send it at once")]
     BodyTimeout,
     #[error("the {what} is too large: at most {limit} bytes")]
     TooLarge { what: &'static str, limit: usize },
     #[error("send the body as Content-Type: application/json")]
     UnsupportedMediaType,
-    #[error("there is nothing here; POST /coderunner runs code")]
+    #[error("there is nothing here; POST /coderunner or /api/v2/execute runs code")]
     NotFound,
     #[error("this path takes another method: {0}")]
     MethodNotAllowed(&'static str),
@@ -60,7 +62,7 @@ impl From<RunError> for ApiError {
 impl ApiError {
     fn status(&self) -> StatusCode {
         match self {
-            ApiError::BadBody(_) => StatusCode::BAD_REQUEST,
+            ApiError::BadBody { .. } | ApiError::BadRequest(_) => StatusCode::BAD_REQUEST,
             ApiError::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
             ApiError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ApiError::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -100,7 +102,7 @@ impl ApiError {
         } else if rejection.find::<warp::reject::MethodNotAllowed>().is_some() {
             ApiError::MethodNotAllowed("GET, POST")
         } else if rejection.find::<warp::reject::InvalidHeader>().is_some() {
-            ApiError::BadBody("a header is not valid".into())
+            ApiError::BadRequest("a header is not valid".into())
         } else {
             let id = request_id();
             tracing::error!(request = id, ?rejection, "a refusal without a meaning");

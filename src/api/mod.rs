@@ -2,6 +2,7 @@
 
 mod coderunner;
 mod error;
+mod piston;
 pub mod server;
 
 use std::convert::Infallible;
@@ -13,11 +14,12 @@ use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 use warp::filters::BoxedFilter;
-use warp::http::{Method, StatusCode};
+use warp::http::header::CACHE_CONTROL;
+use warp::http::{HeaderMap, HeaderName, Method, StatusCode};
 use warp::reply::Response;
 use warp::{Filter, Rejection, Reply};
 
-use crate::runner::Runner;
+use crate::runner::{Reuse, Runner};
 use error::ApiError;
 
 /// How long a client may take to send its body.
@@ -43,10 +45,12 @@ pub fn routes(runner: Arc<Runner>, settings: ApiSettings) -> BoxedFilter<(Respon
     let settings = Arc::new(settings);
     let ready_runner = Arc::clone(&runner);
 
+    let api_v2 = piston::routes(&runner, &settings);
     let run = warp::path!("coderunner")
         .and(warp::post())
-        .and(json_body(settings.body_limit))
-        .then(move |request| coderunner::run(request, Arc::clone(&runner), Arc::clone(&settings)));
+        .and(json_body(settings.body_limit, is_json, coderunner::EXAMPLE))
+        .and(wishes())
+        .then(move |request, wishes| coderunner::run(request, wishes, Arc::clone(&runner), Arc::clone(&settings)));
     let read = || warp::get().or(warp::head()).unify();
     let healthz =
         warp::path!("healthz").and(read()).map(|| warp::reply::json(&json!({"status": "ok"})).into_response());
@@ -57,7 +61,7 @@ pub fn routes(runner: Arc<Runner>, settings: ApiSettings) -> BoxedFilter<(Respon
         .unify()
         .map(|allow| ApiError::MethodNotAllowed(allow).into_response());
 
-    let all = run.or(healthz).unify().or(readyz).unify().or(other_method).unify();
+    let all = run.or(api_v2).unify().or(healthz).unify().or(readyz).unify().or(other_method).unify();
     match cors {
         // Inside, so that a page can read refusals; and outside, for those of its origin.
         Some(cors) => all.recover(refuse).with(cors).recover(refuse).map(Reply::into_response).boxed(),
@@ -73,7 +77,8 @@ async fn refuse(rejection: Rejection) -> Result<Response, Infallible> {
 /// The answers to other origins' preflights; `None` where no other origin may call.
 fn cors(origins: &[String]) -> Option<warp::cors::Builder> {
     let any = origins.iter().any(|origin| origin == "*");
-    let builder = warp::cors().allow_methods([Method::GET, Method::POST]).allow_header("content-type");
+    let builder =
+        warp::cors().allow_methods([Method::GET, Method::POST]).allow_headers(["content-type", "cache-control"]);
     let builder = builder.max_age(PREFLIGHT_AGE);
     match origins {
         [] => None,
@@ -82,17 +87,44 @@ fn cors(origins: &[String]) -> Option<warp::cors::Builder> {
     }
 }
 
-/// A JSON body of any framing, within its bounds of size and time.
+/// What a request's headers ask for.
+#[derive(Debug, Clone, Copy)]
+struct Wishes {
+    /// `Cache-Control: no-cache` asks for a run of its own.
+    reuse: Reuse,
+}
+
+fn wishes() -> impl Filter<Extract = (Wishes,), Error = Infallible> + Clone + Send + Sync {
+    warp::header::headers_cloned().map(|headers: HeaderMap| Wishes {
+        reuse: match lists(&headers, CACHE_CONTROL, &["no-cache", "no-store"]) {
+            true => Reuse::Refused,
+            false => Reuse::Allowed,
+        },
+    })
+}
+
+/// Whether a header that is a list has one of these words, its parameters aside.
+fn lists(headers: &HeaderMap, name: HeaderName, words: &[&str]) -> bool {
+    let values = headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok());
+    values
+        .flat_map(|value| value.split(','))
+        .filter_map(|item| item.split(';').next())
+        .any(|item| words.iter().any(|word| item.trim().eq_ignore_ascii_case(word)))
+}
+
+/// A JSON body of any framing, within its bounds of size and time; `taken` tells the content types of it.
 fn json_body<T: DeserializeOwned + Send>(
     limit: usize,
+    taken: fn(Option<&str>) -> bool,
+    example: &'static str,
 ) -> impl Filter<Extract = (Result<T, ApiError>,), Error = Rejection> + Clone + Send + Sync {
     warp::header::optional::<String>("content-type").and(warp::body::stream()).then(
         move |kind: Option<String>, body| async move {
-            if !is_json(kind.as_deref()) {
+            if !taken(kind.as_deref()) {
                 return Err(ApiError::UnsupportedMediaType);
             }
             let bytes = read_body(body, limit).await?;
-            serde_json::from_slice(&bytes).map_err(|error| ApiError::BadBody(error.to_string()))
+            serde_json::from_slice(&bytes).map_err(|error| ApiError::BadBody { why: error.to_string(), example })
         },
     )
 }
@@ -110,7 +142,7 @@ async fn read_body(
         let mut body = std::pin::pin!(body);
         let mut bytes = BytesMut::new();
         while let Some(chunk) = body.next().await {
-            let chunk = chunk.map_err(|_| ApiError::BadBody("it ended too early".into()))?;
+            let chunk = chunk.map_err(|_| ApiError::BadRequest("the body ended too early".into()))?;
             if bytes.len() + chunk.remaining() > limit {
                 return Err(ApiError::TooLarge { what: "body", limit });
             }

@@ -32,6 +32,9 @@ const REAP_TIME: Duration = Duration::from_secs(5);
 /// Shortest time between two looks at the CPU time used.
 const CPU_CHECK: Duration = Duration::from_millis(20);
 
+/// Time between two looks at the memory used, where a request allows less than the container.
+const MEMORY_CHECK: Duration = Duration::from_millis(10);
+
 /// The tmpfs that programs may write to.
 const WRITABLE: [&str; 3] = [WORK_DIR, "/tmp", "/dev/shm"];
 
@@ -160,6 +163,7 @@ impl Init {
         let deadline = started + Duration::from_micros(spec.time_us);
         let cpu_limit = Duration::from_micros(spec.cpu_time_us);
         let mut next_cpu_check = started + cpu_limit.min(Duration::from_micros(spec.time_us)) / 4;
+        let mut next_memory_check = spec.memory.map(|_| started);
         loop {
             while let Some((pid, ended)) = reaped.reap()? {
                 if pid == main {
@@ -178,7 +182,16 @@ impl Init {
                 // As many CPUs as there are can burn the rest.
                 next_cpu_check = now + ((cpu_limit - used) / cpus()).max(CPU_CHECK);
             }
-            let wait = deadline.min(next_cpu_check).saturating_duration_since(now) + Duration::from_millis(1);
+            if let (Some(limit), Some(check)) = (spec.memory, next_memory_check.as_mut())
+                && now >= *check
+            {
+                if self.cgroup.memory_in_use().unwrap_or_else(living_memory) > limit {
+                    return Ok(Some(Ended::Memory));
+                }
+                *check = now + MEMORY_CHECK;
+            }
+            let next_check = next_memory_check.map_or(next_cpu_check, |check| check.min(next_cpu_check));
+            let wait = deadline.min(next_check).saturating_duration_since(now) + Duration::from_millis(1);
             let mut fds = [
                 PollFd::new(self.channel.as_fd(), PollFlags::POLLIN),
                 PollFd::new(self.children.as_fd(), PollFlags::POLLIN),
@@ -380,15 +393,31 @@ impl Reaped {
     }
 }
 
+/// This file of each process but init itself.
+fn of_the_living(file: &str) -> impl Iterator<Item = String> {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let others = processes.filter(|entry| entry.file_name() != "1");
+    others.filter_map(move |entry| fs::read_to_string(entry.path().join(file)).ok())
+}
+
+/// Memory of the processes that still run, for hosts without a cgroup that counts it: what is theirs alone, and
+/// what a fork shares with its parent once for each.
+fn living_memory() -> u64 {
+    // Of programs only processes have a statm of numbers; in pages, the second is what is resident, the third
+    // what of it belongs to files.
+    let pages = |statm: String| -> Option<u64> {
+        let mut fields = statm.split_whitespace().skip(1).map(str::parse::<u64>);
+        let (resident, shared) = (fields.next()?.ok()?, fields.next()?.ok()?);
+        Some(resident.saturating_sub(shared))
+    };
+    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok().flatten();
+    let page = page.and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(4096);
+    of_the_living("statm").filter_map(pages).sum::<u64>() * page
+}
+
 /// CPU time of the processes that still run, for hosts without a cgroup that counts it.
 fn living_cpu() -> Duration {
-    let Ok(processes) = fs::read_dir("/proc") else {
-        return Duration::ZERO;
-    };
-    let ticks: u64 = processes
-        .flatten()
-        .filter(|entry| entry.file_name() != "1")
-        .filter_map(|entry| fs::read_to_string(entry.path().join("stat")).ok())
+    let ticks: u64 = of_the_living("stat")
         .filter_map(|stat| {
             // Fields 14 and 15, counted behind the command's name, which may hold anything.
             let fields: Vec<&str> = stat.rsplit(')').next()?.split_whitespace().collect();
@@ -427,6 +456,11 @@ impl Cgroup {
             oom_kills: self.field("memory.events", "oom_kill").unwrap_or(0),
             forks_refused: self.field("pids.events", "max").unwrap_or(0),
         }
+    }
+
+    /// What cannot be given back: memory of processes and files of a tmpfs, but no cached pages of the image.
+    fn memory_in_use(&self) -> Option<u64> {
+        Some(self.field("memory.stat", "anon")? + self.field("memory.stat", "shmem")?)
     }
 
     fn cpu_since(&self, before: &Counters) -> Option<Duration> {

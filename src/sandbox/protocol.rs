@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use crate::job::{Ended, Usage};
 
 /// Changes with every change of a message, since an upgrade may replace the executable under a running server.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// The descriptor on which init finds the channel: podman's `--preserve-fds=1` passes 3.
 pub const CHANNEL_FD: RawFd = 3;
@@ -60,6 +60,8 @@ pub struct StageSpec {
     pub time_us: u64,
     /// CPU time in microseconds, all processes together.
     pub cpu_time_us: u64,
+    /// Bytes of memory that its processes and their files may use, where that is less than the container may.
+    pub memory: Option<u64>,
     /// Open files of a process.
     pub open_files: u64,
     /// Largest file in bytes.

@@ -98,6 +98,7 @@ fn spec(stage: Stage, language: &Language, job: &Job) -> StageSpec {
         artifact: language.artifact(stage).map(str::to_owned),
         time_us: micros(job.limits.time(stage)),
         cpu_time_us: micros(job.limits.cpu_time(stage)),
+        memory: job.memory.of(stage),
         open_files: job.limits.open_files,
         file_size: job.limits.directory_size(),
         processes: u64::from(job.limits.processes),

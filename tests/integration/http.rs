@@ -199,7 +199,7 @@ fn pages_of_any_origin_may_call_by_default() {
     let methods = reply.header("access-control-allow-methods").unwrap();
     assert!(methods.contains("POST"), "{methods}");
     let headers = reply.header("access-control-allow-headers").unwrap();
-    assert!(headers.eq_ignore_ascii_case("content-type"), "{headers}");
+    assert!(headers.to_ascii_lowercase().contains("content-type"), "{headers}");
     assert!(reply.header("access-control-max-age").unwrap().parse::<u32>().unwrap() > 0);
 
     let origin = ("Origin", "https://example.org");

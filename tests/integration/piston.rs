@@ -1,0 +1,210 @@
+//! Piston's API: its requests and answers, what is refused, and what we add.
+
+use serde_json::{Value, json};
+
+use crate::client::Reply;
+use crate::harness::{Options, Server};
+
+const JSON: (&str, &str) = ("Content-Type", "application/json");
+
+fn serve(languages: &[&str], config: &str) -> Server {
+    Server::start(Options { languages, config, ..Options::default() })
+}
+
+fn execute(server: &Server, body: &Value) -> Reply {
+    server.request("POST", "/api/v2/execute", &[JSON], body.to_string().as_bytes())
+}
+
+/// A request of one file.
+fn program(language: &str, code: &str) -> Value {
+    json!({"language": language, "version": "*", "files": [{"content": code}]})
+}
+
+/// A request with this field set.
+fn with(mut body: Value, field: &str, value: impl Into<Value>) -> Value {
+    body[field] = value.into();
+    body
+}
+
+#[track_caller]
+fn ran(reply: &Reply) -> Value {
+    assert_eq!(reply.status, 200, "{}", String::from_utf8_lossy(&reply.body));
+    reply.json()
+}
+
+#[track_caller]
+fn assert_refused(reply: &Reply, status: u16, words: &[&str]) {
+    let message = reply.message();
+    assert_eq!(reply.status, status, "{message}");
+    for word in words {
+        assert!(message.contains(word), "{word:?} is not in {message:?}");
+    }
+}
+
+#[test]
+fn the_runtimes_are_those_that_are_served() {
+    let server = serve(&["python", "bash"], "");
+    for path in ["/api/v2/runtimes", "/api/v2/runtimes/"] {
+        let reply = server.get(path);
+        assert_eq!(reply.status, 200);
+        let expected = json!([
+            {"language": "python", "version": "3.0.0", "aliases": ["py", "python3"]},
+            {"language": "bash", "version": "5.0.0", "aliases": ["sh"]},
+        ]);
+        assert_eq!(reply.json(), expected);
+    }
+    server.stop();
+}
+
+#[test]
+fn a_program_is_run_with_its_files_input_and_arguments() {
+    let server = serve(&["bash"], "");
+    let code = "cat; cat lib/one lib/two; echo \"$# $1 $2\"; echo wrong >&2; exit 3";
+    let body = json!({
+        "language": "sh", "version": "5.x", "stdin": "typed ", "args": ["a b", ""], "unknown": [],
+        "files": [
+            {"name": "cool.txt", "content": code, "encoding": "utf8"},
+            {"name": "lib/one", "content": "b25lIA==", "encoding": "base64"},
+            {"name": "lib/two", "content": "74776f20", "encoding": "hex"},
+        ],
+        "compile_timeout": 10000, "run_timeout": 20000, "compile_memory_limit": -1, "run_memory_limit": -1,
+    });
+    let answer = ran(&execute(&server, &body));
+    assert_eq!((&answer["language"], &answer["version"]), (&json!("bash"), &json!("5.0.0")));
+    assert_eq!(answer.get("compile"), None);
+    let run = &answer["run"];
+    assert_eq!(run["stdout"], "typed one two 2 a b \n");
+    assert_eq!(run["stderr"], "wrong\n");
+    let output = run["output"].as_str().unwrap();
+    assert!(output.contains("typed one two") && output.contains("wrong\n"), "{output}");
+    assert_eq!((&run["code"], &run["signal"], &run["status"]), (&json!(3), &json!(null), &json!("RE")));
+    assert_eq!((&answer["verdict"], &answer["truncated"]), (&json!("runtime_error"), &json!(false)));
+    assert_eq!((&run["stdout_bytes"], &run["stderr_bytes"]), (&json!(22), &json!(6)));
+    assert!(run["wall_time"].as_u64() > Some(0) && run["memory"].as_u64() > Some(0), "{run}");
+    server.stop();
+}
+
+#[test]
+fn compiling_is_a_stage_of_its_own() {
+    let server = serve(&["c"], "");
+    let code = "#include \"n.h\"\n#include <stdio.h>\nint main(void) { printf(\"%d\\n\", N); return 0; }\n";
+    let body = json!({"language": "c", "version": "*", "files": [
+        {"name": "anything", "content": code}, {"name": "n.h", "content": "#define N 42\n"}]});
+    let answer = ran(&execute(&server, &body));
+    assert_eq!((&answer["compile"]["code"], &answer["run"]["stdout"]), (&json!(0), &json!("42\n")));
+    assert_eq!(answer["run"]["status"], json!(null));
+
+    let answer = ran(&execute(&server, &program("c", "int main(void) { return x; }")));
+    assert_eq!((&answer["verdict"], answer.get("run")), (&json!("compile_error"), None));
+    assert!(answer["compile"]["code"].as_i64() > Some(0), "{answer}");
+    assert!(answer["compile"]["stderr"].as_str().unwrap().contains('x'), "{answer}");
+    server.stop();
+}
+
+#[test]
+fn the_status_tells_how_it_ended() {
+    let server = serve(&["bash"], "limits = { output = \"1KiB\", output_total = \"64KiB\" }");
+    let ended = |code: &str, field: &str, value: Value| {
+        let answer = ran(&execute(&server, &with(program("bash", code), field, value)));
+        let run = &answer["run"];
+        (run["status"].clone(), run["signal"].clone(), answer["verdict"].clone(), run.clone())
+    };
+    let (status, signal, verdict, _) = ended("kill -SEGV $$", "args", json!([]));
+    assert_eq!((status, signal, verdict), (json!("SG"), json!("SIGSEGV"), json!("signalled")));
+    let (status, signal, verdict, run) = ended("echo so far; sleep 100", "run_timeout", json!(1000));
+    assert_eq!((status, signal, verdict), (json!("TO"), json!("SIGKILL"), json!("time_limit")));
+    assert_eq!((&run["stdout"], &run["code"]), (&json!("so far\n"), &json!(null)));
+    assert!(run["message"].as_str().unwrap().contains("out of time"), "{run}");
+    let (status, _, verdict, _) = ended("while :; do :; done", "run_cpu_time", json!(300));
+    assert_eq!((status, verdict), (json!("TO"), json!("time_limit")));
+    let (status, _, verdict, run) = ended("while :; do echo 0123456789; done", "args", json!([]));
+    assert_eq!((status, verdict, &run["truncated"]), (json!("OL"), json!("output_limit"), &json!(true)));
+    assert_eq!(run["stdout"].as_str().unwrap().len(), 1024);
+    let (status, ..) = ended("while :; do echo 0123456789 >&2; done", "args", json!([]));
+    assert_eq!(status, json!("EL"));
+    server.stop();
+}
+
+#[test]
+fn a_lower_memory_limit_is_kept_on_any_host() {
+    let server = serve(&["python"], "");
+    let code = "import time\nx = bytearray(100_000_000)\nprint('had it', flush=True)\ntime.sleep(20)\n";
+    let body = with(program("python", code), "run_memory_limit", 50_000_000);
+    let answer = ran(&execute(&server, &body));
+    assert_eq!((&answer["verdict"], &answer["run"]["signal"]), (&json!("memory_limit"), &json!("SIGKILL")), "{answer}");
+    assert!(answer["run"]["message"].as_str().unwrap().contains("out of memory"), "{answer}");
+    let code = "x = bytearray(100_000_000)\nprint('had it')\n";
+    let answer = ran(&execute(&server, &with(program("python", code), "run_memory_limit", 300_000_000)));
+    assert_eq!((&answer["verdict"], &answer["run"]["stdout"]), (&json!("ok"), &json!("had it\n")));
+    server.stop();
+}
+
+#[test]
+fn what_cannot_be_is_refused() {
+    let server = serve(&["bash"], "source_limit = \"4KiB\"\nlimits = { run_time = \"5s\", memory = \"64MiB\" }");
+    let base = || program("bash", "echo hello");
+    for field in ["run_timeout", "compile_timeout", "run_cpu_time", "compile_cpu_time"] {
+        for value in [json!(0), json!(-1), json!(10_000_000), json!(1e300)] {
+            assert_refused(&execute(&server, &with(base(), field, value)), 400, &[field, "limit"]);
+        }
+        assert_refused(&execute(&server, &with(base(), field, "1000")), 400, &[]);
+    }
+    for field in ["run_memory_limit", "compile_memory_limit"] {
+        for value in [json!(0), json!(-2), json!(64 * 1024 * 1024 + 1)] {
+            assert_refused(&execute(&server, &with(base(), field, value)), 400, &[field, "limit"]);
+        }
+    }
+    for name in ["/tmp/x", "../x", "a/../../x", "a\0b", "a//b", "."] {
+        let body = with(base(), "files", json!([{"content": ""}, {"name": name, "content": ""}]));
+        assert_refused(&execute(&server, &body), 400, &["files[1].name"]);
+    }
+    for names in [["x", "main.sh"], ["x", "main.sh/y"]] {
+        let files: Vec<Value> = names.iter().map(|name| json!({"name": name, "content": ""})).collect();
+        assert_refused(&execute(&server, &with(base(), "files", files)), 400, &["main.sh"]);
+    }
+    assert_refused(&execute(&server, &with(base(), "files", json!([]))), 400, &["files"]);
+    let wrong = json!([{"content": "%", "encoding": "base64"}]);
+    assert_refused(&execute(&server, &with(base(), "files", wrong)), 400, &["files[0].content"]);
+    assert_refused(&execute(&server, &with(base(), "args", json!(["\0"]))), 400, &["NUL"]);
+    assert_refused(&execute(&server, &with(base(), "args", json!(["x".repeat(100_000)]))), 413, &["args"]);
+    assert_refused(&execute(&server, &program("bash", &"x".repeat(5000))), 413, &["files"]);
+    assert_refused(&execute(&server, &program("cobol", "")), 400, &["cobol", "runtime is unknown"]);
+    assert_refused(&execute(&server, &with(base(), "version", "4.x")), 400, &["bash-4.x runtime is unknown"]);
+    for body in ["", "{", "[]", "{\"language\": \"bash\"}", "{\"files\": []}"] {
+        let reply = server.request("POST", "/api/v2/execute", &[JSON], body.as_bytes());
+        assert_refused(&reply, 400, &["\"language\""]);
+    }
+    let reply = server.request("POST", "/api/v2/execute", &[("Content-Type", "text/html")], b"{}");
+    assert_refused(&reply, 415, &[]);
+    for (path, allowed) in [("/api/v2/execute", "POST, OPTIONS"), ("/api/v2/runtimes", "GET, HEAD")] {
+        let reply = server.request("DELETE", path, &[], b"");
+        assert_eq!((reply.status, reply.header("allow")), (405, Some(allowed)));
+    }
+    // The largest that is allowed.
+    let files: Vec<Value> = (0..100).map(|n| json!({"name": format!("{n}/b/c"), "content": "x"})).collect();
+    let answer = ran(&execute(&server, &with(with(base(), "files", files), "run_timeout", 5000)));
+    assert_eq!(answer["run"]["code"], json!(127), "a program x: {answer}");
+    server.stop();
+}
+
+#[test]
+fn an_answer_of_before_says_so_and_can_be_refused() {
+    let server = serve(&["bash"], "");
+    let body = program("bash", "date +%s%N").to_string();
+    let ask = |headers: &[(&str, &str)]| {
+        let headers = [headers, &[JSON]].concat();
+        ran(&server.request("POST", "/api/v2/execute", &headers, body.as_bytes()))
+    };
+    let first = ask(&[]);
+    assert_eq!((&first["cached"], &first["age"]), (&json!(false), &json!(null)));
+    assert!(first["queued"].is_u64());
+    let second = ask(&[]);
+    assert_eq!((&second["cached"], &second["run"]["stdout"]), (&json!(true), &first["run"]["stdout"]));
+    assert!(second["age"].is_u64(), "{second}");
+    let anew = ask(&[("Cache-Control", "no-cache")]);
+    assert_eq!(anew["cached"], json!(false));
+    assert_ne!(anew["run"]["stdout"], first["run"]["stdout"]);
+    // Kept in the place of the other.
+    assert_eq!(ask(&[])["run"]["stdout"], anew["run"]["stdout"]);
+    server.stop();
+}
