@@ -79,7 +79,7 @@ fn a_program_is_run_with_its_files_input_and_arguments() {
     assert!(output.contains("typed one two") && output.contains("wrong\n"), "{output}");
     assert_eq!((&run["code"], &run["signal"], &run["status"]), (&json!(3), &json!(null), &json!("RE")));
     assert_eq!((&answer["verdict"], &answer["truncated"]), (&json!("runtime_error"), &json!(false)));
-    assert_eq!((&run["stdout_bytes"], &run["stderr_bytes"]), (&json!(22), &json!(6)));
+    assert_eq!((&run["stdout_bytes"], &run["stderr_bytes"]), (&json!(21), &json!(6)));
     assert!(run["wall_time"].as_u64() > Some(0) && run["memory"].as_u64() > Some(0), "{run}");
     server.stop();
 }
@@ -190,7 +190,7 @@ fn what_cannot_be_is_refused() {
 #[test]
 fn an_answer_of_before_says_so_and_can_be_refused() {
     let server = serve(&["bash"], "");
-    let body = program("bash", "date +%s%N").to_string();
+    let body = program("bash", "cat /proc/sys/kernel/random/uuid").to_string();
     let ask = |headers: &[(&str, &str)]| {
         let headers = [headers, &[JSON]].concat();
         ran(&server.request("POST", "/api/v2/execute", &headers, body.as_bytes()))
