@@ -17,12 +17,12 @@ endif
 HOST := $(or $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p'),$(shell uname -m)-unknown-linux-gnu)
 EXECUTABLE := $(or $(CARGO_TARGET_DIR),target)/$(HOST)/release/coderunner
 
-.PHONY: all help build run test bench lint images install uninstall clean setup
+.PHONY: all help build run test test-web bench lint web images install uninstall clean setup
 
 all: build
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
 
 build: ## build the executable
 	cargo build --release --locked
@@ -40,6 +40,24 @@ test: setup ## run every test, with both engines
 	@echo 'again, with the other engine:'
 	@CODERUNNER_TEST_ENGINE=podman packaging/dev/cargo test --locked --test integration -- --skip podman:: --skip crun::
 
+# The page's packages are those of its lock file, and are asked for again only when that changes.
+web/node_modules: web/package-lock.json
+	cd web && npm ci --ignore-scripts --no-audit --no-fund
+	@touch $@
+
+web: ## build the playground page anew, which is committed
+	@packaging/dev/setup web
+	@$(MAKE) --no-print-directory web/node_modules
+	cd web && node build.mjs
+
+test-web: ## test the playground page in a browser
+	@packaging/dev/setup web
+	@packaging/images/build c python bash
+	@$(MAKE) --no-print-directory web/node_modules
+	cd web && node build.mjs --check
+	cargo build --locked
+	cd web && CODERUNNER_TEST_EXE=$(abspath $(or $(CARGO_TARGET_DIR),target))/$(HOST)/debug/coderunner npm test
+
 bench: setup ## measure; BENCH=long for longer
 	@packaging/images/build bash c gcc
 	@mkdir -p $(or $(CARGO_TARGET_DIR),target)/bench
@@ -47,10 +65,11 @@ bench: setup ## measure; BENCH=long for longer
 		>$(or $(CARGO_TARGET_DIR),target)/bench/runs.json
 
 lint: setup ## check the form of the code
+	cd web && sha256sum --check --quiet dist/sources.sha256
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 	shellcheck -x packaging/subids packaging/account packaging/images/build .ci/run \
-		$(addprefix packaging/dev/,as-user cargo common run setup)
+		$(addprefix packaging/dev/,as-user cargo common run setup) web/test/serve
 
 images: setup ## build the local images of c, python, bash and gcc
 	@packaging/images/build c python bash gcc

@@ -212,6 +212,7 @@ fn routes(
             cors_origins: settings.cors_origins.clone(),
             body_limit: bytes(settings.body_limit),
             source_limit: bytes(settings.source_limit),
+            playground: settings.playground,
         },
     ))
 }

@@ -101,6 +101,7 @@ pub struct Settings {
     pub cors_origins: Vec<String>,
     pub body_limit: ByteSize,
     pub source_limit: ByteSize,
+    pub playground: bool,
     pub podman: PathBuf,
     pub queue: QueueSettings,
     pub cache: CacheSettings,

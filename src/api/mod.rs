@@ -2,6 +2,7 @@
 
 mod coderunner;
 mod error;
+mod page;
 mod piston;
 pub mod server;
 
@@ -37,11 +38,14 @@ pub struct ApiSettings {
     pub body_limit: usize,
     /// Largest source in bytes.
     pub source_limit: usize,
+    /// Whether there is a page at `/`, and `/embed.js`.
+    pub playground: bool,
 }
 
 /// All routes.
 pub fn routes(runner: Arc<Runner>, settings: ApiSettings) -> BoxedFilter<(Response,)> {
     let cors = cors(&settings.cors_origins);
+    let page = page::route(settings.playground);
     let settings = Arc::new(settings);
     let ready_runner = Arc::clone(&runner);
 
@@ -61,12 +65,31 @@ pub fn routes(runner: Arc<Runner>, settings: ApiSettings) -> BoxedFilter<(Respon
         .unify()
         .map(|allow| ApiError::MethodNotAllowed(allow).into_response());
 
-    let all = run.or(api_v2).unify().or(healthz).unify().or(readyz).unify().or(other_method).unify();
+    let all = run.or(api_v2).unify().or(healthz).unify().or(readyz).unify().or(page).unify().or(other_method).unify();
+    let all = all.recover(refuse).unify();
     match cors {
         // Inside, so that a page can read refusals; and outside, for those of its origin.
-        Some(cors) => all.recover(refuse).with(cors).recover(refuse).map(Reply::into_response).boxed(),
-        None => all.recover(refuse).map(Reply::into_response).boxed(),
+        Some(cors) => own_page().and(all.clone()).or(all.with(cors)).recover(refuse).map(Reply::into_response).boxed(),
+        None => all.boxed(),
     }
+}
+
+/// Passes what the server's own page asks: browsers name its origin too, which need not be among those that may call.
+fn own_page() -> impl Filter<Extract = (), Error = Rejection> + Clone {
+    let header = warp::header::optional::<String>;
+    header("sec-fetch-site")
+        .and(header("origin"))
+        .and(header("host"))
+        .and_then(async |site: Option<String>, origin: Option<String>, host: Option<String>| {
+            // Plain HTTP has no Sec-Fetch-Site, a proxy may have changed Host.
+            let same =
+                origin.as_deref().and_then(|origin| origin.split_once("://")).map(|(_, rest)| rest) == host.as_deref();
+            match site.as_deref() == Some("same-origin") || (origin.is_some() && same) {
+                true => Ok(()),
+                false => Err(warp::reject::not_found()),
+            }
+        })
+        .untuple_one()
 }
 
 /// Turns what no route took into an answer.

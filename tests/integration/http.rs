@@ -67,7 +67,7 @@ fn fields_of_other_apis_are_ignored() {
 #[test]
 fn what_is_not_there_is_not_found() {
     let server = serve("");
-    for path in ["/", "/coderunner/more", "/Coderunner", "/api/v9/execute", "/../etc/passwd", "/%00"] {
+    for path in ["/no-such-page", "/coderunner/more", "/Coderunner", "/api/v9/execute", "/../etc/passwd", "/%00"] {
         assert_refused(&server.get(path), 404, &["POST /coderunner"]);
         assert_refused(&server.request("POST", path, &[JSON], b"{\"code\": \"\"}"), 404, &[]);
     }

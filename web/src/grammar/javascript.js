@@ -1,0 +1,1 @@
+export { javascriptLanguage } from "@codemirror/lang-javascript";
