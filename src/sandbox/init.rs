@@ -270,7 +270,7 @@ fn spawn(spec: &StageSpec, pipes: [OwnedFd; 3], (uid, gid): (Uid, Gid), enforced
         .stdout(Stdio::from(stdout))
         .stderr(Stdio::from(stderr));
     let limits = resource_limits(spec, enforced);
-    let filter = seccomp::filter()?;
+    let filters = seccomp::filters()?;
     // SAFETY: this process has one thread, so the child may do whatever the parent may.
     unsafe {
         command.pre_exec(move || {
@@ -287,7 +287,7 @@ fn spawn(spec: &StageSpec, pipes: [OwnedFd; 3], (uid, gid): (Uid, Gid), enforced
             SigSet::empty().thread_set_mask()?;
             default_signals();
             // Last: it holds from here on.
-            seccompiler::apply_filter(&filter).map_err(io::Error::other)
+            filters.iter().try_for_each(|filter| seccompiler::apply_filter(filter)).map_err(io::Error::other)
         });
     }
     let child = command.spawn()?;
@@ -315,7 +315,8 @@ fn resource_limits(spec: &StageSpec, enforced: Enforced) -> Vec<(Resource, u64)>
     let mut limits = vec![
         (Resource::RLIMIT_NOFILE, spec.open_files),
         (Resource::RLIMIT_FSIZE, spec.file_size),
-        (Resource::RLIMIT_CORE, 0),
+        // No file is as small. A kernel that hands dumps to a program of the host's does so at 0, but not at 1.
+        (Resource::RLIMIT_CORE, 1),
         // Message queues and queued signals are kernel memory that outlives no limit of ours.
         (Resource::RLIMIT_MSGQUEUE, 0),
         (Resource::RLIMIT_SIGPENDING, 1024),
@@ -393,11 +394,12 @@ impl Reaped {
     }
 }
 
-/// This file of each process but init itself.
+/// This file of each process but init itself. The name of a process, which is in some, need not be text.
 fn of_the_living(file: &str) -> impl Iterator<Item = String> {
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     let others = processes.filter(|entry| entry.file_name() != "1");
-    others.filter_map(move |entry| fs::read_to_string(entry.path().join(file)).ok())
+    let read = move |entry: fs::DirEntry| fs::read(entry.path().join(file)).ok();
+    others.filter_map(read).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// Memory of the processes that still run, for hosts without a cgroup that counts it: what is theirs alone, and

@@ -317,7 +317,10 @@ pub(super) fn walls(name: &str, settings: &EngineSettings, language: &Language, 
         "--no-hosts",
         "--systemd=false",
         "--hostname=sandbox",
-        "--ulimit=core=0:0",
+        // What init sets for programs; more it may not.
+        "--ulimit=core=1:1",
+        // No pseudo-terminals: the host has a number of them for all containers together, and this one nobody may open.
+        "--mount=type=devpts,destination=/dev/pts,max=1",
         // Shared memory segments would otherwise outlive the processes between two stages.
         "--sysctl=kernel.shm_rmid_forced=1",
     ] {
