@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use bytes::Bytes;
+use nix::sys::stat::{Mode, fchmod};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
 use tokio::sync::mpsc;
@@ -125,8 +126,11 @@ impl Pipes {
                 (Some(pipe::Receiver::from_owned_fd(reader.into())?), writer)
             }
         };
+        let theirs: [OwnedFd; 3] = [in_reader.into(), out_writer.into(), err_writer.into()];
+        // The pipes are this user's, the programs another's: they could not open /dev/stdin, /dev/stdout and /dev/stderr.
+        theirs.iter().try_for_each(|pipe| fchmod(pipe, Mode::from_bits_truncate(0o666)))?;
         Ok(Pipes {
-            theirs: [in_reader.into(), out_writer.into(), err_writer.into()],
+            theirs,
             stdin: pipe::Sender::from_owned_fd(in_writer.into())?,
             stdout: pipe::Receiver::from_owned_fd(out_reader.into())?,
             stderr,

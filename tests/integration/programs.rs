@@ -145,6 +145,14 @@ fn both_streams_come_in_the_order_of_writing() {
 }
 
 #[test]
+fn standard_streams_can_be_opened_by_their_names() {
+    let server = serve(&["bash"]);
+    let code = "echo out >/dev/stdout; echo err >/dev/stderr; cat </dev/stdin; echo three >/proc/self/fd/2";
+    assert_eq!(server.run(code), Answer::ran("out\nerr\nthree\n"));
+    server.stop();
+}
+
+#[test]
 fn output_of_any_bytes_is_text() {
     let server = serve(&["bash"]);
     assert_eq!(
