@@ -27,6 +27,8 @@ mod programs;
 mod queue;
 mod registry;
 mod reload;
+#[path = "../security/mod.rs"]
+mod security;
 mod settings;
 mod shutdown;
 mod stand_in;

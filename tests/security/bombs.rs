@@ -1,0 +1,310 @@
+//! Programs that use up whatever there is. Where the kernel keeps a limit the answer names it; where it cannot, they are
+//! ended in time, and the answer says no more than that.
+
+use super::{attack, serve};
+use crate::client::Answer;
+use crate::harness::code;
+
+on_each_engine! {
+    zombies_and_orphans_count_and_go
+    memory_of_each_kind_is_charged
+    cpu_time_counts_whoever_burns_it
+    a_crash_leaves_no_core
+    timers_queues_and_descriptors_have_an_end
+    huge_arguments_and_environments_are_the_programs_own_trouble
+    output_of_any_shape_is_bounded
+}
+
+/// Whether a line of ours is at the end, and it says this.
+#[track_caller]
+fn assert_ended(answer: &Answer, printed: &str, why: &str) {
+    let line = answer.run_output.strip_prefix(printed).unwrap_or_else(|| panic!("{answer:?}"));
+    assert!(line.starts_with(&format!("coderunner: {why}")), "{line}");
+    assert_eq!(line.lines().count(), 1, "{line}");
+}
+
+fn zombies_and_orphans_count_and_go(engine: &str) {
+    let server = serve(engine, "python", "[limits]\nprocesses = 16\nrun_time = \"60s\"");
+    // Not waited for: they stay, and count.
+    let zombies = "
+        import os, time
+        made = 0
+        try:
+            while True:
+                if os.fork() == 0:
+                    os._exit(0)
+                made += 1
+        except BlockingIOError:
+            print(made)
+    ";
+    assert_eq!(attack(&server, "python", &code(zombies)), Answer::ran("15\n"));
+    // Left to init, which waits for them: any number in a row.
+    let orphans = "
+        import os
+        for _ in range(100):
+            if os.fork() == 0:
+                if os.fork() == 0:
+                    os.setsid()
+                    os._exit(0)
+                os._exit(0)
+            os.wait()
+        print('end')
+    ";
+    assert_eq!(attack(&server, "python", &code(orphans)), Answer::ran("end\n"));
+    // A tree of processes that keep replacing one another, when it is ended: none gets away.
+    let running = "
+        import os, time
+        print('root', flush=True)
+        for _ in range(6): os.fork()
+        while True:
+            try:
+                if os.fork(): os._exit(0)
+            except OSError:
+                pass
+    ";
+    let answer = attack(&server, "python", &code(running));
+    assert!(answer.run_output.starts_with("root\n"), "{answer:?}");
+    server.stop();
+}
+
+fn memory_of_each_kind_is_charged(engine: &str) {
+    let server = serve(engine, "python", "[limits]\nmemory = \"64MiB\"\nopen_files = 256\nrun_time = \"60s\"");
+    let kinds = [
+        // Files without a name, mapped by nobody.
+        "
+        import os
+        held = [os.memfd_create('x') for _ in range(8)]
+        for fd in held:
+            for _ in range(16): os.write(fd, bytes(1 << 20))
+        print('survived')
+        ",
+        // What is in pipes.
+        "
+        import fcntl, os
+        held = []
+        for _ in range(100):
+            reader, writer = os.pipe()
+            try: fcntl.fcntl(writer, 1031, 1 << 20)
+            except OSError: pass
+            os.set_blocking(writer, False)
+            held.append((reader, writer))
+            try:
+                while os.write(writer, bytes(65536)): pass
+            except BlockingIOError: pass
+        print('survived')
+        ",
+        // Shared segments, by many processes.
+        "
+        import mmap, os
+        for _ in range(4):
+            if os.fork() == 0:
+                shared = mmap.mmap(-1, 40 << 20)
+                for at in range(0, 40 << 20, 4096): shared[at] = 1
+                os._exit(0)
+        while True:
+            try: pid, status = os.wait()
+            except ChildProcessError: break
+            if status: os.abort()
+        print('survived')
+        ",
+        // On the stack.
+        "
+        import threading
+        threading.stack_size(64 << 20)
+        def deep(n): return deep(n + 1) if n < 90 else None
+        threads = [threading.Thread(target=deep, args=(0,)) for _ in range(10)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        held = [bytearray(1 << 20) for _ in range(100)]
+        print('survived')
+        ",
+    ];
+    for kind in kinds {
+        let answer = attack(&server, "python", &code(kind));
+        match server.enforces("memory") {
+            true => assert_ended(&answer, "", "killed: out of memory"),
+            false => assert_eq!(answer, Answer::ran("survived\n"), "{kind}"),
+        }
+    }
+    // The files of an image, read over and over, are given back before a program is ended for them.
+    let cached = "
+        import os
+        for path, dirs, files in os.walk('/usr'):
+            for file in files:
+                try: open(path + '/' + file, 'rb').read()
+                except OSError: pass
+        print('read')
+    ";
+    assert_eq!(attack(&server, "python", &code(cached)), Answer::ran("read\n"));
+    server.stop();
+}
+
+fn cpu_time_counts_whoever_burns_it(engine: &str) {
+    let server = serve(
+        engine,
+        "c",
+        "[limits]\nrun_time = \"60s\"\nrun_cpu_time = \"1s\"\nprocesses = 32\ncompile_time = \"60s\"\ncompile_cpu_time = \"60s\"",
+    );
+    let burners = [
+        // A name that is no text.
+        "#include <sys/prctl.h>\n#include <unistd.h>\n\
+         int main(void) { prctl(PR_SET_NAME, \"\\xff) 1 (\\xfe\"); fork(); fork(); for (;;); }",
+        // Threads.
+        "#include <pthread.h>\nvoid *burn(void *x) { for (;;); }\n\
+         int main(void) { pthread_t t; for (int n = 0; n < 8; n++) pthread_create(&t, 0, burn, 0); pthread_exit(0); }",
+        // Children, while the first waits.
+        "#include <sys/wait.h>\n#include <unistd.h>\n\
+         int main(void) { for (int n = 0; n < 8; n++) if (!fork()) for (;;); while (wait(0) > 0); return 0; }",
+        // In the kernel.
+        "#include <unistd.h>\nint main(void) { for (;;) getppid(); }",
+    ];
+    for burner in burners {
+        let answer = attack(&server, "c", burner);
+        let answer = Answer { compile_output: String::new(), ..answer };
+        assert_ended(&answer, "", "killed: out of CPU time");
+    }
+    server.stop();
+}
+
+fn a_crash_leaves_no_core(engine: &str) {
+    let server = serve(engine, "c", "");
+    // Not in a file, and not by a program of the host's either, which some kernels start for a limit of 0.
+    let crash = r#"
+        #include <dirent.h>
+        #include <signal.h>
+        #include <stdio.h>
+        #include <sys/prctl.h>
+        #include <sys/resource.h>
+        #include <sys/wait.h>
+        #include <unistd.h>
+        int main(void) {
+            struct rlimit limit, more = {RLIM_INFINITY, RLIM_INFINITY};
+            getrlimit(RLIMIT_CORE, &limit);
+            printf("%ld %ld %d\n", (long)limit.rlim_cur, (long)limit.rlim_max, setrlimit(RLIMIT_CORE, &more));
+            int status, files = 0;
+            for (int n = 0; n < 8; n++) {
+                if (fork() == 0) { chdir("/tmp"); prctl(PR_SET_DUMPABLE, 1); raise(SIGQUIT); }
+                wait(&status);
+                if (WCOREDUMP(status)) puts("dumped");
+            }
+            DIR *dir = opendir("/tmp");
+            while (readdir(dir)) files++;
+            printf("%d\n", files);
+            return 0;
+        }
+    "#;
+    assert_eq!(attack(&server, "c", &code(crash)), Answer::ran("1 1 -1\n2\n"));
+    server.stop();
+}
+
+fn timers_queues_and_descriptors_have_an_end(engine: &str) {
+    let server = serve(engine, "python", "[limits]\nopen_files = 64\nrun_time = \"60s\"");
+    let probe = "
+        import ctypes, errno, fcntl, os, resource, signal, socket
+        libc = ctypes.CDLL(None, use_errno=True)
+        def until_refused(call, most):
+            for made in range(most):
+                if call() == -1: return made
+            return 'more'
+        timer = ctypes.c_void_p()
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        timers = until_refused(lambda: libc.timer_create(0, None, ctypes.byref(timer)), 5000)
+        print('timers', timers != 'more' and timers <= 1024)
+        libc.mq_open.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p]
+        print('queue', libc.mq_open(b'/queue', os.O_CREAT | os.O_RDWR, 0o600, None))
+        print('locked', libc.mlock(ctypes.create_string_buffer(1 << 20), 1 << 20))
+        # Descriptors in flight between sockets are counted too.
+        one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        one.setblocking(False)
+        sent = 0
+        try:
+            while sent < 5000:
+                socket.send_fds(one, [b'x'], [0] * 32)
+                sent += 32
+        except OSError as error:
+            print('in flight', sent <= 1024)
+        print('raised', end=' ')
+        for name in 'NOFILE', 'NPROC', 'FSIZE', 'CORE', 'MSGQUEUE', 'SIGPENDING', 'MEMLOCK', 'CPU', 'RTPRIO', 'NICE':
+            limit = getattr(resource, 'RLIMIT_' + name, None)
+            if limit is None: continue
+            soft, hard = resource.getrlimit(limit)
+            if hard == resource.RLIM_INFINITY: continue
+            try:
+                resource.setrlimit(limit, (hard + 1, hard + 1))
+                print(name, end=' ')
+            except (OSError, ValueError): pass
+        print()
+    ";
+    let printed = "timers True\nqueue -1\nlocked -1\nin flight True\nraised \n";
+    assert_eq!(attack(&server, "python", &code(probe)), Answer::ran(printed));
+    server.stop();
+}
+
+fn huge_arguments_and_environments_are_the_programs_own_trouble(engine: &str) {
+    let server = serve(engine, "python", "[limits]\nrun_time = \"60s\"");
+    let huge = "
+        import os, subprocess, sys
+        if len(sys.argv) > 1:
+            print(len(sys.argv), len(os.environ))
+            sys.exit()
+        for args, env in [(['x' * 200000], {}), (['x'] * 2000000, {}), ([], {'X': 'y' * 200000})]:
+            try: subprocess.run(['/usr/bin/true'] + args, env=env)
+            except OSError as error: print(error.strerror)
+        # As much as fits, seen by init whenever it looks for what its programs use.
+        args = ['a' * 100000] * 10
+        os.execve(sys.executable, [sys.executable, 'main.py'] + args, {str(n): 'b' * 90000 for n in range(6)})
+    ";
+    let answer = attack(&server, "python", &code(huge));
+    let too_long = "Argument list too long\n".repeat(3);
+    assert!(answer.run_output.starts_with(&format!("{too_long}11 ")), "{answer:?}");
+    server.stop();
+}
+
+fn output_of_any_shape_is_bounded(engine: &str) {
+    let server = serve(engine, "python", "[limits]\noutput = \"64KiB\"\noutput_total = \"1MiB\"\nrun_time = \"60s\"");
+    // One byte in each packet of a pipe that was told to keep them apart.
+    let packets = "
+        import fcntl, os
+        fcntl.fcntl(1, fcntl.F_SETFL, os.O_WRONLY | os.O_DIRECT)
+        for _ in range(20000): os.write(1, b'x')
+        fcntl.fcntl(1, fcntl.F_SETFL, os.O_WRONLY | os.O_NONBLOCK)
+    ";
+    assert_eq!(attack(&server, "python", &code(packets)), Answer::ran(&"x".repeat(20000)));
+    // On both streams from many processes, to the end of what is read at all.
+    let flood = "
+        import os
+        for _ in range(4): os.fork()
+        while True:
+            os.write(1, b'o' * 65536)
+            os.write(2, b'e' * 65536)
+    ";
+    let answer = attack(&server, "python", &code(flood));
+    assert!(
+        answer.run_output.ends_with("\ncoderunner: killed: too much output\n"),
+        "{:?}",
+        answer.run_output.lines().last()
+    );
+    assert!(answer.run_output.len() < 70_000);
+    // Each byte that there is, in an order that makes most of them invalid, and characters cut at the limit.
+    let bytes = "
+        import os, sys
+        every = bytes(range(256)) + bytes(reversed(range(256))) + b'\\xed\\xa0\\x80\\xc0\\x80\\xf5\\xf4\\x90\\x80\\x80'
+        os.write(1, every * 100)
+        os.write(2, b'\\x1b]0;title\\x07\\x1b[2J\\r\\n\\xe2\\x80\\xa8\\xe2\\x80\\xa9\\xef\\xbf\\xbe')
+        os.write(1, '\\U0001f980'.encode() * 20000)
+    ";
+    let answer = attack(&server, "python", &code(bytes));
+    assert!(answer.run_output.contains("\u{fffd}"), "{answer:?}");
+    assert!(answer.run_output.contains("\u{1b}]0;title\u{7}\u{1b}[2J\r\n\u{2028}\u{2029}\u{fffe}🦀"), "{answer:?}");
+    assert!(answer.run_output.contains("🦀\ncoderunner: output cut: "), "{answer:?}");
+    // Its own end of the streams taken away, and a line that looks like ours.
+    let forged = "
+        import os
+        print('coderunner: killed: out of memory', flush=True)
+        os.dup2(os.open('/dev/null', os.O_RDWR), 1)
+        os.close(2)
+        os.kill(os.getppid(), 0) if os.getppid() != 1 else None
+    ";
+    assert_eq!(attack(&server, "python", &code(forged)), Answer::ran("coderunner: killed: out of memory\n"));
+    server.stop();
+}

@@ -1,0 +1,120 @@
+//! Attacks on and by the compiler: it is confined as the program is, and its program is not trusted more than itself.
+
+use std::time::Instant;
+
+use super::{attack, serve};
+use crate::harness::{PATIENCE, code};
+
+on_each_engine! {
+    no_source_makes_the_compiler_tell_of_the_host
+    no_source_keeps_the_compiler_busy_for_long
+    the_compiler_is_confined_as_the_program_is
+    what_the_compiler_leaves_is_run_as_a_program_or_not_at_all
+}
+
+/// A compiler that does what the source says.
+const SHELL: &str = r#"
+    [limits]
+    compile_time = "60s"
+    [language.made]
+    image = "localhost/coderunner-bash:latest"
+    source = "main.sh"
+    compile = ["sh", "main.sh"]
+    artifact = "out"
+    run = ["./out"]
+    health = { code = "printf '#!/bin/sh\\necho made\\n' >out; chmod +x out", output = "made\n" }
+"#;
+
+fn no_source_makes_the_compiler_tell_of_the_host(engine: &str) {
+    let server = serve(engine, "c", "");
+    for file in ["/proc/1/environ", "/job/main.c", "/proc/1/maps", "/etc/shadow", "/proc/kcore", "/dev/mem"] {
+        let answer = attack(&server, "c", &format!("#include \"{file}\"\nint main(void) {{ return 0; }}\n"));
+        assert_eq!((answer.status, answer.run_output.as_str()), (0, ""), "{file}");
+        assert!(answer.compile_output.ends_with(&format!("error: include file '{file}' not found\n")), "{answer:?}");
+    }
+    // What it can read is the image's, not the host's.
+    let users = std::fs::read_to_string("/etc/passwd").unwrap();
+    let ours = users.lines().find(|line| line.split(':').nth(2) == Some(&nix::unistd::getuid().to_string())).unwrap();
+    let name = ours.split(':').next().unwrap();
+    for file in ["/etc/passwd", "/proc/self/environ", "/proc/version"] {
+        let answer = attack(&server, "c", &format!("#include \"{file}\"\n"));
+        assert_eq!((answer.status, answer.run_output.as_str()), (0, ""), "{file}");
+        assert!(!answer.compile_output.contains(name), "{file}: {answer:?}");
+    }
+    let incbin = "__asm__(\".incbin \\\"/proc/1/environ\\\"\");\nint main(void) { return 0; }\n";
+    assert_eq!(attack(&server, "c", incbin).status, 0);
+    server.stop();
+}
+
+fn no_source_keeps_the_compiler_busy_for_long(engine: &str) {
+    let server = serve(engine, "c", "[limits]\ncompile_time = \"3s\"\noutput_total = \"1MiB\"\ndisk = \"16MiB\"");
+    let doubling: String = (1..64).map(|n| format!("#define M{n} M{m} M{m}\n", m = n - 1)).collect();
+    let sources = [
+        ("macros", format!("#define M0 0,\n{doubling}int x[] = {{ M63 }};\nint main(void) {{ return 0; }}\n")),
+        ("includes of itself", "#include \"main.c\"\n#include \"main.c\"\n".into()),
+        ("a device", "#include \"/dev/zero\"\n".into()),
+        ("one without end", "#include \"/dev/urandom\"\n".into()),
+        ("a huge program", "char x[1 << 30] = {1};\nint main(void) { return x[5]; }\n".into()),
+        ("parentheses", format!("int main(void) {{ return {}1{}; }}\n", "(".repeat(30_000), ")".repeat(30_000))),
+        ("blocks", format!("int main(void) {{ {} }}\n", "{".repeat(30_000))),
+        ("diagnostics", format!("int main(void) {{ {} return 0; }}\n", "f(;".repeat(15_000))),
+        ("warnings", "#warning w\n".repeat(5_000) + "int main(void) { return 0; }\n"),
+    ];
+    for (what, source) in sources {
+        let started = Instant::now();
+        let answer = attack(&server, "c", &source);
+        assert!(started.elapsed() < PATIENCE, "{what}");
+        assert!(answer.compile_output.len() < 300_000, "{what}: {}", answer.compile_output.len());
+        // Most do not compile; those that do run to their end.
+        let printed = answer.run_output.lines().all(|line| line.starts_with("coderunner: "));
+        assert!(printed, "{what}: {answer:?}");
+    }
+    server.stop();
+}
+
+fn the_compiler_is_confined_as_the_program_is(engine: &str) {
+    let server = serve(engine, "made", SHELL);
+    // The same script in both stages.
+    let look = r#"
+        look() {
+            grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp)' /proc/self/status
+            cat /proc/self/uid_map /proc/self/limits
+            cut -d' ' -f5-6 /proc/self/mountinfo
+            tr '\0' '\n' </proc/self/environ | sort
+            for ns in /proc/self/ns/*; do readlink $ns; done
+            pwd; umask; ls /proc/1/fd/ /job 2>&1
+            (echo x >/etc/x) 2>/dev/null; ls -A /tmp /dev/shm
+        }
+        [ "$0" = main.sh ] && cp main.sh out && chmod +x out
+        look 2>&1 | grep -v '^Max cpu time'
+    "#;
+    let answer = attack(&server, "made", &format!("#!/bin/sh\n{}", code(look)));
+    assert_eq!(answer.status, 1, "{answer:?}");
+    assert!(answer.run_output.contains("NoNewPrivs:\t1"), "{answer:?}");
+    assert_eq!(answer.compile_output, answer.run_output);
+    server.stop();
+}
+
+fn what_the_compiler_leaves_is_run_as_a_program_or_not_at_all(engine: &str) {
+    let server = serve(engine, "made", SHELL);
+    let run = |script: &str| attack(&server, "made", script);
+    // No file of that name, or one that is something else.
+    for script in
+        ["true", "mkdir out", "mkfifo out", "ln -s /bin/sh out", "ln -s out out", "ln -s /run/coderunner-init out"]
+    {
+        let answer = run(script);
+        assert_eq!((answer.status, answer.run_output.as_str()), (0, ""), "{script}: {answer:?}");
+        assert!(answer.compile_output.contains("coderunner: the compiler made no program"), "{script}: {answer:?}");
+    }
+    // One that cannot be started is its maker's trouble.
+    for script in [">out", "echo x >out; chmod 0 out", "echo '#!/x' >out; chmod +x out"] {
+        let answer = run(script);
+        assert_eq!(answer.status, 1, "{script}: {answer:?}");
+        assert!(answer.run_output.contains("cannot start"), "{script}: {answer:?}");
+    }
+    // What it started is gone before the program runs, and has not delayed it.
+    let daemon = "(trap '' TERM HUP; while :; do sleep 50; done) & setsid sleep 50 &\n\
+                  printf '#!/bin/sh\\nps | grep -c [s]leep\\n' >out; chmod +x out";
+    assert_eq!(run(daemon).run_output, "0\n");
+    server.stop();
+}

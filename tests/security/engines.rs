@@ -1,0 +1,200 @@
+//! The containers of both engines, compared from inside, point by point: whatever podman's keeps from a program, crun's
+//! keeps from it too.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::serve;
+use crate::harness::code;
+
+/// What a program sees of its container.
+#[derive(Debug, Deserialize)]
+struct Seen {
+    /// Fields of `/proc/PID/status`, of the program and of init.
+    status: BTreeMap<String, String>,
+    init: BTreeMap<String, String>,
+    /// By kind.
+    namespaces: BTreeMap<String, String>,
+    /// By place: type, options, and whether it hides what is there.
+    mounts: BTreeMap<String, Mount>,
+    /// By name: the hard limit, -1 for none.
+    rlimits: BTreeMap<String, i64>,
+    environ: BTreeSet<String>,
+    uid_map: String,
+    gid_map: String,
+    devices: BTreeSet<String>,
+    /// Settings of the kernel that are the container's own.
+    sysctls: BTreeMap<String, String>,
+    /// Whatever must be the same.
+    same: Value,
+}
+
+#[derive(Debug, Deserialize)]
+struct Mount {
+    kind: String,
+    options: BTreeSet<String>,
+    masked: bool,
+}
+
+const LOOK: &str = r"
+    import glob, json, os, resource, stat
+    def fields(pid):
+        names = ['CapInh', 'CapPrm', 'CapEff', 'CapBnd', 'CapAmb', 'NoNewPrivs', 'Seccomp', 'Seccomp_filters', 'Groups']
+        lines = [line.rstrip('\n').split(':\t') for line in open(f'/proc/{pid}/status')]
+        return {line[0]: line[1].strip() for line in lines if line[0] in names}
+    mounts = {}
+    for line in open('/proc/self/mountinfo'):
+        before, after = line.split(' - ')
+        number, parent, device, root, place, options = before.split()[:6]
+        kind, source, super_options = after.split()
+        empty = kind == 'tmpfs' and 'size=0k' in super_options.split(',')
+        mounts[place] = {'kind': kind, 'options': options.split(','), 'masked': empty or (root == '/null' and place != '/dev/null')}
+    names = [name for name in dir(resource) if name.startswith('RLIMIT_')]
+    devices = [path for path in glob.glob('/dev/**', recursive=True)
+               if not path.startswith('/dev/fd') and stat.S_ISCHR(os.lstat(path).st_mode) ]
+    def read(path):
+        try: return open(path).read().strip()
+        except OSError as error: return error.strerror
+    own = ['kernel/shm_rmid_forced', 'kernel/shmmax', 'kernel/shmall', 'kernel/msgmni', 'kernel/sem', 'kernel/hostname',
+           'fs/mqueue/queues_max', 'net/ipv4/ping_group_range', 'net/ipv4/ip_unprivileged_port_start']
+    print(json.dumps({
+        'status': fields('self'), 'init': fields(1),
+        'namespaces': {kind: os.readlink('/proc/self/ns/' + kind) for kind in os.listdir('/proc/self/ns')},
+        'mounts': mounts,
+        'rlimits': {name: resource.getrlimit(getattr(resource, name))[1] for name in names},
+        'environ': read('/proc/self/environ').strip('\0').split('\0'),
+        'uid_map': read('/proc/self/uid_map'), 'gid_map': read('/proc/self/gid_map'),
+        'devices': devices,
+        'sysctls': {name: read('/proc/sys/' + name) for name in own},
+        'same': [os.getcwd(), os.umask(0), os.getsid(0) == os.getpid(), os.nice(0), os.sched_getscheduler(0),
+                 read('/proc/self/oom_score_adj'), read('/proc/1/oom_score_adj'), read('/proc/1/cmdline'),
+                 read('/proc/self/cgroup'), read('/proc/self/attr/current'), sorted(os.listdir('/'))],
+    }))
+";
+
+fn look(engine: &str) -> Seen {
+    let server = serve(engine, "python", "");
+    let answer = server.run(&code(LOOK));
+    let seen = serde_json::from_str(&answer.run_output).unwrap_or_else(|error| panic!("{error}: {answer:?}"));
+    server.stop();
+    seen
+}
+
+/// Bits that a mask in hexadecimal has beyond another's.
+fn beyond(mask: &str, other: &str) -> u64 {
+    let bits = |text: &str| u64::from_str_radix(text, 16).unwrap_or_else(|error| panic!("{text}: {error}"));
+    bits(mask) & !bits(other)
+}
+
+#[test]
+fn both_engines_make_the_same_walls() {
+    let (podman, crun) = (look("podman"), look("crun"));
+    for (which, of_podman, of_crun) in [("program", &podman.status, &crun.status), ("init", &podman.init, &crun.init)] {
+        for (name, value) in of_podman {
+            let (here, what) = (&of_crun[name], format!("{name} of {which}"));
+            match name.as_str() {
+                name if name.starts_with("Cap") => assert_eq!(beyond(here, value), 0, "{what}: {here}, {value}"),
+                // One filter may do the work of two, but none is missing: the calls themselves are compared below.
+                "Seccomp_filters" => assert!(here.parse::<u32>().unwrap() > 0, "{what}"),
+                _ => assert_eq!(here, value, "{what}"),
+            }
+        }
+    }
+    for (name, zero) in [("CapEff", 0), ("CapPrm", 0), ("CapInh", 0), ("CapAmb", 0)] {
+        assert_eq!(u64::from_str_radix(&podman.status[name], 16), Ok(zero), "{name}");
+    }
+    assert_eq!(podman.status["NoNewPrivs"], "1");
+    assert_eq!(podman.status["Seccomp"], "2");
+
+    for (name, seen) in [("podman", &podman), ("crun", &crun)] {
+        for kind in ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"] {
+            let host = fs::read_link(format!("/proc/self/ns/{kind}")).unwrap();
+            assert_ne!(seen.namespaces[kind], host.to_str().unwrap(), "the {kind} namespace of {name}");
+        }
+        for (place, mount) in &seen.mounts {
+            let writable = ["/work", "/tmp", "/dev/shm"].contains(&place.as_str());
+            if writable {
+                assert!(mount.kind == "tmpfs" && mount.options.contains("nodev"), "{place} of {name}: {mount:?}");
+                assert!(mount.options.contains("nosuid"), "{place} of {name}: {mount:?}");
+            }
+        }
+        assert!(seen.mounts["/"].options.contains("ro"), "{name}");
+    }
+
+    for (place, here) in &crun.mounts {
+        let there = podman.mounts.get(place).unwrap_or_else(|| panic!("{place} is mounted by crun alone: {here:?}"));
+        assert_eq!(here.kind, there.kind, "{place}");
+        for restriction in ["ro", "nosuid", "nodev", "noexec"] {
+            let lost = there.options.contains(restriction) && !here.options.contains(restriction);
+            assert!(!lost, "{place} is not {restriction}: {here:?}, {there:?}");
+        }
+    }
+    let kept = |place: &&String| place.starts_with("/proc/") || place.starts_with("/sys/");
+    for place in podman.mounts.keys().filter(kept) {
+        let masked = podman.mounts[place].masked;
+        let here = crun.mounts.get(place).unwrap_or_else(|| panic!("{place} is covered by podman alone"));
+        assert!(here.masked >= masked, "{place} is masked by podman alone");
+    }
+
+    for (name, limit) in &podman.rlimits {
+        let here = crun.rlimits[name];
+        assert!(*limit == -1 || (0..=*limit).contains(&here), "{name}: {here}, {limit}");
+    }
+    assert_eq!(crun.environ, podman.environ);
+    assert_eq!((crun.uid_map, crun.gid_map), (podman.uid_map, podman.gid_map));
+    let more: Vec<_> = crun.devices.difference(&podman.devices).collect();
+    assert!(more.is_empty(), "{more:?}");
+    assert_eq!(crun.sysctls, podman.sysctls);
+    assert_eq!(crun.same, podman.same);
+}
+
+/// Tries each call of the kernel with arguments that none takes, in a process of its own, and prints how it failed.
+const CALLS: &str = r#"
+    #include <errno.h>
+    #include <stdio.h>
+    #include <sys/time.h>
+    #include <sys/wait.h>
+    #include <unistd.h>
+    int main(void) {
+        setvbuf(stdout, 0, _IOFBF, 65536);
+        for (long call = 0; call < 500; call++) {
+            int status;
+            fflush(stdout);
+            pid_t child = fork();
+            if (child == 0) {
+                struct itimerval soon = {{0, 0}, {0, 200000}};
+                setitimer(ITIMER_REAL, &soon, 0);
+                errno = 0;
+                _exit(syscall(call, -1, -1, -1, -1, -1, -1) == -1 ? errno : 0);
+            }
+            waitpid(child, &status, 0);
+            printf("%ld %d\n", call, WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status));
+        }
+        return 0;
+    }
+"#;
+
+#[test]
+fn crun_allows_no_system_call_that_podman_refuses() {
+    let [podman, crun] = ["podman", "crun"].map(|engine| {
+        let server = serve(engine, "c", "");
+        let answer = server.run(&code(CALLS));
+        server.stop();
+        let line = |line: &str| -> Option<(u32, i32)> {
+            let (call, how) = line.split_once(' ')?;
+            Some((call.parse().ok()?, how.parse().ok()?))
+        };
+        let calls: BTreeMap<u32, i32> = answer.run_output.lines().map_while(line).collect();
+        assert_eq!(calls.len(), 500, "{answer:?}");
+        calls
+    });
+    let refused = |how: &i32| [nix::libc::EPERM, nix::libc::ENOSYS].contains(how);
+    for (call, how) in podman.iter().filter(|(_, how)| refused(how)) {
+        assert!(refused(&crun[call]), "call {call}: {} by crun, {how} by podman", crun[call]);
+    }
+    let count = |calls: &BTreeMap<u32, i32>| calls.values().filter(|how| refused(how)).count();
+    assert!(count(&podman) > 100, "{podman:?}");
+}

@@ -1,0 +1,59 @@
+//! Hostile programs, as anyone can send them. Each is answered with the truth, a neighbour's run under way at the same
+//! time comes out right, and nothing is left behind.
+//!
+//! What a program can see and reach is in `walls`, what it may use in `limits`; here is what tries to get round them.
+
+mod bombs;
+mod compilers;
+mod engines;
+mod escapes;
+mod filter;
+
+use crate::client::Answer;
+use crate::harness::{Options, Server, marked_seconds};
+
+/// A server with one place for the attack and one for its neighbour.
+fn serve(engine: &str, language: &str, config: &str) -> Server {
+    Server::start(Options {
+        languages: &[language],
+        containers: 2,
+        config: &format!("engine = \"{engine}\"\n{config}"),
+        ..Options::default()
+    })
+}
+
+/// Runs a program beside a harmless one of the same language, which must not notice.
+#[track_caller]
+fn attack(server: &Server, language: &str, code: &str) -> Answer {
+    let (harmless, printed) = neighbour(language);
+    // Answered from no memo.
+    let neighbour = server.begin(&harmless.replace("UNIQUE", &marked_seconds(0)));
+    let answer = server.run(code);
+    assert_eq!(neighbour.reply().answer(), Answer::ran(printed), "beside {code}");
+    assert_eq!(server.get("/healthz").status, 200);
+    answer
+}
+
+/// A program that forks, allocates, writes files and computes a little, and what it prints.
+fn neighbour(language: &str) -> (&'static str, &'static str) {
+    match language {
+        "python" => (
+            "import subprocess\n# UNIQUE\nopen('/tmp/mine', 'wb').write(bytes(1 << 20))\n\
+             print(subprocess.check_output(['wc', '-c', '/tmp/mine']).split()[0].decode(), sum(range(100000)))\n",
+            "1048576 4999950000\n",
+        ),
+        "c" => (
+            "// UNIQUE\n#include <stdio.h>\n#include <stdlib.h>\n#include <string.h>\n#include <sys/wait.h>\n\
+             #include <unistd.h>\nint main(void) { char *p = malloc(1 << 20); memset(p, 7, 1 << 20); int s;\n\
+             if (fork() == 0) _exit(p[12345]); wait(&s); FILE *f = fopen(\"/tmp/mine\", \"w\"); fwrite(p, 1, 1 << 20, f);\n\
+             printf(\"%d %ld\\n\", WEXITSTATUS(s), ftell(f)); return 0; }\n",
+            "7 1048576\n",
+        ),
+        // What makes a program that says so.
+        "made" => ("# UNIQUE\nprintf '#!/bin/sh\\necho made\\n' >out; chmod +x out\n", "made\n"),
+        _ => (
+            "# UNIQUE\nhead -c 1048576 /dev/zero >/tmp/mine; (wc -c </tmp/mine) | cat; echo $(seq 5)\n",
+            "1048576\n1 2 3 4 5\n",
+        ),
+    }
+}
