@@ -10,6 +10,8 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio_util::task::TaskTracker;
 
+use crate::access::Gate;
+use crate::api::front::Front;
 use crate::api::{self, ApiSettings};
 use crate::cache::MemoCache;
 use crate::config::{Overrides, Settings};
@@ -17,11 +19,13 @@ use crate::control;
 use crate::image::{ImageUpdater, Request};
 use crate::instance::{self, Instance};
 use crate::language::Language;
+use crate::metrics::{self, Export, Measured};
+use crate::ready::Readiness;
 use crate::runner::{Runner, Tasks};
 use crate::sandbox::auto::Chosen;
 use crate::sandbox::keeper::EngineSettings;
 use crate::sandbox::podman::Podman;
-use crate::sandbox::pool::Pool;
+use crate::sandbox::pool::{Image, Pool};
 use crate::sandbox::reaper::{self, Living};
 use crate::sandbox::{Engine, HEALTH_SLOT};
 use crate::shutdown::{self, Phases};
@@ -64,7 +68,7 @@ impl Workshop {
             living: living.clone(),
         };
         let engine = Chosen::new(settings.engine, podman.clone(), engine_settings, instance.crun_state());
-        Ok(Workshop { instance, podman, engine: Arc::new(engine), keepers, living })
+        Ok(Workshop { instance, podman, engine: Arc::new(Measured(Arc::new(engine))), keepers, living })
     }
 
     /// Waits until all containers have gone, then removes by label whatever has not.
@@ -102,12 +106,18 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     let languages = settings.enabled()?;
     let pool = Arc::new(Pool::new(Arc::clone(&workshop.engine), slots(&settings), settings.queue, &languages));
     let tasks = Tasks::default();
-    let (routes, current_routes) = watch::channel(routes(&settings, &languages, &pool, &tasks)?);
+    let metrics = Export::install()?;
+    let (front, current_front) = watch::channel(front(&settings, &languages, &pool, &tasks, &metrics)?);
 
     let (orders, taken) = mpsc::channel(ORDERS);
     let announced = Arc::clone(&pool);
-    let updater =
-        updater(&workshop, &settings, languages, move |language, image| announced.set_image(language, image))?;
+    let podman = workshop.podman.clone();
+    let updater = updater(&workshop, &settings, languages, move |language, image| {
+        if let Image::Ready(id) = &image {
+            tokio::spawn(note_age(podman.clone(), language.to_owned(), id.clone()));
+        }
+        announced.set_image(language, image);
+    })?;
     let stop_background = phases.stop.child_token();
     let background = TaskTracker::new();
     if !settings.require_limits {
@@ -127,12 +137,13 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
         workshop.living.clone(),
         stop_background.clone(),
     ));
+    background.spawn(metrics.clone().keep_up(stop_background.clone()));
     background.spawn(control::serve(control_socket(&workshop.instance)?, orders.clone(), stop_background.clone()));
-    let reloader = Reloader { file, overrides, routes, pool: Arc::clone(&pool), tasks: tasks.clone(), orders };
+    let reloader = Reloader { file, overrides, front, pool: Arc::clone(&pool), tasks: tasks.clone(), orders, metrics };
     background.spawn(reloader.run(reloads, settings.clone(), stop_background));
     tracing::info!(%address, languages = settings.languages.join(" "), "listening");
 
-    let closing = api::server::serve(listener, current_routes, phases.stop.clone()).await;
+    let closing = api::server::serve(listener, current_front, phases.stop.clone()).await;
     tokio::select! {
         () = tasks.shut_down(settings.shutdown.drain) => {}
         () = phases.cut.cancelled() => tasks.shut_down(Duration::ZERO).await,
@@ -152,10 +163,11 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
 struct Reloader {
     file: Option<PathBuf>,
     overrides: Overrides,
-    routes: watch::Sender<warp::filters::BoxedFilter<(warp::reply::Response,)>>,
+    front: watch::Sender<Arc<Front>>,
     pool: Arc<Pool>,
     tasks: Tasks,
     orders: mpsc::Sender<Request>,
+    metrics: Export,
 }
 
 impl Reloader {
@@ -189,32 +201,40 @@ impl Reloader {
             tracing::warn!("listen, instance, engine, podman and require_limits change with a restart only");
         }
         let languages = new.enabled()?;
-        let routes = routes(new, &languages, &self.pool, &self.tasks)?;
+        let front = front(new, &languages, &self.pool, &self.tasks, &self.metrics)?;
         self.pool.reconfigure(slots(new), new.queue, &languages);
-        self.routes.send_replace(routes);
+        self.front.send_replace(front);
         let told = self.orders.send(Request::Languages(languages, new.update)).await;
         told.map_err(|_| anyhow::anyhow!("the image updater has ended"))
     }
 }
 
-fn routes(
+fn front(
     settings: &Settings,
     languages: &[Arc<Language>],
     pool: &Arc<Pool>,
     tasks: &Tasks,
-) -> anyhow::Result<warp::filters::BoxedFilter<(warp::reply::Response,)>> {
+    metrics: &Export,
+) -> anyhow::Result<Arc<Front>> {
     let memo = MemoCache::new(settings.cache).context("cannot make the cache")?;
     let runner = Runner::new(languages.to_vec(), memo, Arc::clone(pool), tasks.clone());
     let bytes = |size: bytesize::ByteSize| usize::try_from(size.as_u64()).unwrap_or(usize::MAX);
-    Ok(api::routes(
-        Arc::new(runner),
-        ApiSettings {
-            cors_origins: settings.cors_origins.clone(),
-            body_limit: bytes(settings.body_limit),
-            source_limit: bytes(settings.source_limit),
-            playground: settings.playground,
-        },
-    ))
+    let api_settings = ApiSettings {
+        cors_origins: settings.cors_origins.clone(),
+        body_limit: bytes(settings.body_limit),
+        source_limit: bytes(settings.source_limit),
+        playground: settings.playground,
+    };
+    let routes = api::routes(Arc::new(runner), api_settings, Readiness::new(settings.ready), metrics.clone());
+    Ok(Arc::new(Front { routes, gate: Gate::new(&settings.access) }))
+}
+
+/// Tells how old an image is; that is of no use to anything but a metric.
+async fn note_age(podman: Podman, language: String, image: String) {
+    match podman.image_created(&image).await {
+        Ok(created) => metrics::image_created(&language, created),
+        Err(error) => tracing::debug!(language, %error, "cannot tell the age of an image"),
+    }
 }
 
 fn slots(settings: &Settings) -> u32 {
@@ -225,7 +245,7 @@ fn updater(
     workshop: &Workshop,
     settings: &Settings,
     languages: Vec<Arc<Language>>,
-    announce: impl Fn(&str, crate::sandbox::pool::Image) + Send + Sync + 'static,
+    announce: impl Fn(&str, Image) + Send + Sync + 'static,
 ) -> anyhow::Result<ImageUpdater> {
     Ok(ImageUpdater {
         podman: workshop.podman.clone(),

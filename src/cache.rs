@@ -38,6 +38,11 @@ impl MemoCache {
         Ok(MemoCache { entries: Mutex::new(entries), bytes, capacity })
     }
 
+    /// Memory that what is kept takes, about.
+    pub fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
     /// An outcome that was kept, and for how long it has been.
     pub fn get(&self, key: &JobKey) -> Option<(Arc<Outcome>, Duration)> {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
@@ -88,10 +93,6 @@ mod tests {
         MemoCache::new(CacheSettings { ttl, size: ByteSize(size) }).unwrap()
     }
 
-    fn bytes(memo: &MemoCache) -> usize {
-        memo.bytes.load(Ordering::Relaxed)
-    }
-
     #[test]
     fn keeps_what_is_repeatable() {
         let memo = memo(Duration::from_secs(60), 1 << 20);
@@ -127,7 +128,7 @@ mod tests {
         let memo = memo(Duration::from_secs(60), 10_000);
         for n in 0..100 {
             memo.put(key(n), &outcome(Ended::Exited(0), 1000));
-            assert!(bytes(&memo) <= 10_000, "{}", bytes(&memo));
+            assert!(memo.bytes() <= 10_000, "{}", memo.bytes());
         }
         assert!(memo.get(&key(0)).is_none());
         assert!(memo.get(&key(99)).is_some());
@@ -139,6 +140,6 @@ mod tests {
         for _ in 0..3 {
             memo.put(key(1), &outcome(Ended::Exited(0), 1000));
         }
-        assert_eq!(bytes(&memo), outcome(Ended::Exited(0), 1000).size());
+        assert_eq!(memo.bytes(), outcome(Ended::Exited(0), 1000).size());
     }
 }

@@ -13,6 +13,7 @@ use figment::providers::{Env, Format, Serialized, Toml};
 use figment::value::{Dict, Value};
 use serde::{Deserialize, Serialize};
 
+use crate::access::AccessSettings;
 use crate::job::Limits;
 use crate::language::{self, Language, LanguageError, LanguageSettings};
 
@@ -23,7 +24,7 @@ const DEFAULTS: &str = include_str!("defaults.toml");
 const PREFIX: &str = "CODERUNNER_";
 
 /// Variables with our prefix that are no settings: the file's path, the log filter, and what only tests read.
-const NOT_SETTINGS: [&str; 3] = ["config", "log", "test_exe"];
+const NOT_SETTINGS: [&str; 4] = ["config", "log", "log_format", "test_exe"];
 
 /// Why the settings cannot be used. Each message names the key, the value and what is allowed.
 #[derive(Debug, thiserror::Error)]
@@ -104,6 +105,8 @@ pub struct Settings {
     pub playground: bool,
     pub podman: PathBuf,
     pub queue: QueueSettings,
+    pub access: AccessSettings,
+    pub ready: ReadySettings,
     pub cache: CacheSettings,
     pub update: UpdateSettings,
     pub shutdown: ShutdownSettings,
@@ -121,6 +124,19 @@ pub struct QueueSettings {
     /// How long each may wait.
     #[serde(with = "humantime_serde")]
     pub wait: Duration,
+    /// Whether clients take turns.
+    pub fair: bool,
+}
+
+/// `[ready]`
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReadySettings {
+    /// Whether `/readyz` runs health programs.
+    pub probe: bool,
+    /// How long what is known of a language is not asked again.
+    #[serde(with = "humantime_serde")]
+    pub interval: Duration,
 }
 
 /// `[cache]`
@@ -252,6 +268,15 @@ impl Settings {
         within("cache.size", self.cache.size, ByteSize(0), ByteSize::tib(1), size)?;
         within("update.interval", self.update.interval, seconds(1), seconds(366 * 86400), time)?;
         within("update.pull_timeout", self.update.pull_timeout, seconds(1), seconds(86400), time)?;
+        within("ready.interval", self.ready.interval, seconds(1), seconds(86400), time)?;
+        within("access.burst", self.access.burst.get(), 1, 1_000_000, u32::to_string)?;
+        if let Some(name) = self.access.keys.keys().find(|name| !language::is_name(name)) {
+            return Err(ConfigError::OutOfRange {
+                key: "access.keys".into(),
+                value: format!("{name:?}"),
+                allowed: "owners of 1 to 32 of a-z, 0-9, -, + and _, a letter first".into(),
+            });
+        }
         within("shutdown.drain", self.shutdown.drain, seconds(0), seconds(3600), time)?;
         within("body_limit", self.body_limit, ByteSize::kib(1), ByteSize::mib(256), size)?;
         within("source_limit", self.source_limit, ByteSize(1), self.body_limit, size)?;
@@ -384,6 +409,7 @@ fn in_words(expected: &str) -> &str {
     match expected {
         "usize" | "u64" | "u32" => "a whole number",
         "f64" => "a number",
+        "a nonzero u32" => "a whole number from 1",
         "parsable string" => "a size like \"64MiB\"",
         "a duration" => "a duration like \"10s\"",
         "path string" => "a path",

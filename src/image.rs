@@ -14,8 +14,9 @@ use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::UpdateSettings;
-use crate::job::{StageOutcome, Streams, Verdict};
+use crate::job::Streams;
 use crate::language::Language;
+use crate::metrics;
 use crate::process::ProcessError;
 use crate::sandbox::podman::Podman;
 use crate::sandbox::pool::Image;
@@ -50,16 +51,12 @@ pub enum ImageError {
     #[error("its health program could not be run: {0}")]
     Sandbox(#[from] SandboxError),
     /// The health program did not print what it must.
-    #[error("the health program of {language} ended with {verdict:?} and printed {printed:?} instead of {expected:?}")]
+    #[error("the health program of {language} fails: {failure}")]
     Unhealthy {
         /// Whose program.
         language: String,
-        /// What became of it.
-        verdict: Verdict,
-        /// What it and the compiler printed, the beginning.
-        printed: String,
-        /// What it should have printed.
-        expected: String,
+        /// How.
+        failure: String,
     },
 }
 
@@ -89,6 +86,16 @@ pub enum Updated {
     },
     /// It failed; what was in use stays so.
     Failed(ImageError),
+}
+
+impl Updated {
+    fn word(&self) -> &'static str {
+        match self {
+            Updated::Unchanged => "unchanged",
+            Updated::Replaced { .. } => "replaced",
+            Updated::Failed(_) => "failed",
+        }
+    }
 }
 
 /// Name of an image and what its update came to.
@@ -211,6 +218,7 @@ impl ImageUpdater {
                 Err(error) => Updated::Failed(error.into()),
             };
             let report = (name, updated);
+            metrics::image_update(report.1.word());
             match &report.1 {
                 Updated::Failed(_) => tracing::warn!("image {}", line(&report)),
                 _ => tracing::info!("image {}", line(&report)),
@@ -330,16 +338,8 @@ impl ImageUpdater {
             // Until the container is gone its image cannot be deleted, nor its slot, and with it the uid, used again.
             let _ = freed.recv().await;
             let outcome = outcome?;
-            let printed = outcome.run.as_ref().map(|run| run.output.text()).unwrap_or_default();
-            if outcome.verdict() != Verdict::Ok || printed != language.health.output {
-                let stages = [&outcome.compile, &outcome.run];
-                let explained: String = stages.into_iter().flatten().map(StageOutcome::explained).collect();
-                return Err(ImageError::Unhealthy {
-                    language: language.name.clone(),
-                    verdict: outcome.verdict(),
-                    printed: explained.chars().take(300).collect(),
-                    expected: language.health.output.clone(),
-                });
+            if let Some(failure) = language.health.failure(&outcome) {
+                return Err(ImageError::Unhealthy { language: language.name.clone(), failure });
             }
         }
         Ok(())

@@ -7,7 +7,7 @@ use figment::value::Dict;
 use semver::Version;
 use serde::{Deserialize, Serialize};
 
-use crate::job::{Job, Limits, SourceFile, Stage, StageMemory, Streams};
+use crate::job::{Job, Limits, Outcome, SourceFile, Stage, StageMemory, StageOutcome, Streams, Verdict};
 
 /// The catalogue that is built in.
 pub const CATALOGUE: &str = include_str!("languages.toml");
@@ -38,6 +38,23 @@ pub struct LanguageSettings {
 /// Of an entry that names none.
 fn some_version() -> Version {
     Version::new(1, 0, 0)
+}
+
+/// Most characters of a health program's output that are told when it is not what it should be.
+const TOLD: usize = 300;
+
+impl Health {
+    /// What is wrong with an outcome of this program, if anything is.
+    pub fn failure(&self, outcome: &Outcome) -> Option<String> {
+        let printed = outcome.run.as_ref().map(|run| run.output.text()).unwrap_or_default();
+        if outcome.verdict() == Verdict::Ok && printed == self.output {
+            return None;
+        }
+        let stages = [&outcome.compile, &outcome.run];
+        let explained: String = stages.into_iter().flatten().map(StageOutcome::explained).collect();
+        let explained: String = explained.chars().take(TOLD).collect();
+        Some(format!("it ended with {:?} and printed {explained:?} instead of {:?}", outcome.verdict(), self.output))
+    }
 }
 
 impl LanguageSettings {

@@ -1,8 +1,10 @@
 //! coderunner compiles and runs code of strangers, each run in a fresh rootless container.
 
+mod access;
 mod api;
 mod app;
 mod cache;
+mod caller;
 mod cgroup;
 mod config;
 mod control;
@@ -11,8 +13,10 @@ mod image;
 mod instance;
 mod job;
 mod language;
+mod metrics;
 mod once;
 mod process;
+mod ready;
 mod runner;
 mod sandbox;
 mod shutdown;
@@ -23,8 +27,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::anyhow;
-use clap::{Args, Parser, Subcommand};
+use anyhow::{Context, anyhow};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
 use config::{EngineKind, Overrides, Settings};
@@ -33,8 +37,19 @@ use config::{EngineKind, Overrides, Settings};
 #[derive(Debug, Parser)]
 #[command(version, about, propagate_version = true)]
 struct Cli {
+    /// How the log is written
+    #[arg(long, global = true, value_name = "FORMAT", env = "CODERUNNER_LOG_FORMAT", default_value = "text")]
+    log_format: LogFormat,
     #[command(subcommand)]
     verb: Verb,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum LogFormat {
+    /// A line for people.
+    Text,
+    /// A JSON object per line.
+    Json,
 }
 
 #[derive(Debug, Subcommand)]
@@ -68,6 +83,12 @@ enum Verb {
     Update(Common),
     /// Print the settings in effect.
     Config(Common),
+    /// Make a key for a client, and the line of the configuration that lets its owner in.
+    Key {
+        /// Its owner, as shown in the log
+        #[arg(default_value = "client")]
+        owner: String,
+    },
     /// PID 1 of a sandbox.
     #[command(hide = true)]
     Init,
@@ -87,7 +108,7 @@ struct Common {
 }
 
 fn main() -> ExitCode {
-    let verb = Cli::parse().verb;
+    let Cli { verb, log_format } = Cli::parse();
     match verb {
         // Before anything that makes threads.
         Verb::Init => return sandbox::init::main(),
@@ -106,12 +127,15 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .init();
+        .with_target(false);
+    match log_format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().flatten_event(true).with_span_list(false).init(),
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -166,6 +190,17 @@ async fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Update(common) => app::update(&load(&common)?).await.map(code),
         Verb::Config(common) => {
             print!("{}", toml::to_string(&load(&common)?)?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Key { owner } => {
+            if !language::is_name(&owner) {
+                anyhow::bail!("{owner:?} is no owner: 1 to 32 of a-z, 0-9, -, + and _, a letter first");
+            }
+            let (key, hash) = access::new_key().context("cannot read /dev/urandom")?;
+            println!("{key}");
+            eprintln!(
+                "The key is above; it is shown this once. For the configuration:\n[access.keys]\n{owner} = \"{hash}\""
+            );
             Ok(ExitCode::SUCCESS)
         }
         Verb::Init | Verb::Agent => Ok(ExitCode::FAILURE),

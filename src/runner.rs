@@ -7,10 +7,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
+use tracing::Instrument;
 
 use crate::cache::MemoCache;
+use crate::caller::{Caller, Client};
 use crate::job::{Job, JobKey, Outcome};
 use crate::language::Language;
+use crate::metrics;
 use crate::sandbox::pool::{Pool, PoolError};
 use crate::sandbox::{Live, SandboxError};
 
@@ -114,6 +117,11 @@ impl Runner {
         &self.pool
     }
 
+    /// Memory that kept answers take.
+    pub fn cache_bytes(&self) -> usize {
+        self.memo.bytes()
+    }
+
     /// Answers a job from the memo, from a run of the same job in flight, or by running it. Dropping the
     /// future gives the job up, unless others wait for the same one.
     pub async fn run(&self, job: Job, reuse: Reuse) -> Result<Answer, RunError> {
@@ -131,12 +139,17 @@ impl Runner {
         }
     }
 
+    fn image(&self, language: &str) -> Result<String, PoolError> {
+        self.pool.image(language).inspect_err(|error| metrics::error(error.kind()))
+    }
+
     /// The answer of the memo, if it has one.
     pub fn remembered(&self, job: &Job, reuse: Reuse) -> Result<Option<Answer>, RunError> {
         if reuse == Reuse::Refused {
             return Ok(None);
         }
-        let kept = self.memo.get(&job.key(&self.pool.image(&job.language)?));
+        let kept = self.memo.get(&job.key(&self.image(&job.language)?));
+        metrics::cache(kept.is_some());
         Ok(kept.map(|(outcome, age)| Answer { outcome, cached: Some(age), queued: Duration::ZERO }))
     }
 
@@ -146,10 +159,11 @@ impl Runner {
             return Err(RunError::ShuttingDown);
         }
         let language = Arc::clone(self.language(Some(&job.language))?);
+        let client = client();
         let typed = live.stdin.is_some() || live.signals.is_some();
         let running = async {
             tokio::select! {
-                executed = execute(&self.pool, &language, &job, live) => executed,
+                executed = execute(&self.pool, &language, &job, live, &client) => executed,
                 () = self.tasks.stop.cancelled() => Err(RunError::ShuttingDown),
             }
         };
@@ -163,7 +177,7 @@ impl Runner {
     /// Joins the flight of the same job, or starts one.
     fn board(&self, job: Job, reuse: Reuse) -> Result<Arc<Flight>, RunError> {
         let language = Arc::clone(self.language(Some(&job.language))?);
-        let key = job.key(&self.pool.image(&job.language)?);
+        let key = job.key(&self.image(&job.language)?);
         let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
         if reuse == Reuse::Allowed
             && let Some(flight) = flights.get(&key).and_then(Weak::upgrade)
@@ -178,9 +192,10 @@ impl Runner {
 
         let (pool, memo, flights, stop) =
             (Arc::clone(&self.pool), Arc::clone(&self.memo), Arc::clone(&self.flights), self.tasks.stop.clone());
-        self.tasks.running.spawn(async move {
+        let client = client();
+        let flying = async move {
             let executed = tokio::select! {
-                executed = execute(&pool, &language, &job, Live::default()) => executed,
+                executed = execute(&pool, &language, &job, Live::default(), &client) => executed,
                 () = given_up.cancelled() => Err(RunError::ShuttingDown),
                 () = stop.cancelled() => Err(RunError::ShuttingDown),
             };
@@ -197,26 +212,49 @@ impl Runner {
                 }
             }
             let _ = land.send(Some(result));
-        });
+        };
+        // Its log lines are those of the request that began it.
+        self.tasks.running.spawn(flying.in_current_span());
         Ok(flight)
     }
+}
+
+/// Who is asking.
+fn client() -> Client {
+    Caller::current().map(|caller| caller.client).unwrap_or_default()
 }
 
 /// Sandboxes that may turn out to have been killed while they waited, before a job is given up.
 const LOST_SANDBOXES: usize = 3;
 
 /// A job in a sandbox of its own; also tells the image that it ran on.
-async fn execute(pool: &Pool, language: &Language, job: &Job, mut live: Live) -> Result<(Answer, String), RunError> {
+async fn execute(
+    pool: &Pool,
+    language: &Language,
+    job: &Job,
+    mut live: Live,
+    client: &Client,
+) -> Result<(Answer, String), RunError> {
     let (mut lost, mut queued) = (0, Duration::ZERO);
     loop {
         let asked = Instant::now();
-        let sandbox = pool.acquire(&job.language).await?;
+        let acquired = pool.acquire(&job.language, client).await;
+        let sandbox = acquired.inspect_err(|error| metrics::error(error.kind()))?;
         queued += asked.elapsed();
+        let _busy = metrics::sandbox_taken(&job.language, asked.elapsed());
         let image = sandbox.image.clone();
         match sandbox.run(language, job, &mut live).await {
-            Ok(outcome) => return Ok((Answer { outcome: Arc::new(outcome), cached: None, queued }, image)),
-            Err(SandboxError::Lost) if lost < LOST_SANDBOXES => lost += 1,
+            Ok(outcome) => {
+                pool.note_proof(&job.language);
+                metrics::ran(&job.language, &outcome);
+                return Ok((Answer { outcome: Arc::new(outcome), cached: None, queued }, image));
+            }
+            Err(SandboxError::Lost) if lost < LOST_SANDBOXES => {
+                metrics::error(SandboxError::Lost.kind());
+                lost += 1;
+            }
             Err(error) => {
+                metrics::error(error.kind());
                 tracing::error!(language = job.language, %error, "a run failed");
                 return Err(RunError::Sandbox(Arc::new(error)));
             }

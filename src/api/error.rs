@@ -1,14 +1,13 @@
 //! The one map from errors to HTTP.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use serde_json::json;
-use warp::http::header::{ALLOW, RETRY_AFTER};
+use warp::http::header::{ALLOW, RETRY_AFTER, WWW_AUTHENTICATE};
 use warp::http::{HeaderValue, StatusCode};
 use warp::reply::Response;
 use warp::{Rejection, Reply};
 
+use crate::access::Denied;
+use crate::caller::Caller;
 use crate::runner::RunError;
 use crate::sandbox::pool::PoolError;
 
@@ -31,6 +30,10 @@ pub enum ApiError {
     MethodNotAllowed(&'static str),
     #[error("pages of this origin may not call this server")]
     Forbidden,
+    #[error("a key is needed: send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`")]
+    Unauthorized,
+    #[error("too many requests; the next one will be served in {0} s")]
+    TooManyRequests(u64),
     #[error("{0}; try again later")]
     Overloaded(String),
     #[error("{0}; try again in a minute")]
@@ -39,6 +42,16 @@ pub enum ApiError {
     UnknownLanguage(String),
     #[error("the server failed, its log says why under request id {0}")]
     Internal(String),
+}
+
+impl From<Denied> for ApiError {
+    fn from(denied: Denied) -> ApiError {
+        match denied {
+            Denied::NoKey => ApiError::Unauthorized,
+            // A client that comes back after whole seconds is not too early.
+            Denied::TooMany(wait) => ApiError::TooManyRequests(wait.as_secs() + 1),
+        }
+    }
 }
 
 impl From<RunError> for ApiError {
@@ -52,7 +65,7 @@ impl From<RunError> for ApiError {
             }
             RunError::Sandbox(ref inner) => {
                 let id = request_id();
-                tracing::error!(request = id, error = %inner, "a request failed");
+                tracing::error!(error = %inner, "a request failed");
                 ApiError::Internal(id)
             }
         }
@@ -69,6 +82,8 @@ impl ApiError {
             ApiError::NotFound | ApiError::UnknownLanguage(_) => StatusCode::NOT_FOUND,
             ApiError::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
             ApiError::Forbidden => StatusCode::FORBIDDEN,
+            ApiError::Unauthorized => StatusCode::UNAUTHORIZED,
+            ApiError::TooManyRequests(_) => StatusCode::TOO_MANY_REQUESTS,
             ApiError::Overloaded(_) | ApiError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             ApiError::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -84,6 +99,13 @@ impl ApiError {
             }
             ApiError::Unavailable(_) => {
                 response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("60"));
+            }
+            ApiError::Unauthorized => {
+                let bearer = HeaderValue::from_static("Bearer realm=\"coderunner\"");
+                response.headers_mut().insert(WWW_AUTHENTICATE, bearer);
+            }
+            ApiError::TooManyRequests(seconds) => {
+                response.headers_mut().insert(RETRY_AFTER, seconds.into());
             }
             ApiError::MethodNotAllowed(allow) => {
                 response.headers_mut().insert(ALLOW, HeaderValue::from_static(allow));
@@ -105,16 +127,13 @@ impl ApiError {
             ApiError::BadRequest("a header is not valid".into())
         } else {
             let id = request_id();
-            tracing::error!(request = id, ?rejection, "a refusal without a meaning");
+            tracing::error!(?rejection, "a refusal without a meaning");
             ApiError::Internal(id)
         }
     }
 }
 
-/// An id for a log line that a client can quote: unique for this server, not guessable work.
+/// The id of the request that is being answered.
 fn request_id() -> String {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-    blake3::hash(format!("{now} {count} {}", std::process::id()).as_bytes()).to_hex()[..16].to_owned()
+    Caller::current().map_or_else(|| "unknown".into(), |caller| caller.request.to_string())
 }

@@ -2,6 +2,7 @@
 
 mod coderunner;
 mod error;
+pub mod front;
 mod page;
 mod piston;
 pub mod server;
@@ -15,11 +16,13 @@ use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 use warp::filters::BoxedFilter;
-use warp::http::header::CACHE_CONTROL;
+use warp::http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use warp::http::{HeaderMap, HeaderName, Method, StatusCode};
 use warp::reply::Response;
 use warp::{Filter, Rejection, Reply};
 
+use crate::metrics::Export;
+use crate::ready::Readiness;
 use crate::runner::{Reuse, Runner};
 use error::ApiError;
 
@@ -28,6 +31,11 @@ const BODY_TIME: Duration = Duration::from_secs(10);
 
 /// How long a browser may remember the answer to a preflight, in seconds: the most that Firefox takes is a day.
 const PREFLIGHT_AGE: u32 = 86_400;
+
+/// Headers that pages of other origins may send and read beside the usual ones.
+const PAGES_SEND: [&str; 6] =
+    ["content-type", "cache-control", "authorization", "x-api-key", "x-request-id", "traceparent"];
+const PAGES_READ: [&str; 2] = ["x-request-id", "retry-after"];
 
 /// What the API needs of the settings.
 #[derive(Debug, Clone)]
@@ -43,11 +51,17 @@ pub struct ApiSettings {
 }
 
 /// All routes.
-pub fn routes(runner: Arc<Runner>, settings: ApiSettings) -> BoxedFilter<(Response,)> {
+pub fn routes(
+    runner: Arc<Runner>,
+    settings: ApiSettings,
+    readiness: Readiness,
+    metrics: Export,
+) -> BoxedFilter<(Response,)> {
     let cors = cors(&settings.cors_origins);
     let page = page::route(settings.playground);
     let settings = Arc::new(settings);
-    let ready_runner = Arc::clone(&runner);
+    let (ready_runner, readiness) = (Arc::clone(&runner), Arc::new(readiness));
+    let measured_runner = Arc::clone(&runner);
 
     let api_v2 = piston::routes(&runner, &settings);
     let run = warp::path!("coderunner")
@@ -58,14 +72,30 @@ pub fn routes(runner: Arc<Runner>, settings: ApiSettings) -> BoxedFilter<(Respon
     let read = || warp::get().or(warp::head()).unify();
     let healthz =
         warp::path!("healthz").and(read()).map(|| warp::reply::json(&json!({"status": "ok"})).into_response());
-    let readyz = warp::path!("readyz").and(read()).map(move || ready(&ready_runner));
+    let readyz =
+        warp::path!("readyz").and(read()).then(move || ready(Arc::clone(&ready_runner), Arc::clone(&readiness)));
+    let measured = warp::path!("metrics").and(read()).map(move || exposition(metrics.text(&measured_runner)));
     let other_method = warp::path!("coderunner")
         .map(|| "POST, OPTIONS")
-        .or(warp::path!("healthz").or(warp::path!("readyz")).map(|_| "GET, HEAD"))
+        .or(warp::path!("healthz").or(warp::path!("readyz")).or(warp::path!("metrics")).map(|_| "GET, HEAD"))
         .unify()
         .map(|allow| ApiError::MethodNotAllowed(allow).into_response());
 
-    let all = run.or(api_v2).unify().or(healthz).unify().or(readyz).unify().or(page).unify().or(other_method).unify();
+    let all = front::refusals()
+        .or(run)
+        .unify()
+        .or(api_v2)
+        .unify()
+        .or(healthz)
+        .unify()
+        .or(readyz)
+        .unify()
+        .or(measured)
+        .unify()
+        .or(page)
+        .unify()
+        .or(other_method)
+        .unify();
     let all = all.recover(refuse).unify();
     match cors {
         // Inside, so that a page can read refusals; and outside, for those of its origin.
@@ -101,7 +131,7 @@ async fn refuse(rejection: Rejection) -> Result<Response, Infallible> {
 fn cors(origins: &[String]) -> Option<warp::cors::Builder> {
     let any = origins.iter().any(|origin| origin == "*");
     let builder =
-        warp::cors().allow_methods([Method::GET, Method::POST]).allow_headers(["content-type", "cache-control"]);
+        warp::cors().allow_methods([Method::GET, Method::POST]).allow_headers(PAGES_SEND).expose_headers(PAGES_READ);
     let builder = builder.max_age(PREFLIGHT_AGE);
     match origins {
         [] => None,
@@ -176,20 +206,28 @@ async fn read_body(
     tokio::time::timeout(BODY_TIME, reading).await.unwrap_or(Err(ApiError::BodyTimeout))
 }
 
-/// 200 once the default language has had a sandbox.
-fn ready(runner: &Runner) -> Response {
+/// What Prometheus asks for.
+fn exposition(text: String) -> Response {
+    let mut response = text.into_response();
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
+    response
+}
+
+/// 200 while the default language works.
+async fn ready(runner: Arc<Runner>, readiness: Arc<Readiness>) -> Response {
+    let problems = runner.languages().iter().map(|language| readiness.problem(&runner, language));
+    let problems = futures_util::future::join_all(problems).await;
     let mut languages = serde_json::Map::new();
     let mut ready = false;
     let mut missing: Vec<&str> = Vec::new();
-    for (rank, language) in runner.languages().iter().enumerate() {
+    for (rank, (language, problem)) in runner.languages().iter().zip(problems).enumerate() {
         let status = runner.pool().status(&language.name);
         let lacking = status.enforced.map(|enforced| enforced.missing()).unwrap_or_default();
-        let works = status.enforced.is_some() && status.problem.is_none();
+        let works = problem.is_none();
         if rank == 0 {
             ready = works;
             missing = lacking;
         }
-        let problem = if works { None } else { status.problem.or_else(|| Some("no sandbox yet".into())) };
         languages.insert(language.name.clone(), json!({"ready": works, "problem": problem}));
     }
     let body = json!({"ready": ready, "languages": languages, "limitsNotEnforced": missing});

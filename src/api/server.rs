@@ -1,16 +1,15 @@
-//! Connections: accepted within a bound, each with the routes of its time, closed gracefully.
+//! Connections: accepted within a bound, each with the configuration of its time, closed gracefully.
 
 use std::time::Duration;
 
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
-use hyper_util::service::TowerToHyperService;
 use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
-use warp::filters::BoxedFilter;
-use warp::reply::Response;
+
+use super::front::Front;
 
 /// Connections at once; further ones wait to be accepted.
 const MAX_CONNECTIONS: usize = 10_000;
@@ -30,7 +29,7 @@ const CLOSE_TIME: Duration = Duration::from_secs(2);
 /// Accepts until `stop`, then returns a future that ends when all connections have closed.
 pub async fn serve(
     listener: TcpListener,
-    routes: watch::Receiver<BoxedFilter<(Response,)>>,
+    front: watch::Receiver<Arc<Front>>,
     stop: CancellationToken,
 ) -> impl Future<Output = ()> {
     let graceful = GracefulShutdown::new();
@@ -43,8 +42,8 @@ pub async fn serve(
             } => accepted,
             () = stop.cancelled() => break,
         };
-        let (stream, place) = match accepted {
-            (Ok((stream, _)), place) => (stream, place),
+        let (stream, peer, place) = match accepted {
+            (Ok((stream, peer)), place) => (stream, peer, place),
             (Err(error), _) => {
                 tracing::warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -53,7 +52,7 @@ pub async fn serve(
         };
         // Answers are small, and the client waits for them.
         let _ = stream.set_nodelay(true);
-        let service = TowerToHyperService::new(warp::service(routes.borrow().clone()));
+        let service = Arc::clone(&front.borrow()).service(Some(peer.ip()));
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEADER_TIME)

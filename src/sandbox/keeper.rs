@@ -17,6 +17,7 @@ use super::protocol::{self, FromInit};
 use super::reaper::Living;
 use super::{Sandbox, SandboxError, Slot};
 use crate::language::Language;
+use crate::metrics;
 
 /// Longest that making a sandbox may take, the wait for podman's locks included.
 const START_TIME: Duration = Duration::from_secs(30);
@@ -150,4 +151,5 @@ async fn keep(
     if failed {
         remove.await;
     }
+    metrics::sandbox_removed(failed);
 }

@@ -94,6 +94,20 @@ pub enum SandboxError {
 }
 
 impl SandboxError {
+    /// Which failure it is, in a word.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            SandboxError::NotMade { .. } => "sandbox_not_made",
+            SandboxError::Process(_) => "process",
+            SandboxError::Lost => "sandbox_lost",
+            SandboxError::Gone(_) => "sandbox_gone",
+            SandboxError::Init(_) => "init",
+            SandboxError::Silent(_) => "init_silent",
+            SandboxError::Agent(_) => "agent",
+            SandboxError::Io { .. } => "io",
+        }
+    }
+
     fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> SandboxError {
         move |source| SandboxError::Io { what, source }
     }

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::BoxFuture;
 use tokio::sync::Mutex;
@@ -166,6 +166,13 @@ impl Podman {
     /// Removes an image unless a container or a name still uses it.
     pub async fn remove_image(&self, id: &str) -> Result<(), ProcessError> {
         self.text(&["rmi", "--", id]).await.map(drop)
+    }
+
+    /// When an image was built.
+    pub async fn image_created(&self, id: &str) -> Result<SystemTime, ProcessError> {
+        let seconds = self.text(&["image", "inspect", "--format", "{{.Created.Unix}}", "--", id]).await?;
+        // One that was built before 1970 has no time: builds that can be repeated have 0.
+        Ok(UNIX_EPOCH + Duration::from_secs(seconds.parse().unwrap_or_default()))
     }
 
     /// Names that start with `prefix`.

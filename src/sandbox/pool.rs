@@ -3,7 +3,7 @@
 //! One task, the manager, decides what to make next; everything else happens in the tasks of those who
 //! ask. The state is behind one lock that is never held across an await.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::protocol::Enforced;
 use super::{Engine, Sandbox, SandboxError, SandboxSpec, Slot};
+use crate::caller::Client;
 use crate::config::QueueSettings;
 use crate::language::Language;
 
@@ -72,6 +73,19 @@ pub enum Image {
     Ready(String),
 }
 
+impl PoolError {
+    /// Which failure it is, in a word.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            PoolError::Unavailable { .. } => "unavailable",
+            PoolError::Broken { .. } => "broken",
+            PoolError::QueueFull { .. } => "queue_full",
+            PoolError::QueueTimeout { .. } => "queue_timeout",
+            PoolError::Draining => "draining",
+        }
+    }
+}
+
 /// A snapshot for readiness and metrics.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Status {
@@ -81,6 +95,8 @@ pub struct Status {
     pub problem: Option<String>,
     /// What the latest sandbox saw of its limits.
     pub enforced: Option<Enforced>,
+    /// When a program last ran as it should, whatever the program did.
+    pub proved_at: Option<Instant>,
 }
 
 /// Ready sandboxes of all languages.
@@ -105,8 +121,11 @@ struct State {
     /// Sandboxes given up whose slot has not come back yet.
     closing: usize,
     lanes: BTreeMap<String, Lane>,
+    /// In the order in which they are served.
     waiters: VecDeque<Waiter>,
     next_waiter: u64,
+    /// The latest round of the queue in which anybody was served.
+    round: u64,
     draining: bool,
 }
 
@@ -126,11 +145,16 @@ struct Lane {
     uses: f64,
     used_at: Instant,
     enforced: Option<Enforced>,
+    proved_at: Option<Instant>,
 }
 
 struct Waiter {
     id: u64,
     language: String,
+    /// Whose turn it is.
+    client: Client,
+    /// In each round every client is served once.
+    round: u64,
     hand_over: oneshot::Sender<Result<Sandbox, PoolError>>,
 }
 
@@ -157,6 +181,7 @@ impl Pool {
             lanes: languages.iter().enumerate().map(lane).collect(),
             waiters: VecDeque::new(),
             next_waiter: 0,
+            round: 0,
             draining: false,
         };
         state.resize(slots);
@@ -173,11 +198,10 @@ impl Pool {
 
     /// Takes a ready sandbox of a language, or waits for one in the queue. Dropping the future leaves
     /// the queue.
-    pub async fn acquire(&self, language: &str) -> Result<Sandbox, PoolError> {
+    pub async fn acquire(&self, language: &str, client: &Client) -> Result<Sandbox, PoolError> {
         let (place, turn, wait) = {
             let mut state = self.shared.lock();
             let queue = state.queue;
-            let waiting = state.waiters.len();
             if state.draining {
                 return Err(PoolError::Draining);
             }
@@ -189,13 +213,8 @@ impl Pool {
                 self.shared.changed.notify_one();
                 return Ok(sandbox);
             }
-            if waiting >= queue.length {
-                return Err(PoolError::QueueFull { length: waiting });
-            }
             let (hand_over, turn) = oneshot::channel();
-            let id = state.next_waiter;
-            state.next_waiter += 1;
-            state.waiters.push_back(Waiter { id, language: language.to_owned(), hand_over });
+            let id = state.queue_up(language, client, hand_over)?;
             (Place { shared: &self.shared, id }, turn, queue.wait)
         };
         self.shared.changed.notify_one();
@@ -288,7 +307,33 @@ impl Pool {
             ready: lane.ready.len(),
             problem: missing.or_else(|| lane.last_error.clone()),
             enforced: lane.enforced,
+            proved_at: lane.proved_at,
         }
+    }
+
+    /// Notes that a sandbox of this language has just run a program as it should.
+    pub fn note_proof(&self, language: &str) {
+        if let Ok(lane) = self.shared.lock().lane(language) {
+            lane.proved_at = Some(Instant::now());
+        }
+    }
+
+    /// Requests that wait for a sandbox.
+    pub fn queue_length(&self) -> usize {
+        self.shared.lock().waiters.len()
+    }
+
+    /// A ready sandbox of a language, if no request waits for any. It does not count as a use.
+    pub fn take_idle(&self, language: &str) -> Option<Sandbox> {
+        let mut state = self.shared.lock();
+        if state.draining || !state.waiters.is_empty() {
+            return None;
+        }
+        let lane = state.lane(language).ok()?;
+        lane.purge();
+        let sandbox = lane.ready.pop_front();
+        self.shared.changed.notify_one();
+        sandbox
     }
 
     /// Ends: whoever waits is refused, ready sandboxes are given up, nothing more is made.
@@ -333,7 +378,7 @@ impl Shared {
         let mut unwanted = None;
         {
             let mut state = self.lock();
-            let State { lanes, waiters, closing, draining, .. } = &mut *state;
+            let State { lanes, waiters, closing, draining, round, .. } = &mut *state;
             let Some(lane) = lanes.get_mut(language).filter(|lane| lane.generation == generation) else {
                 return;
             };
@@ -362,6 +407,7 @@ impl Shared {
                             break;
                         };
                         if let Some(waiter) = waiters.remove(at) {
+                            *round = waiter.round.max(*round);
                             // One that has left meanwhile hands it back.
                             offered = waiter.hand_over.send(Ok(sandbox)).err().and_then(Result::ok);
                         }
@@ -459,6 +505,48 @@ impl State {
         }
     }
 
+    /// Gives a request its place in the queue, and its number. Where the queue is fair, that is behind those of
+    /// each client's that were served as often as this one's; else, and among those of one client, at the end.
+    fn queue_up(
+        &mut self,
+        language: &str,
+        client: &Client,
+        hand_over: oneshot::Sender<Result<Sandbox, PoolError>>,
+    ) -> Result<u64, PoolError> {
+        if self.waiters.len() >= self.queue.length {
+            self.make_place(client)?;
+        }
+        let latest = self.waiters.iter().filter(|waiter| waiter.client == *client).map(|waiter| waiter.round).max();
+        let round = if self.queue.fair { self.round.max(latest.unwrap_or(0)) + 1 } else { self.round };
+        let at = self.waiters.partition_point(|waiter| waiter.round <= round);
+        let id = self.next_waiter;
+        self.next_waiter += 1;
+        let language = language.to_owned();
+        self.waiters.insert(at, Waiter { id, language, client: client.clone(), round, hand_over });
+        Ok(id)
+    }
+
+    /// Makes a place in a full queue, if it is fair: the last one of the client who has most gives way to one who
+    /// has less than that even with it.
+    fn make_place(&mut self, client: &Client) -> Result<(), PoolError> {
+        let full = PoolError::QueueFull { length: self.waiters.len() };
+        if !self.queue.fair {
+            return Err(full);
+        }
+        let mut counts: HashMap<&Client, usize> = HashMap::new();
+        self.waiters.iter().for_each(|waiter| *counts.entry(&waiter.client).or_default() += 1);
+        let own = counts.get(client).copied().unwrap_or(0);
+        let most = counts.into_iter().max_by_key(|(_, count)| *count).filter(|(_, count)| *count > own + 1);
+        let last = most.and_then(|(most, _)| self.waiters.iter().rposition(|waiter| waiter.client == *most));
+        match last.and_then(|at| self.waiters.remove(at)) {
+            Some(waiter) => {
+                let _ = waiter.hand_over.send(Err(full));
+                Ok(())
+            }
+            None => Err(full),
+        }
+    }
+
     fn lane(&mut self, language: &str) -> Result<&mut Lane, PoolError> {
         self.lanes
             .get_mut(language)
@@ -551,6 +639,7 @@ impl Lane {
             uses: 0.0,
             used_at: Instant::now(),
             enforced: None,
+            proved_at: None,
         }
     }
 
@@ -623,7 +712,7 @@ mod tests {
             (language.name.clone(), Lane { image: Image::Ready("id".into()), ..Lane::new(rank, &Arc::new(language)) })
         });
         let mut state = State {
-            queue: QueueSettings { length: 10, wait: Duration::from_secs(1) },
+            queue: QueueSettings { length: 10, wait: Duration::from_secs(1), fair: true },
             slots: 0,
             existing: BTreeSet::new(),
             free: Vec::new(),
@@ -631,6 +720,7 @@ mod tests {
             lanes: lanes.collect(),
             waiters: VecDeque::new(),
             next_waiter: 0,
+            round: 0,
             draining: false,
         };
         state.resize(slots);
@@ -639,10 +729,23 @@ mod tests {
 
     impl State {
         fn wait_for(&mut self, language: &str) -> oneshot::Receiver<Result<Sandbox, PoolError>> {
+            self.client_waits(&Client::default(), language).unwrap()
+        }
+
+        fn client_waits(
+            &mut self,
+            client: &Client,
+            language: &str,
+        ) -> Result<oneshot::Receiver<Result<Sandbox, PoolError>>, PoolError> {
             let (hand_over, turn) = oneshot::channel();
-            self.waiters.push_back(Waiter { id: self.next_waiter, language: language.to_owned(), hand_over });
-            self.next_waiter += 1;
-            turn
+            self.queue_up(language, client, hand_over).map(|_| turn)
+        }
+
+        /// Serves the first in the queue; the name of its client.
+        fn serve(&mut self) -> String {
+            let waiter = self.waiters.pop_front().unwrap();
+            self.round = waiter.round.max(self.round);
+            name(&waiter.client)
         }
 
         /// Follows the steps until there is nothing to do; the languages in the order in which they were made.
@@ -678,6 +781,66 @@ mod tests {
         let mut state = state(3, &["a", "b", "c"]);
         let _turns = [state.wait_for("c"), state.wait_for("c"), state.wait_for("b")];
         assert_eq!(state.made(), ["c", "c", "b"]);
+    }
+
+    fn client(name: &str) -> Client {
+        Client::Key(name.into())
+    }
+
+    fn name(client: &Client) -> String {
+        match client {
+            Client::Key(name) => name.to_string(),
+            other => format!("{other:?}"),
+        }
+    }
+
+    /// Who waits, in order of arrival; who is served, in that order.
+    fn served(state: &mut State, arrivals: &str) -> String {
+        let _turns: Vec<_> = arrivals.chars().map(|c| state.client_waits(&client(&c.to_string()), "a")).collect();
+        (0..state.waiters.len()).map(|_| state.serve()).collect()
+    }
+
+    #[tokio::test]
+    async fn a_fair_queue_serves_one_of_each_client_in_turn() {
+        let mut state = state(1, &["a"]);
+        assert_eq!(served(&mut state, "xxxxyyz"), "xyzxyxx");
+        assert_eq!(served(&mut state, "yyxx"), "yxyx", "and has forgotten who came before");
+        assert_eq!(served(&mut state, "xxx"), "xxx");
+    }
+
+    #[tokio::test]
+    async fn who_was_just_served_comes_after_those_who_wait() {
+        let mut state = state(1, &["a"]);
+        let _turns: Vec<_> = "xxxy".chars().map(|c| state.client_waits(&client(&c.to_string()), "a")).collect();
+        assert_eq!((state.serve(), state.serve()), ("x".into(), "y".into()));
+        let _again = state.client_waits(&client("y"), "a");
+        let _new = state.client_waits(&client("z"), "a");
+        let rest: String = (0..4).map(|_| state.serve()).collect();
+        assert_eq!(rest, "xyzx");
+    }
+
+    #[tokio::test]
+    async fn a_queue_that_is_not_fair_is_one_of_arrival() {
+        let mut state = state(1, &["a"]);
+        state.queue.fair = false;
+        assert_eq!(served(&mut state, "xxxxyyz"), "xxxxyyz");
+        state.queue.length = 2;
+        let _turns = [client("x"), client("x")].map(|client| state.client_waits(&client, "a").unwrap());
+        assert!(matches!(state.client_waits(&client("y"), "a"), Err(PoolError::QueueFull { length: 2 })));
+    }
+
+    #[tokio::test]
+    async fn who_fills_a_fair_queue_gives_way() {
+        let mut state = state(1, &["a"]);
+        state.queue.length = 3;
+        let mut of_x: Vec<_> = (0..3).map(|_| state.client_waits(&client("x"), "a").unwrap()).collect();
+        assert!(matches!(state.client_waits(&client("x"), "a"), Err(PoolError::QueueFull { .. })));
+        let _of_y = state.client_waits(&client("y"), "a").unwrap();
+        let told = of_x.pop().unwrap().try_recv().unwrap();
+        assert!(matches!(told, Err(PoolError::QueueFull { .. })), "the last of x's");
+        assert!(of_x.iter_mut().all(|turn| turn.try_recv().is_err()), "the others wait on");
+        assert!(state.client_waits(&client("y"), "a").is_err(), "two and one are as equal as can be");
+        assert_eq!(state.waiters.len(), 3);
     }
 
     #[tokio::test]

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::podman::Podman;
+use crate::metrics;
 use crate::process::ProcessError;
 
 /// Time between two sweeps of a running server.
@@ -58,7 +59,9 @@ pub async fn sweep(podman: &Podman, instance: &str, living: &Living) -> Result<u
 pub async fn run(podman: Podman, instance: String, living: Living, stop: CancellationToken) {
     loop {
         let round = async {
-            let pause = match sweep(&podman, &instance, &living).await {
+            let swept = sweep(&podman, &instance, &living).await;
+            metrics::swept(&swept);
+            let pause = match swept {
                 Ok(0) => INTERVAL,
                 Ok(removed) => {
                     tracing::info!(removed, "containers without an owner are removed");

@@ -91,6 +91,8 @@ impl Files {
         config.insert("languages".into(), languages.to_vec().into());
         // A busy machine is slow: tests of the limit set their own.
         merge(&mut config, toml::toml! { limits = { run_time = "30s" } });
+        // Sandboxes that wait are what many tests look at: being asked is not to use them up.
+        merge(&mut config, toml::toml! { ready = { probe = false } });
         config.insert("containers".into(), i64::try_from(containers).unwrap().into());
         merge(&mut config, options.config.parse().unwrap());
         fs::write(dir.path().join("coderunner.toml"), config.to_string()).unwrap();
@@ -167,8 +169,9 @@ impl Server {
             assert!(ended.is_none(), "the server ended at its start: {ended:?}");
             let log = server.log();
             let line = log.lines().find(|line| line.contains("listening"))?;
-            let address = line.split_once("address=")?.1;
-            Some(address.split_whitespace().next()?.parse().unwrap())
+            // Either format of the log.
+            let address = line.split_once("address=").or_else(|| line.split_once("\"address\":\""))?.1;
+            Some(address.split(|c: char| c.is_whitespace() || c == '"').next()?.parse().unwrap())
         });
         server
     }

@@ -22,6 +22,7 @@ mod http;
 mod images;
 mod leftovers;
 mod limits;
+mod operators;
 mod piston;
 mod programs;
 mod queue;

@@ -1,0 +1,291 @@
+//! What every request passes before and after its route: an id, whom it is from, whether that one may, a count, a
+//! line in the log.
+
+use std::convert::Infallible;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use hyper::body::Incoming;
+use hyper::service::Service;
+use hyper_util::service::TowerToHyperService;
+use tracing::Instrument;
+use warp::filters::BoxedFilter;
+use warp::http::header::{AUTHORIZATION, HeaderMap};
+use warp::http::{HeaderValue, Method, Request};
+use warp::reply::Response;
+use warp::{Filter, Rejection};
+
+use super::error::ApiError;
+use crate::access::{Credentials, Denied, Gate};
+use crate::caller::{Caller, Client};
+use crate::metrics;
+
+/// Header of a request's id, the client's own or ours.
+const REQUEST_ID: &str = "x-request-id";
+
+/// Longest id that is taken from a client.
+const ID_LENGTH: usize = 64;
+
+/// Counted where the client left before its answer, as nginx has it.
+const CLIENT_LEFT: u16 = 499;
+
+/// Paths that are counted by name; all others are one.
+const ROUTES: [&str; 12] = [
+    "/",
+    "/embed.js",
+    "/coderunner",
+    "/healthz",
+    "/readyz",
+    "/metrics",
+    "/openapi.json",
+    "/docs",
+    "/api/v2/execute",
+    "/api/v2/batch",
+    "/api/v2/runtimes",
+    "/api/v2/connect",
+];
+
+/// All that answers requests: of one configuration.
+pub struct Front {
+    /// What is behind it.
+    pub routes: BoxedFilter<(Response,)>,
+    /// Who may.
+    pub gate: Gate,
+}
+
+impl Front {
+    /// Answers the requests of one connection, whose peer has this address.
+    pub fn service(
+        self: Arc<Front>,
+        peer: Option<IpAddr>,
+    ) -> impl Service<
+        Request<Incoming>,
+        Response = Response,
+        Error = Infallible,
+        Future = impl Future<Output = Result<Response, Infallible>> + Send,
+    > {
+        let routes = TowerToHyperService::new(warp::service(self.routes.clone()));
+        hyper::service::service_fn(move |request| {
+            let (front, routes) = (Arc::clone(&self), routes.clone());
+            async move { front.answer(request, peer, |request| routes.call(request)).await }
+        })
+    }
+
+    async fn answer<B, F>(
+        &self,
+        mut request: Request<B>,
+        peer: Option<IpAddr>,
+        routes: impl FnOnce(Request<B>) -> F,
+    ) -> Result<Response, Infallible>
+    where
+        F: Future<Output = Result<Response, Infallible>>,
+    {
+        let began = Instant::now();
+        let id: Arc<str> = sane_id(request.headers()).map_or_else(|| new_id().into(), Arc::from);
+        let client = self.gate.client(&credentials(request.headers(), peer));
+        let span =
+            tracing::info_span!("request", id = &*id, trace = tracing::field::Empty, parent = tracing::field::Empty);
+        if let Some((trace, parent)) = trace_context(request.headers()) {
+            span.record("trace", trace).record("parent", parent);
+        }
+        let mut seen = Seen { route: route(request.uri().path()), client: client.clone(), began, code: CLIENT_LEFT };
+        if let Err(denied) = self.admit(request.method(), request.uri().path(), &client) {
+            request.extensions_mut().insert(denied);
+        }
+        let caller = Caller { request: Arc::clone(&id), client };
+        let answering = async {
+            let mut response = caller.scope(routes(request)).await?;
+            seen.code = response.status().as_u16();
+            drop(seen);
+            if let Ok(id) = HeaderValue::from_str(&id) {
+                response.headers_mut().insert(REQUEST_ID, id);
+            }
+            Ok(response)
+        };
+        answering.instrument(span).await
+    }
+
+    /// Whether a request may go on. Reading is free but for the API and the metrics; preflights carry no key.
+    fn admit(&self, method: &Method, path: &str, client: &Client) -> Result<(), Denied> {
+        let reads = [Method::GET, Method::HEAD, Method::OPTIONS].contains(method);
+        let works = !reads || (path.starts_with("/api") && method != Method::OPTIONS);
+        if works || (path.starts_with("/metrics") && method != Method::OPTIONS) {
+            self.gate.knows(client)?;
+        }
+        if works {
+            self.gate.count(client)?;
+        }
+        Ok(())
+    }
+}
+
+/// Answers those whom the gate refused; within the routes, so that pages of other origins can read it.
+pub fn refusals() -> impl Filter<Extract = (Response,), Error = Rejection> + Clone + Send + Sync {
+    let answer = |denied: Denied| ApiError::from(denied).into_response();
+    warp::ext::optional::<Denied>()
+        .and_then(move |denied: Option<Denied>| async move { denied.map(answer).ok_or_else(warp::reject::not_found) })
+}
+
+/// A request that is being answered; counted and logged when it is over, however that comes.
+struct Seen {
+    route: &'static str,
+    client: Client,
+    began: Instant,
+    code: u16,
+}
+
+impl Drop for Seen {
+    fn drop(&mut self) {
+        let took = self.began.elapsed();
+        metrics::request(self.route, self.code, took);
+        let client = match &self.client {
+            Client::Key(name) => name.to_string(),
+            Client::Address(address) => address.to_string(),
+            Client::Ourselves => "unknown".into(),
+        };
+        tracing::debug!(route = self.route, code = self.code, took = ?took, client, "answered");
+    }
+}
+
+/// The route as a label: nothing of what the client wrote.
+fn route(path: &str) -> &'static str {
+    ROUTES.into_iter().find(|known| *known == path).unwrap_or("other")
+}
+
+fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name).and_then(|value| value.to_str().ok())
+}
+
+fn credentials(headers: &HeaderMap, peer: Option<IpAddr>) -> Credentials<'_> {
+    Credentials {
+        peer,
+        // One that is no text stands for an address that is none.
+        forwarded: headers.get_all("x-forwarded-for").iter().map(|value| value.to_str().unwrap_or_default()).collect(),
+        authorization: text(headers, AUTHORIZATION.as_str()),
+        key: text(headers, "x-api-key"),
+    }
+}
+
+/// The client's id of a request, where it cannot be mistaken for anything else in a log.
+fn sane_id(headers: &HeaderMap) -> Option<&str> {
+    let sane = |id: &&str| {
+        (1..=ID_LENGTH).contains(&id.len()) && id.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    };
+    text(headers, REQUEST_ID).filter(sane)
+}
+
+/// An id that a client can quote: unique for this server, not guessable work.
+fn new_id() -> String {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+    blake3::hash(format!("{now} {count} {}", std::process::id()).as_bytes()).to_hex()[..16].to_owned()
+}
+
+/// Trace and parent of W3C's `traceparent`, if it is valid (https://www.w3.org/TR/trace-context/#traceparent-header).
+fn trace_context(headers: &HeaderMap) -> Option<(&str, &str)> {
+    let hex = |text: &str, length| {
+        text.len() == length && text.bytes().all(|c| c.is_ascii_digit() || (b'a'..=b'f').contains(&c))
+    };
+    let id = |text: &str, length| hex(text, length) && text.bytes().any(|c| c != b'0');
+    let mut values = headers.get_all("traceparent").iter();
+    let (Some(value), None) = (values.next(), values.next()) else { return None };
+    let mut parts = value.to_str().ok()?.split('-');
+    let (version, trace, parent, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+    // Later versions may have further parts.
+    let known = hex(version, 2) && version != "ff" && (version != "00" || parts.next().is_none());
+    (known && id(trace, 32) && id(parent, 16) && hex(flags, 2)).then_some((trace, parent))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(name: &'static str, values: &[&str]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for value in values {
+            headers.append(name, HeaderValue::from_str(value).unwrap());
+        }
+        headers
+    }
+
+    #[test]
+    fn an_id_is_taken_if_it_is_sane() {
+        for id in ["a", "0123-456_789.X", &"x".repeat(64)] {
+            assert_eq!(sane_id(&headers(REQUEST_ID, &[id])), Some(id));
+        }
+        for id in ["", "a b", "a\"b", "{}", "a\tb", &"x".repeat(65), "a/b", "a=b"] {
+            assert_eq!(sane_id(&headers(REQUEST_ID, &[id])), None, "{id:?}");
+        }
+        assert_ne!(new_id(), new_id());
+    }
+
+    #[test]
+    fn a_trace_context_is_taken_if_it_is_valid() {
+        let (trace, parent) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
+        let valid = format!("00-{trace}-{parent}-01");
+        let later = format!("cc-{trace}-{parent}-01-what-ever");
+        for value in [&valid, &later] {
+            assert_eq!(trace_context(&headers("traceparent", &[value])), Some((trace, parent)));
+        }
+        for wrong in [
+            String::new(),
+            format!("ff-{trace}-{parent}-01"),
+            format!("00-{trace}-{parent}-01-more"),
+            format!("00-{trace}-{parent}"),
+            format!("00-{}-{parent}-01", trace.to_uppercase()),
+            format!("00-{}-{parent}-01", "0".repeat(32)),
+            format!("00-{trace}-{}-01", "0".repeat(16)),
+            format!("00-{trace}0-{parent}-01"),
+            format!("00-{trace}-{parent}-zz"),
+        ] {
+            assert_eq!(trace_context(&headers("traceparent", &[&wrong])), None, "{wrong}");
+        }
+        assert_eq!(trace_context(&headers("traceparent", &[&valid, &valid])), None, "two are none");
+    }
+
+    #[test]
+    fn a_route_is_a_label_of_ours_or_other() {
+        assert_eq!(route("/coderunner"), "/coderunner");
+        for path in ["/coderunner/", "/COD", "/x\"y", ""] {
+            assert_eq!(route(path), "other");
+        }
+    }
+
+    #[test]
+    fn what_runs_code_needs_a_key_and_what_tells_of_health_does_not() {
+        use crate::access::AccessSettings;
+        let (_, hash) = crate::access::new_key().unwrap();
+        let settings: AccessSettings =
+            toml::from_str(&format!("rate = \"off\"\nburst = 1\ntrusted_proxies = []\n[keys]\nalice = \"{hash}\""))
+                .unwrap();
+        let front = Front { routes: warp::any().map(Response::default).boxed(), gate: Gate::new(&settings) };
+        let stranger = Client::at([192, 0, 2, 1].into());
+        let alice = Client::Key("alice".into());
+        let admits = |method: Method, path: &str, client| front.admit(&method, path, client).is_ok();
+        for (method, path) in [
+            (Method::POST, "/coderunner"),
+            (Method::POST, "/coderunner/"),
+            (Method::POST, "/anything"),
+            (Method::PUT, "/"),
+            (Method::GET, "/api/v2/connect"),
+            (Method::GET, "/api/v2/connect/"),
+            (Method::GET, "/metrics"),
+            (Method::HEAD, "/metrics/"),
+        ] {
+            assert!(!admits(method.clone(), path, &stranger), "{method} {path}");
+            assert!(admits(method.clone(), path, &alice), "{method} {path}");
+        }
+        for (method, path) in [
+            (Method::GET, "/healthz"),
+            (Method::GET, "/readyz"),
+            (Method::GET, "/"),
+            (Method::OPTIONS, "/coderunner"),
+            (Method::OPTIONS, "/api/v2/execute"),
+        ] {
+            assert!(admits(method.clone(), path, &stranger), "{method} {path}");
+        }
+    }
+}

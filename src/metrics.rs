@@ -1,0 +1,299 @@
+//! What is measured: the names, units and help of all metrics, and the words in which the other parts tell what
+//! happened. Only this file knows the crate that counts.
+//!
+//! Labels come from bounded sets: languages of the configuration, verdicts, routes, kinds. Nothing that a client
+//! sends ever becomes one.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use futures_util::future::BoxFuture;
+use metrics::Unit::{Bytes, Count, Seconds};
+use metrics::{Unit, counter, gauge, histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tokio_util::sync::CancellationToken;
+
+use crate::job::{Outcome, StageOutcome};
+use crate::runner::Runner;
+use crate::sandbox::{Engine, Sandbox, SandboxError, SandboxSpec};
+
+const REQUESTS: &str = "coderunner_requests_total";
+const REQUEST_TIME: &str = "coderunner_request_seconds";
+const RUNS: &str = "coderunner_runs_total";
+const STAGE_TIME: &str = "coderunner_stage_seconds";
+const QUEUE_LENGTH: &str = "coderunner_queue_length";
+const QUEUE_WAIT: &str = "coderunner_queue_wait_seconds";
+const READY: &str = "coderunner_sandboxes_ready";
+const BUSY: &str = "coderunner_sandboxes_busy";
+const START_TIME: &str = "coderunner_sandbox_start_seconds";
+const REMOVED: &str = "coderunner_sandboxes_removed_total";
+const SWEEPS: &str = "coderunner_sweeps_total";
+const SWEPT: &str = "coderunner_swept_containers_total";
+const CACHE_HITS: &str = "coderunner_cache_hits_total";
+const CACHE_MISSES: &str = "coderunner_cache_misses_total";
+const CACHE_BYTES: &str = "coderunner_cache_bytes";
+const IMAGE_CREATED: &str = "coderunner_image_created_timestamp_seconds";
+const IMAGE_UPDATES: &str = "coderunner_image_updates_total";
+const PROBES: &str = "coderunner_probes_total";
+const ERRORS: &str = "coderunner_errors_total";
+const BUILD: &str = "coderunner_build_info";
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Kind {
+    Counter,
+    Gauge,
+    /// Times in these buckets.
+    Histogram(&'static [f64]),
+}
+
+/// Of requests and stages: from an answer out of the memo to the longest that a run may take.
+const TIMES: &[f64] = &[0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
+/// Of what podman takes to make a sandbox.
+const STARTS: &[f64] = &[0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0];
+
+/// All of them: kind, name, unit, help.
+const ALL: [(Kind, &str, Unit, &str); 20] = [
+    (Kind::Counter, REQUESTS, Count, "Requests by route and status; 499 where the client left before the answer"),
+    (Kind::Histogram(TIMES), REQUEST_TIME, Seconds, "Time from the head of a request to that of its answer, by route"),
+    (Kind::Counter, RUNS, Count, "Programs that were run, by language and verdict; answers of the cache are none"),
+    (Kind::Histogram(TIMES), STAGE_TIME, Seconds, "Wall time of a program's stage, by language and stage"),
+    (Kind::Gauge, QUEUE_LENGTH, Count, "Requests that wait for a sandbox"),
+    (Kind::Histogram(TIMES), QUEUE_WAIT, Seconds, "Time until a run had its sandbox, by language"),
+    (Kind::Gauge, READY, Count, "Sandboxes that wait for a program, by language"),
+    (Kind::Gauge, BUSY, Count, "Sandboxes that run a program, by language"),
+    (Kind::Histogram(STARTS), START_TIME, Seconds, "Time that making a sandbox took, by language"),
+    (Kind::Counter, REMOVED, Count, "Sandboxes that are gone: by itself, or forced where that failed"),
+    (Kind::Counter, SWEEPS, Count, "Looks for containers without an owner, by result"),
+    (Kind::Counter, SWEPT, Count, "Containers without an owner that were removed"),
+    (Kind::Counter, CACHE_HITS, Count, "Requests that were answered from the cache"),
+    (Kind::Counter, CACHE_MISSES, Count, "Requests that were not in the cache"),
+    (Kind::Gauge, CACHE_BYTES, Bytes, "Memory that kept answers take"),
+    (Kind::Gauge, IMAGE_CREATED, Seconds, "Unix time at which the image in use was built, by language"),
+    (Kind::Counter, IMAGE_UPDATES, Count, "Looks for newer images, by result"),
+    (Kind::Counter, PROBES, Count, "Health programs that /readyz ran, by language and result"),
+    (Kind::Counter, ERRORS, Count, "Failures of the server's side, by kind"),
+    (Kind::Gauge, BUILD, Count, "1, with the version of this server"),
+];
+
+/// Counts, and tells what was counted.
+#[derive(Clone)]
+pub struct Export {
+    handle: PrometheusHandle,
+    /// Languages whose gauges were ever set: one that is not served any more has none ready.
+    languages: Arc<Mutex<BTreeSet<String>>>,
+}
+
+/// Metrics cannot be collected.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot collect metrics: {0}")]
+pub struct MetricsError(String);
+
+impl Export {
+    /// Counts from now on, in the whole process.
+    pub fn install() -> Result<Export, MetricsError> {
+        let error = |error: &dyn std::fmt::Display| MetricsError(error.to_string());
+        let mut builder = PrometheusBuilder::new();
+        for (kind, name, ..) in ALL {
+            if let Kind::Histogram(buckets) = kind {
+                let matcher = Matcher::Full(name.into());
+                builder = builder.set_buckets_for_metric(matcher, buckets).map_err(|e| error(&e))?;
+            }
+        }
+        let recorder = builder.build_recorder();
+        let handle = recorder.handle();
+        metrics::set_global_recorder(recorder).map_err(|e| error(&e))?;
+        for (kind, name, unit, help) in ALL {
+            match kind {
+                Kind::Counter => metrics::describe_counter!(name, unit, help),
+                Kind::Gauge => metrics::describe_gauge!(name, unit, help),
+                Kind::Histogram(_) => metrics::describe_histogram!(name, unit, help),
+            }
+        }
+        gauge!(BUILD, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+        // Those without labels are there from the start: a rate needs its zero.
+        [CACHE_HITS, CACHE_MISSES, SWEPT].into_iter().for_each(|name| counter!(name).absolute(0));
+        Ok(Export { handle, languages: Arc::default() })
+    }
+
+    /// Sorts what was measured into its buckets until `stop`: it would pile up where nobody ever asks.
+    pub async fn keep_up(self, stop: CancellationToken) {
+        /// Often enough that at full speed a few thousand samples wait.
+        const PAUSE: Duration = Duration::from_secs(5);
+        while tokio::time::timeout(PAUSE, stop.cancelled()).await.is_err() {
+            self.handle.run_upkeep();
+        }
+    }
+
+    /// Everything, in the text format of Prometheus.
+    pub fn text(&self, runner: &Runner) -> String {
+        let pool = runner.pool();
+        gauge!(QUEUE_LENGTH).set(pool.queue_length() as f64);
+        gauge!(CACHE_BYTES).set(runner.cache_bytes() as f64);
+        let mut languages = self.languages.lock().unwrap_or_else(PoisonError::into_inner);
+        languages.extend(runner.languages().iter().map(|language| language.name.clone()));
+        for language in languages.iter() {
+            gauge!(READY, "language" => language.clone()).set(pool.status(language).ready as f64);
+        }
+        drop(languages);
+        self.handle.render()
+    }
+}
+
+/// A request was answered, or its client left.
+pub fn request(route: &'static str, code: u16, took: Duration) {
+    counter!(REQUESTS, "route" => route, "code" => code.to_string()).increment(1);
+    histogram!(REQUEST_TIME, "route" => route).record(took);
+}
+
+/// A request was in the cache, or was not.
+pub fn cache(hit: bool) {
+    counter!(if hit { CACHE_HITS } else { CACHE_MISSES }).increment(1);
+}
+
+/// A run has its sandbox after this wait. The sandbox counts as busy until the answer is dropped.
+pub fn sandbox_taken(language: &str, waited: Duration) -> impl Drop + Send + use<> {
+    struct Busy(metrics::Gauge);
+    impl Drop for Busy {
+        fn drop(&mut self) {
+            self.0.decrement(1.0);
+        }
+    }
+    histogram!(QUEUE_WAIT, "language" => language.to_owned()).record(waited);
+    let busy = gauge!(BUSY, "language" => language.to_owned());
+    busy.increment(1.0);
+    Busy(busy)
+}
+
+/// A program was run.
+pub fn ran(language: &str, outcome: &Outcome) {
+    let labels = [("language", language.to_owned()), ("verdict", word(&outcome.verdict()))];
+    counter!(RUNS, &labels).increment(1);
+    let stage = |stage: &StageOutcome| {
+        let labels = [("language", language.to_owned()), ("stage", word(&stage.stage))];
+        histogram!(STAGE_TIME, &labels).record(Duration::from_micros(stage.usage.wall_us));
+    };
+    [&outcome.compile, &outcome.run].into_iter().flatten().for_each(stage);
+}
+
+/// A sandbox is gone.
+pub fn sandbox_removed(forced: bool) {
+    counter!(REMOVED, "how" => if forced { "forced" } else { "itself" }).increment(1);
+}
+
+/// Somebody looked for containers without an owner; how many were removed.
+pub fn swept<E>(result: &Result<usize, E>) {
+    counter!(SWEEPS, "result" => ok(result.is_ok())).increment(1);
+    if let Ok(removed) = result {
+        counter!(SWEPT).increment(*removed as u64);
+    }
+}
+
+/// The image of a language was built then.
+pub fn image_created(language: &str, created: SystemTime) {
+    let since = created.duration_since(UNIX_EPOCH).unwrap_or_default();
+    gauge!(IMAGE_CREATED, "language" => language.to_owned()).set(since.as_secs_f64());
+}
+
+/// Somebody looked for a newer image.
+pub fn image_update(result: &'static str) {
+    counter!(IMAGE_UPDATES, "result" => result).increment(1);
+}
+
+/// `/readyz` ran a health program.
+pub fn probed(language: &str, well: bool) {
+    counter!(PROBES, "language" => language.to_owned(), "result" => ok(well)).increment(1);
+}
+
+/// Something of ours failed.
+pub fn error(kind: &'static str) {
+    counter!(ERRORS, "kind" => kind).increment(1);
+}
+
+fn ok(well: bool) -> &'static str {
+    if well { "ok" } else { "failed" }
+}
+
+/// A unit variant's name as the API has it.
+fn word(variant: &impl serde::Serialize) -> String {
+    let value = serde_json::to_value(variant).unwrap_or_default();
+    value.as_str().unwrap_or_default().to_owned()
+}
+
+/// An engine whose starts are measured.
+pub struct Measured(pub Arc<dyn Engine>);
+
+impl Engine for Measured {
+    fn start(&self, spec: SandboxSpec) -> BoxFuture<'_, Result<Sandbox, SandboxError>> {
+        Box::pin(async move {
+            let language = spec.language.name.clone();
+            let began = Instant::now();
+            let started = self.0.start(spec).await;
+            match &started {
+                Ok(_) => histogram!(START_TIME, "language" => language).record(began.elapsed()),
+                Err(failure) => error(failure.kind()),
+            }
+            started
+        })
+    }
+
+    fn release<'a>(&'a self, image: Option<&'a str>) -> BoxFuture<'a, ()> {
+        self.0.release(image)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::{Stage, Verdict};
+
+    /// The dashboard that is installed.
+    const DASHBOARD: &str = include_str!("../packaging/grafana/coderunner.json");
+
+    /// The names of our metrics in a text, those of a histogram's series without their ending.
+    fn names(text: &str) -> BTreeSet<String> {
+        let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let ours = words.filter(|word| word.starts_with("coderunner_"));
+        let base = |word: &str| match ["_bucket", "_sum", "_count"].iter().find_map(|end| word.strip_suffix(end)) {
+            Some(name) if kind(name).is_some_and(|kind| matches!(kind, Kind::Histogram(_))) => name.to_owned(),
+            _ => word.to_owned(),
+        };
+        ours.map(base).collect()
+    }
+
+    fn kind(name: &str) -> Option<Kind> {
+        ALL.iter().find(|(_, known, ..)| *known == name).map(|(kind, ..)| *kind)
+    }
+
+    #[test]
+    fn names_end_as_their_kind_and_unit_ask_for() {
+        for (kind, name, unit, help) in ALL {
+            assert!(name.starts_with("coderunner_") && !help.ends_with('.'), "{name}");
+            assert_eq!(name.ends_with("_total"), kind == Kind::Counter, "{name}");
+            assert_eq!(name.ends_with("_seconds"), unit == Seconds, "{name}");
+            assert_eq!(name.ends_with("_bytes"), unit == Bytes, "{name}");
+        }
+        let distinct: BTreeSet<&str> = ALL.iter().map(|(_, name, ..)| *name).collect();
+        assert_eq!(distinct.len(), ALL.len());
+    }
+
+    #[test]
+    fn labels_are_the_words_of_the_api() {
+        assert_eq!(word(&Verdict::TimeLimit), "time_limit");
+        assert_eq!(word(&Stage::Compile), "compile");
+    }
+
+    #[test]
+    fn the_dashboard_shows_each_metric_and_no_other() {
+        let dashboard: serde_json::Value = serde_json::from_str(DASHBOARD).unwrap();
+        let panels = dashboard["panels"].as_array().unwrap();
+        assert!(panels.iter().all(|panel| panel["title"].is_string()));
+        let queries: String = panels
+            .iter()
+            .flat_map(|panel| panel["targets"].as_array().cloned().unwrap_or_default())
+            .map(|target| target["expr"].as_str().unwrap().to_owned() + "\n")
+            .collect();
+        let known: BTreeSet<String> = ALL.iter().map(|(_, name, ..)| (*name).to_owned()).collect();
+        assert_eq!(names(&queries), known);
+    }
+}
