@@ -144,9 +144,17 @@ impl CrunEngine {
                     cgroup.remove(&id);
                 }
             }),
-            owned: Box::new((directory, template)),
+            owned: Box::new((directory, Arc::clone(&template))),
         };
-        self.settings.raise(started, &language).await
+        let made = self.settings.raise(started, &language).await;
+        if made.is_err() {
+            // Somebody may have removed the template. If not, another one is as good.
+            let mut templates = self.templates.lock().await;
+            if templates.get(&language.name).is_some_and(|kept| Arc::ptr_eq(kept, &template)) {
+                templates.remove(&language.name);
+            }
+        }
+        made
     }
 
     async fn agent(&self) -> Result<Arc<Agent>, SandboxError> {

@@ -3,12 +3,14 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::client::{Answer, Reply};
-use crate::harness::{Options, Server, eventually, marked_seconds, refused, wait_gone, wait_running};
+use crate::harness::{Files, Options, Server, eventually, marked_seconds, output, refused, wait_gone, wait_running};
 use crate::leftovers::{self, podman};
 use crate::stand_in::StandIn;
 
@@ -284,6 +286,7 @@ fn pid(text: &str) -> Pid {
 on_each_engine! {
     a_ready_container_that_is_killed_harms_no_request
     a_container_that_is_killed_under_a_program_fails_that_request_alone
+    a_server_killed_at_any_moment_leaves_nothing_after_its_next_end
 }
 
 fn a_ready_container_that_is_killed_harms_no_request(engine: &str) {
@@ -326,6 +329,60 @@ fn a_container_that_is_killed_under_a_program_fails_that_request_alone(engine: &
         wait_gone(&mark);
         assert_runs(&server, "after");
     }
+    server.stop();
+}
+
+#[test]
+fn a_template_that_is_removed_by_hand_is_made_anew() {
+    let env = [("CODERUNNER_ENGINE", "crun")];
+    let server = Server::start(Options { env: &env, ..options("") });
+    assert_runs(&server, "before");
+    let remove = |names: Vec<String>| {
+        for name in names {
+            // One may have gone by itself.
+            let _ = output(Command::new("podman").args(["rm", "--force", "--time", "0", "--", &name]), b"");
+        }
+    };
+    let orders: [&dyn Fn(); 2] = [&|| remove(server.containers()), &|| drop(podman(&["system", "migrate"]))];
+    for order in orders {
+        let running = server.begin(&format!("sleep 1; {}", echo("during")));
+        order();
+        // This one may be ended by it.
+        let reply = running.reply();
+        assert!([200, 500, 503].contains(&reply.status), "{reply:?}");
+        eventually("answers again", || {
+            let reply = server.begin(&echo("after")).reply();
+            (reply.status == 200).then(|| assert_eq!(reply.answer(), Answer::ran("after\n")))
+        });
+        (0..4).for_each(|_| assert_runs(&server, "well"));
+        assert_eq!(server.get("/readyz").status, 200);
+    }
+    server.stop();
+}
+
+/// How often a server is killed: `CODERUNNER_TEST_KILLS`, for a long night.
+fn kills() -> u32 {
+    std::env::var("CODERUNNER_TEST_KILLS").map_or(6, |text| text.parse().expect("CODERUNNER_TEST_KILLS is a number"))
+}
+
+fn a_server_killed_at_any_moment_leaves_nothing_after_its_next_end(engine: &str) {
+    let env = [("CODERUNNER_ENGINE", engine)];
+    let options = Options { env: &env, ..options("") };
+    let mut files = Files::new(&options);
+    for round in 0..kills() {
+        let server = Server::launch_with(files, &options);
+        // From its first moments on, or from when it is ready; a bit later each time.
+        if round % 3 != 0 {
+            server.wait_ready();
+        }
+        let pending: Vec<_> = (0..3).map(|_| server.begin(&format!("sleep 0.1; {}", echo("killed")))).collect();
+        std::thread::sleep(Duration::from_millis(u64::from(round * 37 % 400)));
+        files = server.crash();
+        drop(pending);
+    }
+    let server = Server::launch_with(files, &options);
+    server.wait_ready();
+    assert_runs(&server, "after");
     server.stop();
 }
 
