@@ -14,7 +14,7 @@ use crate::access::Gate;
 use crate::api::front::Front;
 use crate::api::{self, ApiSettings};
 use crate::cache::MemoCache;
-use crate::config::{Overrides, Settings};
+use crate::config::{EngineKind, Overrides, Settings};
 use crate::control;
 use crate::image::{ImageUpdater, Request};
 use crate::instance::{self, Instance};
@@ -25,9 +25,10 @@ use crate::runner::{Runner, Tasks};
 use crate::sandbox::auto::Chosen;
 use crate::sandbox::keeper::EngineSettings;
 use crate::sandbox::podman::Podman;
-use crate::sandbox::pool::{Image, Pool};
+use crate::sandbox::pool::{Image, Pool, Status};
 use crate::sandbox::reaper::{self, Living};
 use crate::sandbox::{Engine, HEALTH_SLOT};
+use crate::service;
 use crate::shutdown::{self, Phases};
 
 /// How long containers may take to go at the end, before what is left is removed by force.
@@ -44,6 +45,8 @@ pub struct Workshop {
     pub podman: Podman,
     /// Makes sandboxes.
     pub engine: Arc<dyn Engine>,
+    /// Whether its containers can be limited without podman's help.
+    delegated: bool,
     keepers: TaskTracker,
     living: Living,
 }
@@ -68,7 +71,9 @@ impl Workshop {
             living: living.clone(),
         };
         let engine = Chosen::new(settings.engine, podman.clone(), engine_settings, instance.crun_state());
-        Ok(Workshop { instance, podman, engine: Arc::new(Measured(Arc::new(engine))), keepers, living })
+        let delegated = engine.limits_by_itself();
+        let engine = Arc::new(Measured(Arc::new(engine)));
+        Ok(Workshop { instance, podman, engine, delegated, keepers, living })
     }
 
     /// Waits until all containers have gone, then removes by label whatever has not.
@@ -92,13 +97,18 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     let phases = Phases::default();
     let (reload, reloads) = mpsc::channel(1);
     let _signals = shutdown::listen(phases.clone(), reload).context("cannot listen for signals")?;
+    let passed = service::passed_listener().context("cannot use the socket that systemd passed")?;
     let workshop = Workshop::open(&settings)?;
-    let listener =
-        TcpListener::bind(settings.listen).await.with_context(|| format!("cannot listen on {}", settings.listen))?;
+    let listener = match passed {
+        Some(listener) => listener,
+        None => {
+            TcpListener::bind(settings.listen).await.with_context(|| format!("cannot listen on {}", settings.listen))?
+        }
+    };
     let address = listener.local_addr().context("cannot tell the address")?;
     if settings.require_limits {
         tokio::select! {
-            reported = report_host(&workshop.podman, true) => reported?,
+            reported = report_host(&workshop.podman, workshop.delegated, true) => reported?,
             () = phases.stop.cancelled() => {}
         }
     }
@@ -122,10 +132,10 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     let background = TaskTracker::new();
     if !settings.require_limits {
         // Beside all else: clients are told of a podman that hangs.
-        let (podman, stop) = (workshop.podman.clone(), stop_background.clone());
+        let (podman, delegated, stop) = (workshop.podman.clone(), workshop.delegated, stop_background.clone());
         background.spawn(async move {
             tokio::select! {
-                _ = report_host(&podman, false) => {}
+                _ = report_host(&podman, delegated, false) => {}
                 () = stop.cancelled() => {}
             }
         });
@@ -141,9 +151,22 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     background.spawn(control::serve(control_socket(&workshop.instance)?, orders.clone(), stop_background.clone()));
     let reloader = Reloader { file, overrides, front, pool: Arc::clone(&pool), tasks: tasks.clone(), orders, metrics };
     background.spawn(reloader.run(reloads, settings.clone(), stop_background));
+    let (reported, running) = (Arc::clone(&pool), tasks.clone());
+    let _report = service::report(move || {
+        let lanes = reported.statuses();
+        let lane = |(name, status): &(String, Status)| match (&status.problem, status.enforced) {
+            (Some(problem), _) => format!("{name}: {problem}"),
+            (None, None) => format!("{name}: no sandbox yet"),
+            (None, Some(_)) => format!("{name}: {} ready", status.ready),
+        };
+        let lanes: Vec<String> = lanes.iter().map(lane).collect();
+        format!("{address}; {} running; {}", running.running(), lanes.join("; "))
+    });
+    service::ready();
     tracing::info!(%address, languages = settings.languages.join(" "), "listening");
 
     let closing = api::server::serve(listener, current_front, phases.stop.clone()).await;
+    service::stopping();
     tokio::select! {
         () = tasks.shut_down(settings.shutdown.drain) => {}
         () = phases.cut.cancelled() => tasks.shut_down(Duration::ZERO).await,
@@ -182,6 +205,7 @@ impl Reloader {
                 Some(()) = reloads.recv() => {}
                 () = stop.cancelled() => return,
             }
+            service::reloading();
             match Settings::load(self.file.as_deref(), &self.overrides).map_err(anyhow::Error::from) {
                 Ok(new) => match self.apply(&settings, &new).await {
                     Ok(()) => {
@@ -192,6 +216,7 @@ impl Reloader {
                 },
                 Err(error) => tracing::error!(error = crate::told(&error), "configuration not changed"),
             }
+            service::ready();
         }
     }
 
@@ -276,6 +301,14 @@ pub async fn update(settings: &Settings) -> anyhow::Result<bool> {
     Ok(ok)
 }
 
+/// Removes what a server that was killed has left behind; refuses while one of the same name runs.
+pub async fn sweep(mut settings: Settings) -> anyhow::Result<()> {
+    // It makes nothing: what the other engine would take first is not needed.
+    settings.engine = EngineKind::Podman;
+    Workshop::open(&settings)?.close().await;
+    Ok(())
+}
+
 fn control_socket(instance: &Instance) -> anyhow::Result<UnixListener> {
     let path = instance.control();
     match std::fs::remove_file(&path) {
@@ -309,7 +342,7 @@ pub fn refuse_root() -> anyhow::Result<()> {
 }
 
 /// Says in the log what this host is, and refuses one that cannot limit where it must.
-async fn report_host(podman: &Podman, require_limits: bool) -> anyhow::Result<()> {
+async fn report_host(podman: &Podman, delegated: bool, require_limits: bool) -> anyhow::Result<()> {
     let info = match podman.info().await {
         Ok(info) => info,
         Err(error) => {
@@ -318,7 +351,8 @@ async fn report_host(podman: &Podman, require_limits: bool) -> anyhow::Result<()
             return Ok(());
         }
     };
-    let missing = info.missing_controllers();
+    // Whatever is said here, each sandbox tells what limits it sees.
+    let missing = if delegated { Vec::new() } else { info.missing_controllers() };
     tracing::info!(podman = info.version, runtime = info.runtime, storage = info.driver, cgroups = info.cgroup_version);
     if !missing.is_empty() && require_limits {
         bail!(

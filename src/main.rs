@@ -19,6 +19,7 @@ mod process;
 mod ready;
 mod runner;
 mod sandbox;
+mod service;
 mod shutdown;
 
 use std::ffi::OsString;
@@ -89,6 +90,9 @@ enum Verb {
         #[arg(default_value = "client")]
         owner: String,
     },
+    /// Remove what a killed server has left; the unit does this.
+    #[command(hide = true)]
+    Sweep(Common),
     /// PID 1 of a sandbox.
     #[command(hide = true)]
     Init,
@@ -203,6 +207,7 @@ async fn run(verb: Verb) -> anyhow::Result<ExitCode> {
             );
             Ok(ExitCode::SUCCESS)
         }
+        Verb::Sweep(common) => app::sweep(load(&common)?).await.map(|()| ExitCode::SUCCESS),
         Verb::Init | Verb::Agent => Ok(ExitCode::FAILURE),
     }
 }

@@ -80,6 +80,11 @@ pub struct Tasks {
 }
 
 impl Tasks {
+    /// How many runs there are, those in the queue included.
+    pub fn running(&self) -> usize {
+        self.running.len()
+    }
+
     /// Refuses new runs, lets the others go on until `drain` is over, then ends them.
     pub async fn shut_down(&self, drain: Duration) {
         self.running.close();

@@ -34,6 +34,11 @@ impl Chosen {
         Chosen { kind, podman, settings, state, cgroup, engine: OnceCell::new() }
     }
 
+    /// Whether containers can be limited without podman's help.
+    pub fn limits_by_itself(&self) -> bool {
+        self.cgroup.is_ok()
+    }
+
     async fn engine(&self) -> Result<&Arc<dyn Engine>, SandboxError> {
         self.engine.get_or_try_init(|| self.choose()).await
     }

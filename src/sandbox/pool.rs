@@ -297,18 +297,15 @@ impl Pool {
 
     /// How a language stands.
     pub fn status(&self, language: &str) -> Status {
+        self.shared.lock().lane(language).map(Lane::status).unwrap_or_default()
+    }
+
+    /// How each language stands, the default one first.
+    pub fn statuses(&self) -> Vec<(String, Status)> {
         let mut state = self.shared.lock();
-        let Ok(lane) = state.lane(language) else {
-            return Status::default();
-        };
-        lane.purge();
-        let missing = lane.image_id().err().map(|error| error.to_string());
-        Status {
-            ready: lane.ready.len(),
-            problem: missing.or_else(|| lane.last_error.clone()),
-            enforced: lane.enforced,
-            proved_at: lane.proved_at,
-        }
+        let mut lanes: Vec<(&String, &mut Lane)> = state.lanes.iter_mut().collect();
+        lanes.sort_by_key(|(_, lane)| lane.rank);
+        lanes.into_iter().map(|(name, lane)| (name.clone(), lane.status())).collect()
     }
 
     /// Notes that a sandbox of this language has just run a program as it should.
@@ -640,6 +637,17 @@ impl Lane {
             used_at: Instant::now(),
             enforced: None,
             proved_at: None,
+        }
+    }
+
+    fn status(&mut self) -> Status {
+        self.purge();
+        let missing = self.image_id().err().map(|error| error.to_string());
+        Status {
+            ready: self.ready.len(),
+            problem: missing.or_else(|| self.last_error.clone()),
+            enforced: self.enforced,
+            proved_at: self.proved_at,
         }
     }
 
