@@ -17,7 +17,7 @@ endif
 HOST := $(or $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p'),$(shell uname -m)-unknown-linux-gnu)
 EXECUTABLE := $(or $(CARGO_TARGET_DIR),target)/$(HOST)/release/coderunner
 
-.PHONY: all help build run test test-web bench lint web images install uninstall clean setup
+.PHONY: all help build run test test-web test-vm bench lint web images install uninstall deb tarball clean setup
 
 all: build
 
@@ -68,31 +68,67 @@ lint: setup ## check the form of the code
 	cd web && sha256sum --check --quiet dist/sources.sha256
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
-	shellcheck -x packaging/subids packaging/account packaging/images/build .ci/run \
+	shellcheck -x packaging/subids packaging/account $(addprefix packaging/deb/,postinst prerm postrm) \
+		$(addprefix tests/vm/,bootstrap guest image kernel run) packaging/images/build .ci/run \
 		$(addprefix packaging/dev/,as-user cargo common run setup) web/test/serve
 
 images: setup ## build the local images of c, python, bash and gcc
 	@packaging/images/build c python bash gcc
 
+# Everything but the account; the package is made of the same.
+define lay_out
+	install -d $(addprefix $(1)/lib/,systemd/system systemd/user sysusers.d tmpfiles.d coderunner) $(2)/etc/coderunner
+	install -D -m 755 $(EXECUTABLE) $(1)/bin/coderunner
+	install -m 755 packaging/account packaging/subids $(1)/lib/coderunner/
+	install -m 644 packaging/systemd/systemd-254.conf $(1)/lib/coderunner/
+	install -m 644 packaging/sysusers.d/coderunner.conf $(1)/lib/sysusers.d/
+	install -m 644 packaging/tmpfiles.d/coderunner.conf $(1)/lib/tmpfiles.d/
+	install -m 644 packaging/systemd/system/coderunner.socket $(1)/lib/systemd/system/
+	for kind in system user; do sed 's|/usr/local/bin/|$(3)/bin/|' packaging/systemd/$$kind/coderunner.service \
+		>$(1)/lib/systemd/$$kind/coderunner.service || exit; done
+	test -e $(2)/etc/coderunner/coderunner.toml || \
+		sed 's/^[^#]/#&/' src/defaults.toml >$(2)/etc/coderunner/coderunner.toml
+endef
+
 install: ## install what was built; DESTDIR=, PREFIX=/usr/local
 	@test -x $(EXECUTABLE) || { echo 'nothing is built yet: make build' >&2; exit 1; }
-	install -D -m 755 $(EXECUTABLE) $(DESTDIR)$(PREFIX)/bin/coderunner
-	install -d $(addprefix $(DESTDIR)$(PREFIX)/lib/,systemd/system sysusers.d tmpfiles.d) $(DESTDIR)/etc/coderunner
-	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' coderunner.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/coderunner.service
-	install -m 644 packaging/sysusers.d/coderunner.conf $(DESTDIR)$(PREFIX)/lib/sysusers.d/
-	install -m 644 packaging/tmpfiles.d/coderunner.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/
-	test -e $(DESTDIR)/etc/coderunner/coderunner.toml || \
-		sed 's/^[^#]/#&/' src/defaults.toml >$(DESTDIR)/etc/coderunner/coderunner.toml
+	$(call lay_out,$(DESTDIR)$(PREFIX),$(DESTDIR),$(PREFIX))
 ifeq ($(DESTDIR),)
-	packaging/account $(PREFIX)
+	$(PREFIX)/lib/coderunner/account $(PREFIX)
+	@printf '\n%s\n' 'coderunner is installed; it needs podman, crun and uidmap. Next:' \
+		'  $$EDITOR /etc/coderunner/coderunner.toml' '  systemctl enable --now coderunner' \
+		'  curl http://127.0.0.1:8080/readyz'
 endif
 
 uninstall: ## remove it again, but its settings, account and data
 ifeq ($(DESTDIR),)
-	test ! -d /run/systemd/system || systemctl disable --now coderunner
+	test ! -d /run/systemd/system || systemctl disable --now coderunner.socket coderunner.service
 endif
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/,bin/coderunner lib/systemd/system/coderunner.service \
+		lib/systemd/system/coderunner.socket lib/systemd/user/coderunner.service \
 		lib/sysusers.d/coderunner.conf lib/tmpfiles.d/coderunner.conf)
+	rm -rf $(addprefix $(DESTDIR)$(PREFIX)/lib/,coderunner systemd/system/coderunner.service.d)
+
+PACKAGE := target/package
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p;/^version/q' Cargo.toml)
+DEB = target/debian/coderunner_$(VERSION)-1_$(shell dpkg --print-architecture 2>/dev/null).deb
+RELEASES = bookworm trixie
+
+deb: build ## make a Debian package in target/debian
+	@command -v cargo-deb >/dev/null || cargo install --locked cargo-deb
+	rm -rf $(PACKAGE)
+	$(call lay_out,$(PACKAGE)/usr,$(PACKAGE),/usr)
+	chmod -R u=rwX,go=rX $(PACKAGE)
+	cargo deb --locked --no-build --no-strip --output target/debian/
+
+tarball: build ## make an archive of what `make install` lays out, in target
+	rm -rf $(PACKAGE)
+	$(call lay_out,$(PACKAGE)/usr/local,$(PACKAGE),/usr/local)
+	chmod -R u=rwX,go=rX $(PACKAGE)
+	tar -C $(PACKAGE) --owner=0 --group=0 --sort=name -czf target/coderunner-$(VERSION)-$(HOST).tar.gz usr etc
+
+test-vm: deb ## install and test the package on Debian 12 and 13 in virtual machines; RELEASES="bookworm trixie"
+	@for release in $(RELEASES); do tests/vm/run $$release $(DEB) || exit; done
 
 clean: ## remove what was built
 	cargo clean
