@@ -26,6 +26,10 @@ const MAX_HEAD: usize = 32 * 1024;
 /// How long connections may take to close once their requests are answered.
 const CLOSE_TIME: Duration = Duration::from_secs(2);
 
+/// How long after the last accept a connection may take to bring its request: hyper would close it unread, and
+/// with a socket that systemd holds its client need not notice a restart.
+const UNREAD_TIME: Duration = Duration::from_millis(250);
+
 /// Accepts until `stop`, then returns a future that ends when all connections have closed.
 pub async fn serve(
     listener: TcpListener,
@@ -67,6 +71,7 @@ pub async fn serve(
     }
     drop(listener);
     async move {
+        tokio::time::sleep(UNREAD_TIME).await;
         if tokio::time::timeout(CLOSE_TIME, graceful.shutdown()).await.is_err() {
             tracing::info!("some connections did not close in time");
         }
