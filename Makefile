@@ -83,9 +83,9 @@ define lay_out
 	install -m 644 packaging/systemd/systemd-254.conf $(1)/lib/coderunner/
 	install -m 644 packaging/sysusers.d/coderunner.conf $(1)/lib/sysusers.d/
 	install -m 644 packaging/tmpfiles.d/coderunner.conf $(1)/lib/tmpfiles.d/
-	install -m 644 packaging/systemd/system/coderunner.socket $(1)/lib/systemd/system/
-	for kind in system user; do sed 's|/usr/local/bin/|$(3)/bin/|' packaging/systemd/$$kind/coderunner.service \
-		>$(1)/lib/systemd/$$kind/coderunner.service || exit; done
+	install -m 644 coderunner.socket $(1)/lib/systemd/system/
+	sed 's|/usr/local/bin/|$(3)/bin/|' coderunner.service >$(1)/lib/systemd/system/coderunner.service
+	sed 's|/usr/local/bin/|$(3)/bin/|' packaging/systemd/user/coderunner.service >$(1)/lib/systemd/user/coderunner.service
 	test -e $(2)/etc/coderunner/coderunner.toml || \
 		sed 's/^[^#]/#&/' src/defaults.toml >$(2)/etc/coderunner/coderunner.toml
 endef
