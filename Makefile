@@ -3,6 +3,7 @@ PREFIX = /usr/local
 DESTDIR =
 LANGUAGE = c
 LISTEN = 127.0.0.1:8080
+CASES = 100000
 export LISTEN
 
 # Under sudo cargo may not be on the PATH: take that of the user who called it.
@@ -17,7 +18,7 @@ endif
 HOST := $(or $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p'),$(shell uname -m)-unknown-linux-gnu)
 EXECUTABLE := $(or $(CARGO_TARGET_DIR),target)/$(HOST)/release/coderunner
 
-.PHONY: all help build run test test-web test-vm bench lint web images install uninstall deb tarball clean setup
+.PHONY: all help build run test fuzz test-web test-vm bench lint web images install uninstall deb tarball clean setup
 
 all: build
 
@@ -57,6 +58,9 @@ test-web: ## test the playground page in a browser
 	cd web && node build.mjs --check
 	cargo build --locked
 	cd web && CODERUNNER_TEST_EXE=$(abspath $(or $(CARGO_TARGET_DIR),target))/$(HOST)/debug/coderunner npm test
+
+fuzz: setup ## try malformed input; CASES=100000 of each kind
+	@PROPTEST_CASES=$(CASES) packaging/dev/cargo test --locked --bin coderunner -- fuzz::
 
 bench: setup ## measure; BENCH=long for longer
 	@packaging/images/build bash c gcc

@@ -16,6 +16,7 @@ use crate::api::{self, ApiSettings};
 use crate::cache::MemoCache;
 use crate::config::{EngineKind, Overrides, Settings};
 use crate::control;
+use crate::doctor;
 use crate::image::{ImageUpdater, Request};
 use crate::instance::{self, Instance};
 use crate::language::Language;
@@ -27,7 +28,7 @@ use crate::sandbox::keeper::EngineSettings;
 use crate::sandbox::podman::Podman;
 use crate::sandbox::pool::{Image, Pool, Status};
 use crate::sandbox::reaper::{self, Living};
-use crate::sandbox::{Engine, HEALTH_SLOT};
+use crate::sandbox::{Engine, HEALTH_SLOT, SandboxError};
 use crate::service;
 use crate::shutdown::{self, Phases};
 
@@ -107,9 +108,19 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     };
     let address = listener.local_addr().context("cannot tell the address")?;
     if settings.require_limits {
-        tokio::select! {
+        let works = tokio::select! {
             reported = report_host(&workshop.podman, workshop.delegated, true) => reported?,
-            () = phases.stop.cancelled() => {}
+            () = phases.stop.cancelled() => false,
+        };
+        // What podman says of the host need not be what a sandbox gets.
+        let limited = if works { doctor::require_limits(&workshop).await } else { Ok(()) };
+        match limited {
+            Err(refusal @ SandboxError::Unlimited(_)) => {
+                workshop.close().await;
+                return Err(refusal.into());
+            }
+            Err(error) => tracing::error!(%error, "cannot try the limits: each sandbox is asked when it is made"),
+            Ok(()) => {}
         }
     }
 
@@ -341,14 +352,14 @@ pub fn refuse_root() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Says in the log what this host is, and refuses one that cannot limit where it must.
-async fn report_host(podman: &Podman, delegated: bool, require_limits: bool) -> anyhow::Result<()> {
+/// Says in the log what this host is, and refuses one that cannot limit where it must. Whether podman works.
+async fn report_host(podman: &Podman, delegated: bool, require_limits: bool) -> anyhow::Result<bool> {
     let info = match podman.info().await {
         Ok(info) => info,
         Err(error) => {
             // It may come back: until then requests are refused with a reason.
             tracing::error!(%error, "podman does not work here");
-            return Ok(());
+            return Ok(false);
         }
     };
     // Whatever is said here, each sandbox tells what limits it sees.
@@ -362,5 +373,5 @@ async fn report_host(podman: &Podman, delegated: bool, require_limits: bool) -> 
             info.cgroup_version
         );
     }
-    Ok(())
+    Ok(true)
 }

@@ -67,6 +67,16 @@ pub enum EngineKind {
     Podman,
 }
 
+impl std::fmt::Display for EngineKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            EngineKind::Auto => "auto",
+            EngineKind::Crun => "crun",
+            EngineKind::Podman => "podman",
+        })
+    }
+}
+
 /// What flags may override.
 #[derive(Debug, Default, Serialize)]
 pub struct Overrides {
@@ -185,7 +195,7 @@ impl Settings {
         Settings::from_layers(&path.display().to_string(), &text, overrides)
     }
 
-    fn from_layers(name: &str, text: &str, overrides: &Overrides) -> Result<Settings, ConfigError> {
+    pub(crate) fn from_layers(name: &str, text: &str, overrides: &Overrides) -> Result<Settings, ConfigError> {
         let built_in = Figment::from(Toml::string(DEFAULTS)).merge(Toml::string(language::CATALOGUE));
         let keys = setting_keys(&built_in)?;
         let figment =

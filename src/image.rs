@@ -455,6 +455,6 @@ pub fn is_local(name: &str) -> bool {
 }
 
 /// A short name for a long one, of characters that a tag may have.
-fn tag_of(name: &str) -> String {
+pub fn tag_of(name: &str) -> String {
     blake3::hash(name.as_bytes()).to_hex().chars().take(12).collect()
 }

@@ -9,6 +9,8 @@ mod cgroup;
 mod config;
 mod control;
 mod doctor;
+#[cfg(test)]
+mod fuzz;
 mod image;
 mod instance;
 mod job;
@@ -33,6 +35,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
 use config::{EngineKind, Overrides, Settings};
+use doctor::probe::{self, Probe};
 
 /// Compiles and runs code of strangers, each run in a fresh rootless container.
 #[derive(Debug, Parser)]
@@ -78,8 +81,17 @@ enum Verb {
         #[arg(required = true, trailing_var_arg = true, value_names = ["FILE", "ARGS"])]
         program: Vec<OsString>,
     },
-    /// Check whether this host can do what is promised; exit code 1 if not.
-    Doctor(Common),
+    /// Try every limit and wall on this host; exit code 1 if one does not hold.
+    Doctor {
+        #[command(flatten)]
+        common: Common,
+        /// The engine that has to be well; both are tried [default: the configured one]
+        #[arg(long)]
+        engine: Option<EngineKind>,
+        /// Print JSON instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
     /// Look for newer images now, in the running server if there is one.
     Update(Common),
     /// Print the settings in effect.
@@ -99,6 +111,9 @@ enum Verb {
     /// The server's hand in podman's namespaces.
     #[command(hide = true)]
     Agent,
+    /// What doctor runs in sandboxes.
+    #[command(hide = true)]
+    Probe { probe: Probe, word: String },
 }
 
 #[derive(Debug, Args)]
@@ -117,6 +132,7 @@ fn main() -> ExitCode {
         // Before anything that makes threads.
         Verb::Init => return sandbox::init::main(),
         Verb::Agent => return sandbox::agent::main(),
+        Verb::Probe { probe, ref word } => return probe::main(probe, word),
         _ => {}
     }
     let level = match verb {
@@ -185,11 +201,10 @@ async fn run(verb: Verb) -> anyhow::Result<ExitCode> {
             let args = words.map(text).collect::<anyhow::Result<_>>()?;
             once::run(once::Once { file, language, args, config }).await.map(ExitCode::from)
         }
-        Verb::Doctor(common) => {
-            let mut settings = load(&common)?;
-            // Beside a server that runs.
-            settings.instance = format!("doctor-{}", std::process::id());
-            Ok(code(doctor::run(&settings).await))
+        Verb::Doctor { common, engine, json } => {
+            let overrides = Overrides { engine, languages: common.languages, ..Overrides::default() };
+            let settings = Settings::load(common.config.as_deref(), &overrides)?;
+            doctor::run(&settings, json).await.map(code)
         }
         Verb::Update(common) => app::update(&load(&common)?).await.map(code),
         Verb::Config(common) => {
@@ -208,6 +223,6 @@ async fn run(verb: Verb) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Verb::Sweep(common) => app::sweep(load(&common)?).await.map(|()| ExitCode::SUCCESS),
-        Verb::Init | Verb::Agent => Ok(ExitCode::FAILURE),
+        Verb::Init | Verb::Agent | Verb::Probe { .. } => Ok(ExitCode::FAILURE),
     }
 }

@@ -42,7 +42,8 @@ impl From<&Outcome> for Answer {
 }
 
 impl Request {
-    fn into_job(self, language: &Language, source_limit: usize) -> Result<Job, ApiError> {
+    /// The job that it stands for.
+    pub fn into_job(self, language: &Language, source_limit: usize) -> Result<Job, ApiError> {
         if self.code.len() > source_limit {
             return Err(ApiError::TooLarge { what: "code", limit: source_limit });
         }

@@ -7,6 +7,9 @@ mod page;
 mod piston;
 pub mod server;
 
+#[cfg(test)]
+pub use coderunner::Request;
+
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;

@@ -108,10 +108,9 @@ impl EngineSettings {
             Ok(Ok(Some(FromInit::Ready { version: protocol::VERSION, enforced }))) => {
                 sandbox.enforced = enforced;
                 match enforced.missing() {
-                    missing if self.require_limits && !missing.is_empty() => Err(not_made(format!(
-                        "require_limits is set and the kernel does not limit its {}; see `coderunner doctor`",
-                        missing.join(", ")
-                    ))),
+                    missing if self.require_limits && !missing.is_empty() => {
+                        Err(SandboxError::Unlimited(missing.join(", ")))
+                    }
                     _ => Ok(sandbox),
                 }
             }

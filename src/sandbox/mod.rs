@@ -65,6 +65,9 @@ pub enum SandboxError {
         /// What the engine said.
         reason: String,
     },
+    /// The kernel does not keep its limits, and that is required.
+    #[error("require_limits is set and the kernel does not limit the {0} of sandboxes; see `coderunner doctor`")]
+    Unlimited(String),
     /// An engine's command failed.
     #[error(transparent)]
     Process(#[from] ProcessError),
@@ -98,6 +101,7 @@ impl SandboxError {
     pub fn kind(&self) -> &'static str {
         match self {
             SandboxError::NotMade { .. } => "sandbox_not_made",
+            SandboxError::Unlimited(_) => "sandbox_not_limited",
             SandboxError::Process(_) => "process",
             SandboxError::Lost => "sandbox_lost",
             SandboxError::Gone(_) => "sandbox_gone",

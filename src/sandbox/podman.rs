@@ -20,7 +20,7 @@ use crate::process::{Cmd, Passed, ProcessError};
 const VERB_TIME: Duration = Duration::from_secs(30);
 
 /// Where the executable is mounted in a sandbox.
-pub(super) const INIT: &str = "/run/coderunner-init";
+pub const INIT: &str = "/run/coderunner-init";
 
 /// The places that programs may write to, and whether they may execute what they wrote there.
 pub(super) const WRITABLE: [(&str, &str); 3] = [(WORK_DIR, "exec"), ("/tmp", "exec"), ("/dev/shm", "noexec")];
@@ -54,6 +54,28 @@ pub struct Info {
 }
 
 impl Info {
+    /// Reads `podman info --format json`; what is not there is empty.
+    pub fn parse(json: &[u8]) -> Info {
+        let value: serde_json::Value = serde_json::from_slice(json).unwrap_or_default();
+        let text = |pointer: &str| value.pointer(pointer).and_then(|v| v.as_str()).unwrap_or_default().to_owned();
+        Info {
+            version: text("/version/Version"),
+            runtime: text("/host/ociRuntime/version").lines().next().unwrap_or_default().to_owned(),
+            driver: text("/store/graphDriverName"),
+            native_overlay: match text("/store/graphStatus/Native Overlay Diff").as_str() {
+                "true" => Some(true),
+                "false" => Some(false),
+                _ => None,
+            },
+            cgroup_version: text("/host/cgroupVersion"),
+            controllers: value
+                .pointer("/host/cgroupControllers")
+                .and_then(|v| v.as_array())
+                .map(|list| list.iter().filter_map(|v| v.as_str()).map(str::to_owned).collect())
+                .unwrap_or_default(),
+        }
+    }
+
     /// The limits that podman's containers cannot have here.
     pub fn missing_controllers(&self) -> Vec<&'static str> {
         let has = |name: &str| self.cgroup_version == "v2" && self.controllers.iter().any(|c| c == name);
@@ -153,6 +175,12 @@ impl Podman {
         }
     }
 
+    /// Makes an image of this name from an archive of files.
+    pub async fn import(&self, archive: &Path, name: &str) -> Result<(), ProcessError> {
+        let fixed = ["import", "--quiet", "--"].map(OsString::from);
+        self.verb(fixed.into_iter().chain([archive.into(), name.into()])).await.map(drop)
+    }
+
     /// Gives an image a further name.
     pub async fn tag(&self, id: &str, name: &str) -> Result<(), ProcessError> {
         self.text(&["tag", "--", id, name]).await.map(drop)
@@ -211,25 +239,7 @@ impl Podman {
 
     /// What podman says of itself and the host.
     pub async fn info(&self) -> Result<Info, ProcessError> {
-        let json = self.verb(["info", "--format", "json"]).await?;
-        let value: serde_json::Value = serde_json::from_slice(&json).unwrap_or_default();
-        let text = |pointer: &str| value.pointer(pointer).and_then(|v| v.as_str()).unwrap_or_default().to_owned();
-        Ok(Info {
-            version: text("/version/Version"),
-            runtime: text("/host/ociRuntime/version").lines().next().unwrap_or_default().to_owned(),
-            driver: text("/store/graphDriverName"),
-            native_overlay: match text("/store/graphStatus/Native Overlay Diff").as_str() {
-                "true" => Some(true),
-                "false" => Some(false),
-                _ => None,
-            },
-            cgroup_version: text("/host/cgroupVersion"),
-            controllers: value
-                .pointer("/host/cgroupControllers")
-                .and_then(|v| v.as_array())
-                .map(|list| list.iter().filter_map(|v| v.as_str()).map(str::to_owned).collect())
-                .unwrap_or_default(),
-        })
+        self.verb(["info", "--format", "json"]).await.map(|json| Info::parse(&json))
     }
 }
 

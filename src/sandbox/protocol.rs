@@ -23,6 +23,10 @@ pub const CHANNEL_FD: RawFd = 3;
 /// Largest packet in bytes; the kernel's default send buffer holds 212,992.
 pub const MAX_MESSAGE: usize = 200 * 1024;
 
+/// As many descriptors as the kernel passes beside one packet: a buffer for fewer would leave those that came open,
+/// and unknown to us.
+const MOST_FDS: usize = 253;
+
 /// Where the job directory is mounted, read-only, in a sandbox.
 pub const JOB_DIR: &str = "/job";
 
@@ -134,7 +138,7 @@ pub fn send<T: Serialize>(channel: BorrowedFd<'_>, message: &T, fds: &[BorrowedF
 /// Receives one message and the descriptors beside it; `None` when the other side has closed.
 pub fn receive<T: DeserializeOwned>(channel: BorrowedFd<'_>) -> std::io::Result<Option<(T, Vec<OwnedFd>)>> {
     let mut buffer = vec![0; MAX_MESSAGE];
-    let mut control = cmsg_space!([RawFd; 3]);
+    let mut control = cmsg_space!([RawFd; MOST_FDS]);
     let mut slices = [IoSliceMut::new(&mut buffer)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let packet = recvmsg::<()>(channel.as_raw_fd(), &mut slices, Some(&mut control), flags)?;

@@ -1,4 +1,4 @@
-//! The other verbs: `run`, `doctor`, `config`, and what they print.
+//! The other verbs: `run`, `config`, and what they print.
 
 use std::path::PathBuf;
 use std::process::{Child, Output, Stdio};
@@ -141,25 +141,6 @@ fn a_run_once_that_is_interrupted_leaves_nothing() {
     assert_eq!(status.code(), Some(130));
     wait_gone(&mark);
     leftovers::assert_none(&instance, started);
-}
-
-#[test]
-fn doctor_tells_of_each_check_and_fails_where_limits_are_not_kept() {
-    // Which limits are kept here is the server's word, read from inside a sandbox.
-    let server = Server::start(Options { languages: &["bash"], containers: 1, ..Options::default() });
-    let kept = ["memory", "processes", "cpu"].iter().all(|limit| server.enforces(limit));
-    let mut command = server.files().command("doctor", &Options::default());
-    let output = harness::output(&mut command, b"");
-    let table = text(&output.stdout);
-    for row in ["user", "runtime directory", "podman", "OCI runtime", "storage", "subordinate ids", "language bash"] {
-        let found = table.lines().any(|line| line.strip_prefix("ok    ").is_some_and(|rest| rest.starts_with(row)));
-        assert!(found, "{row:?} is not well:\n{table}");
-    }
-    let limits = if kept { "ok    limits" } else { "FAIL  limits" };
-    assert!(table.contains(limits), "{table}");
-    assert_eq!(table.contains("->"), !kept, "how to mend it:\n{table}");
-    assert_eq!(output.status.code(), Some(if kept { 0 } else { 1 }));
-    server.stop();
 }
 
 #[test]

@@ -18,12 +18,21 @@ impl StandIn {
     /// `script` is for sh and runs in the stand-in's directory. Where it neither exits nor hangs, the real podman
     /// takes over.
     pub fn new(script: &str) -> StandIn {
+        StandIn::write(|dir| format!("(cd {} || exit\n{script}\n) || exit", dir.display()))
+    }
+
+    /// Replaces arguments by others on their way to the real podman, or leaves them out where the other is empty.
+    pub fn replacing(changes: &[(&str, &str)]) -> StandIn {
+        let cases: String = changes.iter().map(|(from, to)| format!("{from}) arg={to} ;;\n")).collect();
+        StandIn::write(|_| {
+            format!("for arg do\nshift\ncase $arg in\n{cases}esac\n[ -z \"$arg\" ] || set -- \"$@\" \"$arg\"\ndone")
+        })
+    }
+
+    /// Writes a script that ends as the real podman.
+    fn write(script: impl Fn(&Path) -> String) -> StandIn {
         let dir = TempDir::with_prefix("coderunner-test-podman-").unwrap();
-        let text = format!(
-            "#!/bin/sh\n(cd {} || exit\n{script}\n) || exit\nexec {} \"$@\"\n",
-            dir.path().display(),
-            real().display()
-        );
+        let text = format!("#!/bin/sh\n{}\nexec {} \"$@\"\n", script(dir.path()), real().display());
         let stand_in = StandIn { dir };
         // By another process: a thread that starts one of its own meanwhile would keep the file open for writing,
         // and what is being written cannot be executed.

@@ -1,0 +1,286 @@
+//! `coderunner doctor`: whether this host can do what coderunner promises, and how to mend what it cannot. Each
+//! limit and wall is tried, in sandboxes of either engine.
+
+mod host;
+pub mod probe;
+mod walls;
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use serde::Serialize;
+use tokio::sync::mpsc;
+
+use crate::app::Workshop;
+use crate::config::{EngineKind, Settings};
+use crate::image;
+use crate::job::{Streams, Verdict};
+use crate::language::Language;
+use crate::sandbox::podman::Info;
+use crate::sandbox::protocol::Enforced;
+use crate::sandbox::{HEALTH_SLOT, Live, SandboxError, SandboxSpec, Slot};
+use crate::shutdown::{self, Phases};
+use probe::{Tried, Wall};
+use walls::Trial;
+
+/// The engines, the one first that needs a cgroup of its own: that can only be taken before this process has children.
+const ENGINES: [EngineKind; 2] = [EngineKind::Crun, EngineKind::Podman];
+
+/// For what no setting can cause.
+const OUR_FAULT: &str =
+    "nothing of this host's is known to cause it: please report it, with `coderunner doctor --json`";
+
+/// Whether all is well with something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Status {
+    Ok,
+    /// Not as it could be, but not in the way of what is configured.
+    Note,
+    Fail,
+}
+
+/// One line of the table.
+#[derive(Debug, Serialize)]
+struct Check {
+    /// The engine that was tried; none for what is of the host.
+    engine: Option<EngineKind>,
+    name: String,
+    status: Status,
+    expected: String,
+    seen: String,
+    /// How to mend it; none where it is well.
+    mend: Option<String>,
+}
+
+impl Check {
+    fn new(name: impl Into<String>, expected: impl Into<String>, seen: impl Into<String>) -> Check {
+        Check {
+            engine: None,
+            name: name.into(),
+            status: Status::Ok,
+            expected: expected.into(),
+            seen: seen.into(),
+            mend: None,
+        }
+    }
+
+    /// A failure, to be mended like this, unless it is well.
+    fn or(mut self, well: bool, mend: impl Into<String>) -> Check {
+        if !well {
+            (self.status, self.mend) = (Status::Fail, Some(mend.into()));
+        }
+        self
+    }
+
+    /// What fails is not in the way.
+    fn noted(mut self) -> Check {
+        if self.status == Status::Fail {
+            self.status = Status::Note;
+        }
+        self
+    }
+
+    fn of(mut self, engine: EngineKind) -> Check {
+        self.engine = Some(engine);
+        self
+    }
+}
+
+/// All that was looked at.
+#[derive(Debug, Serialize)]
+struct Report {
+    ok: bool,
+    checks: Vec<Check>,
+}
+
+impl Report {
+    fn add(&mut self, check: Check) {
+        self.ok &= check.status != Status::Fail;
+        self.checks.push(check);
+    }
+
+    fn print(&self) {
+        let widest = |of: fn(&Check) -> &str| self.checks.iter().map(|check| of(check).chars().count()).max();
+        let name = widest(|check| &check.name).unwrap_or_default();
+        let expected = widest(|check| &check.expected).unwrap_or_default();
+        println!("      {:name$}  {:expected$}  SEEN", "", "EXPECTED");
+        let mut engine = None;
+        for check in &self.checks {
+            if check.engine != engine {
+                engine = check.engine;
+                println!("{}", engine.map_or_else(String::new, |engine| format!("\nengine {engine}")));
+            }
+            let mark = match check.status {
+                Status::Ok => "ok",
+                Status::Note => "note",
+                Status::Fail => "FAIL",
+            };
+            println!("{mark:4}  {:name$}  {:expected$}  {}", check.name, check.expected, check.seen);
+            if let Some(mend) = &check.mend {
+                println!("      {:name$}  -> {mend}", "");
+            }
+        }
+    }
+}
+
+/// Looks at everything and prints it, as a table or as JSON; whether all is well.
+pub async fn run(settings: &Settings, json: bool) -> anyhow::Result<bool> {
+    let phases = Phases::default();
+    let _signals = shutdown::listen(phases.clone(), mpsc::channel(1).0).context("cannot listen for signals")?;
+    let mut report = Report { ok: true, checks: Vec::new() };
+    // Before podman is asked anything: see ENGINES.
+    let workshops = ENGINES.map(|engine| (engine, workshop(settings, engine)));
+    let interrupted = tokio::select! {
+        () = examine(settings, &workshops, &mut report) => false,
+        () = phases.stop.cancelled() => true,
+    };
+    for workshop in workshops.into_iter().filter_map(|(_, workshop)| workshop.ok()) {
+        let (podman, instance) = (workshop.podman.clone(), workshop.instance.name.clone());
+        workshop.close().await;
+        walls::remove_image(&podman, &instance).await;
+    }
+    anyhow::ensure!(!interrupted, "interrupted");
+    match json {
+        true => println!("{}", serde_json::to_string_pretty(&report).context("cannot write the report")?),
+        false => report.print(),
+    }
+    Ok(report.ok)
+}
+
+/// Refuses a host where the kernel does not keep the limits of sandboxes: makes one and asks its init.
+pub async fn require_limits(workshop: &Workshop) -> Result<(), SandboxError> {
+    let trial = Trial::begin(workshop).await?;
+    let enforced = trial.enforced().await;
+    workshop.engine.release(None).await;
+    walls::remove_image(&workshop.podman, &workshop.instance.name).await;
+    enforced.map(drop)
+}
+
+/// Beside a server that runs, and with sandboxes whatever the kernel keeps: that is to be tried.
+fn workshop(settings: &Settings, engine: EngineKind) -> anyhow::Result<Workshop> {
+    let mut settings = settings.clone();
+    settings.instance = format!("{}-doctor-{engine}", settings.instance);
+    (settings.engine, settings.require_limits) = (engine, false);
+    Workshop::open(&settings)
+}
+
+async fn examine(settings: &Settings, workshops: &[(EngineKind, anyhow::Result<Workshop>)], report: &mut Report) {
+    let Some(info) = host::check(settings, report).await else { return };
+    // Without limits there are sandboxes all the same; without anything else there are none.
+    if report.checks.iter().any(|check| check.status == Status::Fail && check.name != host::CGROUPS) {
+        return;
+    }
+    let mut in_use = settings.engine;
+    for (engine, workshop) in workshops {
+        let (checks, enforced) = match workshop {
+            Ok(workshop) => engine_checks(workshop, *engine, &info).await,
+            Err(error) => {
+                let mend = "wait until the other one has ended, or give this one another name by `instance`";
+                (vec![Check::new("instance", "a name of its own", crate::told(error)).or(false, mend)], None)
+            }
+        };
+        if in_use == EngineKind::Auto {
+            // The first one where it works, unless the other alone can limit.
+            let can_limit = |enforced: Enforced| enforced.missing().is_empty();
+            let taken = enforced.is_some_and(|enforced| can_limit(enforced) || !info.missing_controllers().is_empty());
+            in_use = if taken { EngineKind::Crun } else { EngineKind::Podman };
+        }
+        for check in checks {
+            report.add(if *engine == in_use { check } else { check.noted() }.of(*engine));
+        }
+    }
+    let workshop = workshops.iter().find(|(engine, _)| *engine == in_use);
+    if let Some((_, Ok(workshop))) = workshop {
+        languages(settings, workshop, report).await;
+    }
+}
+
+/// Tries everything with one engine; also what limits its sandboxes have, where there are any.
+async fn engine_checks(workshop: &Workshop, engine: EngineKind, info: &Info) -> (Vec<Check>, Option<Enforced>) {
+    let works = |seen: String| Check::new("sandbox", "one can be made", seen);
+    let begun = async {
+        let trial = Trial::begin(workshop).await?;
+        let enforced = trial.enforced().await?;
+        Ok::<_, SandboxError>((trial, enforced))
+    };
+    match begun.await {
+        Ok((trial, enforced)) => {
+            let tried = trial.run(enforced).await.into_iter().map(|tried| of_wall(tried, engine, info));
+            (std::iter::once(works("made".into())).chain(tried).collect(), Some(enforced))
+        }
+        Err(error) => (vec![works(error.to_string()).or(false, "podman info; podman system migrate")], None),
+    }
+}
+
+fn of_wall(Tried { wall, holds, expected, seen }: Tried, engine: EngineKind, info: &Info) -> Check {
+    let host_limits = info.missing_controllers().is_empty();
+    let mend = match wall {
+        Wall::Memory | Wall::Processes | Wall::Cpu if engine == EngineKind::Crun && host_limits => {
+            "start it with a cgroup of its own: by the packaged unit, or \
+             `systemd-run --user --scope --property=Delegate=yes coderunner …`"
+        }
+        Wall::Memory | Wall::Processes | Wall::Cpu => host::limits_mend(info),
+        Wall::Seccomp => "apt-get install --reinstall golang-github-containers-common, for podman's profile",
+        Wall::Disk
+        | Wall::Inodes
+        | Wall::Network
+        | Wall::Capabilities
+        | Wall::NoNewPrivileges
+        | Wall::ReadOnlyRoot
+        | Wall::MaskedPaths
+        | Wall::Devices => "apt-get install --only-upgrade podman crun; and look for what containers.conf adds",
+        Wall::Time
+        | Wall::CpuTime
+        | Wall::Output
+        | Wall::OpenFiles
+        | Wall::Uid
+        | Wall::Descriptors
+        | Wall::Neighbour
+        | Wall::Leftovers => OUR_FAULT,
+    };
+    Check::new(wall.name(), expected, seen).or(holds, mend)
+}
+
+/// Runs the health program of each language that is served.
+async fn languages(settings: &Settings, workshop: &Workshop, report: &mut Report) {
+    let languages = match settings.enabled() {
+        Ok(languages) => languages,
+        Err(error) => {
+            return report.add(Check::new("languages", "some", error.to_string()).or(false, "mend the configuration"));
+        }
+    };
+    for language in languages {
+        let check = |seen: String| Check::new(format!("language {}", language.name), "its health program runs", seen);
+        let image = workshop.podman.image_id(&language.image).await;
+        report.add(match image {
+            Ok(Some(image)) => match health(workshop, &language, image).await {
+                Ok(()) => check("it does".into()),
+                Err(reason) => check(reason).or(false, format!("podman pull {}, or another image", language.image)),
+            },
+            Ok(None) if image::is_local(&language.image) => {
+                let mend =
+                    format!("build it: a name under localhost/ is never pulled: podman build -t {} …", language.image);
+                check(format!("no image {}", language.image)).or(false, mend)
+            }
+            // The server does at its start.
+            Ok(None) => check(format!("no image {} yet", language.image))
+                .or(false, format!("podman pull {}", language.image))
+                .noted(),
+            Err(error) => check(error.to_string()).or(false, "podman image ls"),
+        });
+    }
+}
+
+async fn health(workshop: &Workshop, language: &Arc<Language>, image: String) -> Result<(), String> {
+    let slot = Slot::new(HEALTH_SLOT, mpsc::unbounded_channel().0);
+    let spec = SandboxSpec { language: Arc::clone(language), image, slot };
+    let sandbox = workshop.engine.start(spec).await.map_err(|error| error.to_string())?;
+    let job = language.job(language.health.code.clone().into(), Streams::Merged);
+    let outcome = sandbox.run(language, &job, &mut Live::default()).await.map_err(|error| error.to_string())?;
+    let printed = outcome.run.as_ref().map(|run| run.output.text()).unwrap_or_default();
+    match outcome.verdict() == Verdict::Ok && printed == language.health.output {
+        true => Ok(()),
+        false => Err(format!("it ended with {:?} and printed {printed:?}", outcome.verdict())),
+    }
+}

@@ -1,0 +1,217 @@
+//! `coderunner doctor`: what it tries, what it says of walls that are not there, and that it leaves nothing.
+
+use std::process::Output;
+use std::time::Instant;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde::Deserialize;
+
+use crate::harness::{self, Files, Options, Server, eventually};
+use crate::leftovers;
+use crate::stand_in::StandIn;
+
+/// Everything that is tried in sandboxes.
+const WALLS: [&str; 20] = [
+    "memory",
+    "processes",
+    "cpu",
+    "cpu time",
+    "wall time",
+    "output",
+    "disk",
+    "inodes",
+    "open files",
+    "network",
+    "uid",
+    "capabilities",
+    "no-new-privileges",
+    "seccomp",
+    "read-only root",
+    "masked paths",
+    "devices",
+    "descriptors",
+    "neighbour",
+    "leftovers",
+];
+
+/// What only a cgroup v2 can limit.
+const OF_CGROUPS: [&str; 3] = ["memory", "processes", "cpu"];
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Report {
+    ok: bool,
+    checks: Vec<Check>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Check {
+    engine: Option<String>,
+    name: String,
+    status: String,
+    expected: String,
+    seen: String,
+    mend: Option<String>,
+}
+
+impl Report {
+    /// What `coderunner doctor --json` printed; the exit code says the same.
+    fn of(output: &Output) -> Report {
+        let report: Report =
+            serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
+        assert_eq!(output.status.code(), Some(if report.ok { 0 } else { 1 }), "{output:?}");
+        assert_eq!(report.ok, report.checks.iter().all(|check| check.status != "fail"), "{report:#?}");
+        for check in &report.checks {
+            assert_eq!(check.mend.is_none(), check.status == "ok", "what is not well can be mended: {check:?}");
+            assert!(!check.expected.is_empty() && !check.seen.is_empty(), "{check:?}");
+        }
+        report
+    }
+
+    /// The only check of this name, of this engine's or of the host.
+    fn check(&self, engine: Option<&str>, name: &str) -> &Check {
+        let mut found = self.checks.iter().filter(|check| check.engine.as_deref() == engine && check.name == name);
+        let check = found.next().unwrap_or_else(|| panic!("no check of {name:?}: {self:#?}"));
+        assert!(found.next().is_none(), "two checks of {name:?}: {self:#?}");
+        check
+    }
+
+    /// Names of what does not hold with this engine.
+    fn not_well(&self, engine: &str) -> Vec<&str> {
+        let of_engine = self.checks.iter().filter(|check| check.engine.as_deref() == Some(engine));
+        of_engine.filter(|check| check.status != "ok").map(|check| check.name.as_str()).collect()
+    }
+}
+
+/// The whole of it with these options and flags; nothing is left.
+fn doctor(options: &Options, flags: &[&str]) -> Output {
+    let started = Instant::now();
+    let files = Files::new(options);
+    let output = harness::output(files.command("doctor", options).args(flags), b"");
+    assert_nothing_left(&files.instance, started);
+    output
+}
+
+fn assert_nothing_left(instance: &str, started: Instant) {
+    for engine in ["podman", "crun"] {
+        leftovers::assert_none(&format!("{instance}-doctor-{engine}"), started);
+        let tag = blake3::hash(format!("{instance}-doctor-{engine}").as_bytes()).to_hex()[..12].to_owned();
+        let images = leftovers::list(&["images", "--format", "{{.Repository}}:{{.Tag}}"]);
+        assert!(!images.contains(&format!("localhost/coderunner-probe:{tag}")), "an image is left: {images:?}");
+    }
+}
+
+on_each_engine! {
+    everything_is_tried_and_what_fails_can_be_mended
+    walls_that_are_missing_are_told
+}
+
+fn everything_is_tried_and_what_fails_can_be_mended(engine: &str) {
+    let config = format!("engine = \"{engine}\"");
+    let options = Options { languages: &["bash"], containers: 1, config: &config, ..Options::default() };
+    // Which limits are kept here is the server's word, read from inside a sandbox.
+    let server = Server::start(options.clone());
+    let unkept: Vec<&str> = OF_CGROUPS.into_iter().filter(|limit| !server.enforces(limit)).collect();
+    server.stop();
+    let report = Report::of(&doctor(&options, &["--json"]));
+    for name in WALLS {
+        let check = report.check(Some(engine), name);
+        assert_eq!(check.status, if unkept.contains(&name) { "fail" } else { "ok" }, "{check:?}");
+    }
+    assert_eq!(report.not_well(engine), unkept);
+    let other = if engine == "podman" { "crun" } else { "podman" };
+    for name in WALLS {
+        let check = report.check(Some(other), name);
+        assert_ne!(check.status, "fail", "the other engine is not in use: {check:?}");
+    }
+    for name in ["user", "runtime directory", "podman", "OCI runtime", "storage", "subordinate ids", "language bash"] {
+        assert_eq!(report.check(None, name).status, "ok");
+    }
+}
+
+fn walls_that_are_missing_are_told(engine: &str) {
+    let holes = StandIn::replacing(&[
+        ("--network=none", "--network=host"),
+        ("--read-only", ""),
+        ("--security-opt=no-new-privileges", "--security-opt=unmask=ALL"),
+    ]);
+    let config = format!("engine = \"{engine}\"\n{}", holes.config());
+    let options = Options { languages: &["bash"], config: &config, ..Options::default() };
+    let report = Report::of(&doctor(&options, &["--json"]));
+    assert!(!report.ok);
+    let mut missing = vec![("read-only root", "/ is not read-only"), ("masked paths", "can be read")];
+    // Sandboxes of the other engine get their network elsewhere.
+    if engine == "podman" {
+        // Sockets are seen on the host's network, unless another test has the port already.
+        missing.extend([("network", "interface"), ("neighbour", "")]);
+    }
+    for (name, seen) in missing {
+        let check = report.check(Some(engine), name);
+        assert!(check.status == "fail" && check.seen.contains(seen), "{check:?}");
+    }
+    for name in ["wall time", "output", "disk", "uid", "capabilities", "devices", "descriptors"] {
+        assert_eq!(report.check(Some(engine), name).status, "ok", "it has nothing to do with that");
+    }
+}
+
+#[test]
+fn the_table_has_a_line_for_each_check_and_says_how_to_mend() {
+    let options = Options { languages: &["bash"], ..Options::default() };
+    let output = doctor(&options, &["--engine", "podman"]);
+    let table = std::str::from_utf8(&output.stdout).unwrap();
+    let (_, of_podman) = table.split_once("engine podman\n").unwrap();
+    for name in WALLS {
+        let is_its = |line: &&str| line.get(6..).is_some_and(|line| line.starts_with(&format!("{name}  ")));
+        assert_eq!(of_podman.lines().filter(is_its).count(), 1, "{name:?}:\n{table}");
+    }
+    let well = output.status.code() == Some(0);
+    assert_eq!(table.lines().any(|line| line.starts_with("FAIL")), !well, "{table}");
+    let mut lines = table.lines();
+    while let Some(line) = lines.next() {
+        if line.starts_with("FAIL") || line.starts_with("note") {
+            assert!(lines.next().is_some_and(|line| line.trim_start().starts_with("-> ")), "{table}");
+        }
+    }
+}
+
+#[test]
+fn a_podman_that_does_not_work_is_told_without_more() {
+    let options = Options { config: "podman = \"/nonexistent/podman\"", ..Options::default() };
+    let report = Report::of(&doctor(&options, &["--json"]));
+    let check = report.check(None, "podman");
+    assert!(check.status == "fail" && check.seen.contains("/nonexistent/podman"), "{check:?}");
+    assert!(check.mend.as_ref().unwrap().contains("apt-get install podman"), "{check:?}");
+    assert!(report.checks.iter().all(|check| check.engine.is_none()), "{report:#?}");
+}
+
+#[test]
+fn images_that_are_missing_are_told_with_a_way_to_get_them() {
+    let config = "language.bash.image = \"localhost/none\"\nlanguage.c.image = \"registry.invalid/none\"";
+    let options = Options { languages: &["bash", "c", "python"], config, ..Options::default() };
+    let report = Report::of(&doctor(&options, &["--json"]));
+    for (name, status, mend) in [
+        ("language bash", "fail", "podman build -t localhost/none"),
+        ("language c", "note", "podman pull registry.invalid/none"),
+    ] {
+        let check = report.check(None, name);
+        assert!(check.status == status && check.mend.as_ref().unwrap().contains(mend), "{check:?}");
+    }
+    assert_eq!(report.check(None, "language python").status, "ok");
+}
+
+#[test]
+fn a_doctor_that_is_interrupted_leaves_nothing() {
+    let started = Instant::now();
+    let options = Options { languages: &["bash"], ..Options::default() };
+    let files = Files::new(&options);
+    let mut command = files.command("doctor", &options);
+    let mut child = command.stdout(std::process::Stdio::null()).spawn().unwrap();
+    let instance = format!("{}-doctor-crun", files.instance);
+    eventually("a container of its own", || (!leftovers::containers(&instance).is_empty()).then_some(()));
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
+    let status = eventually("its end", || child.try_wait().unwrap());
+    assert_eq!(status.code(), Some(1));
+    assert_nothing_left(&files.instance, started);
+}
