@@ -37,6 +37,7 @@ run: setup build ## start a server and post a hello program; LANGUAGE=c, LISTEN=
 
 test: setup ## run every test, with both engines
 	@packaging/images/build c python bash
+	@packaging/dev/clients
 	@packaging/dev/cargo test --locked
 	@echo 'again, with the other engine:'
 	@CODERUNNER_TEST_ENGINE=podman packaging/dev/cargo test --locked --test integration -- --skip podman:: --skip crun::
@@ -74,7 +75,7 @@ lint: setup ## check the form of the code
 	cargo clippy --locked --all-targets -- -D warnings
 	shellcheck -x packaging/subids packaging/account $(addprefix packaging/deb/,postinst prerm postrm) \
 		$(addprefix tests/vm/,bootstrap guest image kernel run) packaging/images/build .ci/run \
-		$(addprefix packaging/dev/,as-user cargo common run setup) web/test/serve
+		$(addprefix packaging/dev/,as-user cargo clients common run setup) web/test/serve
 
 images: setup ## build the local images of c, python, bash and gcc
 	@packaging/images/build c python bash gcc

@@ -44,6 +44,17 @@ impl Caller {
         CALLER.try_with(Clone::clone).ok()
     }
 
+    /// For a task that is spawned: does what it does on behalf of whoever spawns it.
+    pub fn pass_on<F: Future>(future: F) -> impl Future<Output = F::Output> {
+        let caller = Caller::current();
+        async move {
+            match caller {
+                Some(caller) => caller.scope(future).await,
+                None => future.await,
+            }
+        }
+    }
+
     /// Does something on this caller's behalf. Tasks that it spawns are not: they have to be told.
     pub async fn scope<F: Future>(self, future: F) -> F::Output {
         CALLER.scope(self, future).await

@@ -24,7 +24,7 @@ const DEFAULTS: &str = include_str!("defaults.toml");
 const PREFIX: &str = "CODERUNNER_";
 
 /// Variables with our prefix that are no settings: the file's path, the log filter, and what only tests read.
-const NOT_SETTINGS: [&str; 4] = ["config", "log", "log_format", "test_exe"];
+const NOT_SETTINGS: [&str; 5] = ["config", "log", "log_format", "test_exe", "test_clients"];
 
 /// Why the settings cannot be used. Each message names the key, the value and what is allowed.
 #[derive(Debug, thiserror::Error)]

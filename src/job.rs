@@ -376,6 +376,11 @@ impl Output {
         fits
     }
 
+    /// What was kept, in order of arrival.
+    pub fn chunks(&self) -> impl Iterator<Item = (Stream, &[u8])> {
+        self.chunks.iter().map(|(stream, bytes)| (*stream, bytes.as_slice()))
+    }
+
     /// Bytes printed on a stream.
     pub fn total(&self, stream: Stream) -> u64 {
         self.total[stream as usize]

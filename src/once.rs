@@ -126,7 +126,7 @@ fn print(event: Event) {
             stdout.write_all(&bytes).and_then(|()| stdout.flush())
         }
         Event::Output(_, _, bytes) => std::io::stderr().lock().write_all(&bytes),
-        Event::Started(_) => Ok(()),
+        Event::Queued(_) | Event::Started(_) | Event::Ended(_) => Ok(()),
     };
 }
 

@@ -243,7 +243,7 @@ async fn execute(
     let (mut lost, mut queued) = (0, Duration::ZERO);
     loop {
         let asked = Instant::now();
-        let acquired = pool.acquire(&job.language, client).await;
+        let acquired = pool.acquire(&job.language, client, live.events.as_ref()).await;
         let sandbox = acquired.inspect_err(|error| metrics::error(error.kind()))?;
         queued += asked.elapsed();
         let _busy = metrics::sandbox_taken(&job.language, asked.elapsed());

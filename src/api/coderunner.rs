@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use warp::Reply;
 use warp::reply::Response;
 
 use super::error::ApiError;
-use super::{ApiSettings, Wishes};
+use super::{ApiSettings, Wishes, live};
 use crate::job::{Job, Outcome, StageOutcome, Streams};
 use crate::language::Language;
 use crate::runner::Runner;
@@ -61,10 +62,14 @@ pub async fn run(
     let answer = async {
         let language = runner.language(None)?;
         let job = request?.into_job(language, settings.source_limit)?;
-        Ok::<_, ApiError>(runner.run(job, wishes.reuse).await?)
+        if wishes.events {
+            return Ok(live::events(runner, job, wishes.reuse, |answer| json!(Answer::from(&*answer.outcome))));
+        }
+        let answer = runner.run(job, wishes.reuse).await?;
+        Ok::<_, ApiError>(warp::reply::json(&Answer::from(&*answer.outcome)).into_response())
     };
     match answer.await {
-        Ok(answer) => warp::reply::json(&Answer::from(&*answer.outcome)).into_response(),
+        Ok(response) => response,
         Err(error) => error.into_response(),
     }
 }

@@ -1,8 +1,10 @@
 //! The HTTP side: wire types become jobs, outcomes become answers, errors become statuses in one place.
 
 mod coderunner;
+mod connect;
 mod error;
 pub mod front;
+mod live;
 mod page;
 mod piston;
 pub mod server;
@@ -19,7 +21,7 @@ use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 use warp::filters::BoxedFilter;
-use warp::http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use warp::http::header::{ACCEPT, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use warp::http::{HeaderMap, HeaderName, Method, StatusCode};
 use warp::reply::Response;
 use warp::{Filter, Rejection, Reply};
@@ -66,7 +68,7 @@ pub fn routes(
     let (ready_runner, readiness) = (Arc::clone(&runner), Arc::new(readiness));
     let measured_runner = Arc::clone(&runner);
 
-    let api_v2 = piston::routes(&runner, &settings);
+    let api_v2 = piston::routes(&runner, &settings).or(connect::routes(&runner, &settings)).unify();
     let run = warp::path!("coderunner")
         .and(warp::post())
         .and(json_body(settings.body_limit, is_json, coderunner::EXAMPLE))
@@ -148,6 +150,8 @@ fn cors(origins: &[String]) -> Option<warp::cors::Builder> {
 struct Wishes {
     /// `Cache-Control: no-cache` asks for a run of its own.
     reuse: Reuse,
+    /// `Accept: text/event-stream` asks to be told what happens.
+    events: bool,
 }
 
 fn wishes() -> impl Filter<Extract = (Wishes,), Error = Infallible> + Clone + Send + Sync {
@@ -156,6 +160,7 @@ fn wishes() -> impl Filter<Extract = (Wishes,), Error = Infallible> + Clone + Se
             true => Reuse::Refused,
             false => Reuse::Allowed,
         },
+        events: lists(&headers, ACCEPT, &["text/event-stream"]),
     })
 }
 

@@ -7,12 +7,13 @@ use base64::Engine as _;
 use base64::alphabet::STANDARD as ALPHABET;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use warp::filters::BoxedFilter;
 use warp::reply::Response;
 use warp::{Filter, Reply};
 
 use super::error::ApiError;
-use super::{ApiSettings, Wishes, is_json, json_body, wishes};
+use super::{ApiSettings, Wishes, is_json, json_body, live, wishes};
 use crate::job::{Ended, Job, Limits, SourceFile, Stage, StageMemory, StageOutcome, Stream, Streams, Verdict};
 use crate::language::{Language, is_file_name};
 use crate::runner::{self, Runner};
@@ -143,6 +144,14 @@ pub struct StageAnswer {
     pub stderr: String,
     /// Both in order of arrival.
     pub output: String,
+    /// The rest.
+    #[serde(flatten)]
+    pub ending: Ending,
+}
+
+/// How a stage ended and what it used.
+#[derive(Debug, Serialize)]
+pub struct Ending {
     /// The exit code; null if a signal ended it.
     pub code: Option<i32>,
     /// The signal's name; null if it ended by itself.
@@ -221,11 +230,15 @@ async fn execute(
 ) -> Response {
     let answer = async {
         let (language, job) = request?.into_job(&runner, settings.source_limit)?;
+        if wishes.events {
+            let result = move |answer: &runner::Answer| json!(Answer::new(&language, answer));
+            return Ok(live::events(runner, job, wishes.reuse, result));
+        }
         let answer = runner.run(job, wishes.reuse).await?;
-        Ok::<_, ApiError>(Answer::new(&language, &answer))
+        Ok::<_, ApiError>(warp::reply::json(&Answer::new(&language, &answer)).into_response())
     };
     match answer.await {
-        Ok(answer) => warp::reply::json(&answer).into_response(),
+        Ok(response) => response,
         Err(error) => error.into_response(),
     }
 }
@@ -395,6 +408,17 @@ impl Answer {
 
 impl From<&StageOutcome> for StageAnswer {
     fn from(stage: &StageOutcome) -> StageAnswer {
+        StageAnswer {
+            stdout: stage.output.text_of(Stream::Stdout),
+            stderr: stage.output.text_of(Stream::Stderr),
+            output: stage.output.text(),
+            ending: Ending::from(stage),
+        }
+    }
+}
+
+impl From<&StageOutcome> for Ending {
+    fn from(stage: &StageOutcome) -> Ending {
         let (output, verdict) = (&stage.output, stage.verdict());
         let (code, signal) = match stage.ended {
             // Clients ask this code whether there is a program.
@@ -415,10 +439,7 @@ impl From<&StageOutcome> for StageAnswer {
             _ if signal.is_some() => Some(Status::SG),
             _ => Some(Status::RE),
         };
-        StageAnswer {
-            stdout: output.text_of(Stream::Stdout),
-            stderr: output.text_of(Stream::Stderr),
-            output: output.text(),
+        Ending {
             code,
             signal,
             message: stage.why(),

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
 use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::front::Front;
 
@@ -36,7 +36,7 @@ pub async fn serve(
     front: watch::Receiver<Arc<Front>>,
     stop: CancellationToken,
 ) -> impl Future<Output = ()> {
-    let graceful = GracefulShutdown::new();
+    let (closing, connections) = (CancellationToken::new(), TaskTracker::new());
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let accepted = tokio::select! {
@@ -61,18 +61,28 @@ pub async fn serve(
             .timer(TokioTimer::new())
             .header_read_timeout(HEADER_TIME)
             .max_buf_size(MAX_HEAD)
-            .serve_connection(TokioIo::new(stream), service);
-        let connection = graceful.watch(connection);
-        tokio::spawn(async move {
+            .serve_connection(TokioIo::new(stream), service)
+            .with_upgrades();
+        let closing = closing.clone();
+        connections.spawn(async move {
+            let mut connection = std::pin::pin!(connection);
+            let ended = tokio::select! {
+                ended = connection.as_mut() => ended,
+                () = closing.cancelled() => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            };
             // A client that breaks off is its own business.
-            let _ = connection.await;
-            drop(place);
+            drop((ended, place));
         });
     }
     drop(listener);
     async move {
         tokio::time::sleep(UNREAD_TIME).await;
-        if tokio::time::timeout(CLOSE_TIME, graceful.shutdown()).await.is_err() {
+        closing.cancel();
+        connections.close();
+        if tokio::time::timeout(CLOSE_TIME, connections.wait()).await.is_err() {
             tracing::info!("some connections did not close in time");
         }
     }

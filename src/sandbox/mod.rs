@@ -27,7 +27,7 @@ use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::job::{Job, Outcome, Stage, Stream, Verdict};
+use crate::job::{Job, Outcome, Stage, StageOutcome, Stream, Verdict};
 use crate::language::Language;
 use crate::process::ProcessError;
 use channel::Channel;
@@ -170,10 +170,14 @@ impl Drop for Slot {
 /// What happens in a sandbox while a job runs, for those who watch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
+    /// The job waits for a sandbox; so many wait before it.
+    Queued(usize),
     /// A stage begins.
     Started(Stage),
     /// A stage printed this; what is beyond the limits never comes.
     Output(Stage, Stream, Bytes),
+    /// A stage is over.
+    Ended(Arc<StageOutcome>),
 }
 
 /// The live side of a run: who watches it, and what is typed into it.

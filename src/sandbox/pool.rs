@@ -4,6 +4,7 @@
 //! ask. The state is behind one lock that is never held across an await.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::protocol::Enforced;
-use super::{Engine, Sandbox, SandboxError, SandboxSpec, Slot};
+use super::{Engine, Event, Sandbox, SandboxError, SandboxSpec, Slot};
 use crate::caller::Client;
 use crate::config::QueueSettings;
 use crate::language::Language;
@@ -23,6 +24,9 @@ const BROKEN_AFTER: u32 = 3;
 /// First and longest pause after a failure, doubled in between.
 const RETRY_FIRST: Duration = Duration::from_millis(200);
 const RETRY_LONGEST: Duration = Duration::from_secs(10);
+
+/// Time between two looks at the place of a request that is watched.
+const POSITION_CHECK: Duration = Duration::from_millis(200);
 
 /// After this long without requests a language's past counts half when spare slots are given out.
 const HALF_LIFE: Duration = Duration::from_secs(60);
@@ -196,9 +200,14 @@ impl Pool {
         Pool { shared }
     }
 
-    /// Takes a ready sandbox of a language, or waits for one in the queue. Dropping the future leaves
-    /// the queue.
-    pub async fn acquire(&self, language: &str, client: &Client) -> Result<Sandbox, PoolError> {
+    /// Takes a ready sandbox of a language, or waits for one in the queue; a watcher is told its place there.
+    /// Dropping the future leaves the queue.
+    pub async fn acquire(
+        &self,
+        language: &str,
+        client: &Client,
+        watcher: Option<&mpsc::UnboundedSender<Event>>,
+    ) -> Result<Sandbox, PoolError> {
         let (place, turn, wait) = {
             let mut state = self.shared.lock();
             let queue = state.queue;
@@ -218,7 +227,10 @@ impl Pool {
             (Place { shared: &self.shared, id }, turn, queue.wait)
         };
         self.shared.changed.notify_one();
-        let waited = tokio::time::timeout(wait, turn).await;
+        let waited = tokio::select! {
+            waited = tokio::time::timeout(wait, turn) => waited,
+            never = place.tell(watcher) => match never {},
+        };
         drop(place);
         match waited {
             Ok(Ok(handed_over)) => handed_over,
@@ -356,6 +368,22 @@ impl Drop for Pool {
 struct Place<'a> {
     shared: &'a Shared,
     id: u64,
+}
+
+impl Place<'_> {
+    /// Tells how many wait before this one, now and whenever that changes.
+    async fn tell(&self, watcher: Option<&mpsc::UnboundedSender<Event>>) -> Infallible {
+        let Some(watcher) = watcher else { return std::future::pending().await };
+        let mut told = None;
+        loop {
+            let position = self.shared.lock().waiters.iter().position(|waiter| waiter.id == self.id);
+            if let Some(position) = position.filter(|position| told != Some(*position)) {
+                told = Some(position);
+                let _ = watcher.send(Event::Queued(position));
+            }
+            tokio::time::sleep(POSITION_CHECK).await;
+        }
+    }
 }
 
 impl Drop for Place<'_> {

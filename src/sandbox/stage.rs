@@ -1,6 +1,7 @@
 //! One stage as the server sees it: pipes, deadline, output, and init's word on how it ended.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -83,7 +84,11 @@ impl Sandbox {
         if drained.await.is_err() {
             tracing::warn!(?stage, "pipes stayed open after every process had ended");
         }
-        Ok(StageOutcome { stage, ended, artifact, usage, output: printed.output })
+        let outcome = StageOutcome { stage, ended, artifact, usage, output: printed.output };
+        if let Some(events) = &live.events {
+            let _ = events.send(Event::Ended(Arc::new(outcome.clone())));
+        }
+        Ok(outcome)
     }
 }
 

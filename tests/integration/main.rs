@@ -16,6 +16,7 @@ macro_rules! on_each_engine {
 
 mod cli;
 mod client;
+mod connect;
 mod doctor;
 mod faults;
 mod harness;

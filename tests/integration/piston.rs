@@ -208,3 +208,36 @@ fn an_answer_of_before_says_so_and_can_be_refused() {
     assert_eq!(ask(&[])["run"]["stdout"], anew["run"]["stdout"]);
     server.stop();
 }
+
+/// Runs a script that drives the server with a published client, as it is.
+fn drive(program: &str, args: &[&str]) {
+    let mut command = std::process::Command::new(program);
+    let output = crate::harness::output(command.args(args), b"");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("is content"), "{said}");
+}
+
+/// Where `packaging/dev/clients` has put them.
+fn clients() -> String {
+    std::env::var("CODERUNNER_TEST_CLIENTS").expect("CODERUNNER_TEST_CLIENTS: run tests by `make test`")
+}
+
+#[test]
+fn aiopyston_works_unmodified() {
+    let server = serve(&["python", "c"], "");
+    let script = server.files().dir().join("aiopyston.py");
+    std::fs::write(&script, include_str!("clients/aiopyston.py")).unwrap();
+    let url = format!("http://{}/api/v2/", server.address);
+    drive(&format!("{}/python/bin/python", clients()), &[script.to_str().unwrap(), &url]);
+    server.stop();
+}
+
+#[test]
+fn piston_client_works_unmodified() {
+    let server = serve(&["python", "c"], "");
+    let script = server.files().dir().join("piston-client.mjs");
+    std::fs::write(&script, include_str!("clients/piston-client.mjs")).unwrap();
+    let url = format!("http://{}", server.address);
+    drive("node", &[script.to_str().unwrap(), &url, &format!("{}/node", clients())]);
+    server.stop();
+}

@@ -1,0 +1,258 @@
+//! Piston's WebSocket: a run whose output comes as it is printed, and that can be typed to.
+
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::stream::{SplitSink, SplitStream};
+use futures_util::{SinkExt, StreamExt};
+use nix::sys::signal::Signal;
+use serde::Deserialize;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use warp::filters::BoxedFilter;
+use warp::reply::Response;
+use warp::ws::{Message, WebSocket, Ws};
+use warp::{Filter, Reply};
+
+use super::ApiSettings;
+use super::error::ApiError;
+use super::live::{Teller, Told};
+use super::piston::Request;
+use crate::caller::Caller;
+use crate::runner::Runner;
+use crate::sandbox::Live;
+
+/// How long a client may take to say what it wants.
+const INIT_TIME: Duration = Duration::from_secs(5);
+
+/// How long a client may take to read one message.
+const SEND_TIME: Duration = Duration::from_secs(10);
+
+/// How long a client may take to agree that it is over.
+const CLOSE_TIME: Duration = Duration::from_secs(2);
+
+/// Sockets at once: each may wait in the queue, or for its client.
+const MAX_SOCKETS: usize = 1000;
+
+/// What is typed and not yet read, in messages; in bytes it is the largest body.
+const MAX_TYPED: usize = 1024;
+
+/// Signals that are not yet sent.
+const MAX_SIGNALS: usize = 8;
+
+/// From the client.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+enum Said {
+    /// Run this.
+    Init(Box<Request>),
+    /// Type this.
+    Data { stream: String, data: String },
+    /// Nothing more will be typed. An addition to Piston's.
+    Eof,
+    /// Send this signal to the program.
+    Signal { signal: String },
+    /// What others may say is none of our business.
+    #[serde(other)]
+    Else,
+}
+
+/// Why the conversation is over.
+#[derive(Debug)]
+enum Over {
+    Done,
+    AlreadyInitialized,
+    Late,
+    Failed(String),
+    NotInitialized,
+    NotStdin,
+    NoSignal,
+    Left,
+}
+
+impl Over {
+    /// Piston's close codes.
+    fn code(&self) -> (u16, &'static str) {
+        match self {
+            Over::Done => (4999, "Job Completed"),
+            Over::AlreadyInitialized => (4000, "Already Initialized"),
+            Over::Late => (4001, "Initialization Timeout"),
+            Over::Failed(_) => (4002, "Notified Error"),
+            Over::NotInitialized => (4003, "Not yet initialized"),
+            Over::NotStdin => (4004, "Can only write to stdin"),
+            Over::NoSignal => (4005, "Invalid signal"),
+            Over::Left => (1000, ""),
+        }
+    }
+}
+
+/// The path of the socket.
+pub fn routes(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<(Response,)> {
+    let (runner, settings) = (Arc::clone(runner), Arc::clone(settings));
+    let places = Arc::new(Semaphore::new(MAX_SOCKETS));
+    let socket = warp::path!("api" / "v2" / "connect").and(warp::ws()).map(move |upgrade: Ws| {
+        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+            return ApiError::Overloaded(format!("{MAX_SOCKETS} sockets are open")).into_response();
+        };
+        let (runner, settings) = (Arc::clone(&runner), Arc::clone(&settings));
+        let upgrade = upgrade.max_message_size(settings.body_limit).max_frame_size(settings.body_limit);
+        // Made here, where the caller is known; the socket comes later, in a task of its own.
+        let (hand_over, socket) = oneshot::channel();
+        let serving = Caller::pass_on(async move {
+            if let Ok(socket) = socket.await {
+                serve(socket, runner, settings, place).await;
+            }
+        });
+        upgrade
+            .on_upgrade(move |socket| {
+                let _ = hand_over.send(socket);
+                serving
+            })
+            .into_response()
+    });
+    let other = warp::path!("api" / "v2" / "connect")
+        .map(|| ApiError::BadRequest("this path speaks WebSocket; open one".into()).into_response());
+    socket.or(other).unify().boxed()
+}
+
+async fn serve(socket: WebSocket, runner: Arc<Runner>, settings: Arc<ApiSettings>, _place: OwnedSemaphorePermit) {
+    let (mut sink, mut stream) = socket.split();
+    let over = converse(&mut sink, &mut stream, &runner, &settings).await;
+    if let Over::Failed(message) = &over {
+        let _ = send(&mut sink, &Told::Error { message: message.clone() }).await;
+    }
+    let (code, reason) = over.code();
+    let closing = async {
+        if sink.send(Message::close_with(code, reason)).await.is_ok() {
+            while let Some(Ok(_)) = stream.next().await {}
+        }
+    };
+    let _ = timeout(CLOSE_TIME, closing).await;
+}
+
+type Sink = SplitSink<WebSocket, Message>;
+
+async fn converse(
+    sink: &mut Sink,
+    stream: &mut SplitStream<WebSocket>,
+    runner: &Runner,
+    settings: &ApiSettings,
+) -> Over {
+    let request = match timeout(INIT_TIME, first(stream)).await {
+        Ok(Ok(request)) => request,
+        Ok(Err(over)) => return over,
+        Err(_) => return Over::Late,
+    };
+    let (language, job) = match request.into_job(runner, settings.source_limit) {
+        Ok(asked) => asked,
+        Err(error) => return Over::Failed(error.to_string()),
+    };
+    let runtime = Told::Runtime { language: language.name.clone(), version: language.version.to_string() };
+    if send(sink, &runtime).await.is_err() {
+        return Over::Left;
+    }
+    let (events, mut happening) = mpsc::unbounded_channel();
+    let (typing, typed) = mpsc::channel(MAX_TYPED);
+    let (signalling, signals) = mpsc::channel(MAX_SIGNALS);
+    let keyboard = Keyboard { typing: Some(typing), left: settings.body_limit, signalling };
+    let live = Live { events: Some(events), stdin: Some(typed), signals: Some(signals) };
+    let unreachable = CancellationToken::new();
+    let telling = async {
+        let mut teller = Teller::default();
+        while let Some(event) = happening.recv().await {
+            for told in teller.tell(event) {
+                if send(sink, &told).await.is_err() {
+                    return unreachable.cancel();
+                }
+            }
+        }
+    };
+    // Side by side: a client that reads slowly does not slow the program down.
+    tokio::select! {
+        (ran, ()) = async { tokio::join!(runner.run_live(job, live), telling) } => match ran {
+            Ok(_) => Over::Done,
+            Err(error) => Over::Failed(ApiError::from(error).to_string()),
+        },
+        over = keyboard.listen(stream) => over,
+        () = unreachable.cancelled() => Over::Left,
+    }
+}
+
+/// What the client wants to be run.
+async fn first(stream: &mut SplitStream<WebSocket>) -> Result<Request, Over> {
+    loop {
+        match next(stream).await? {
+            Said::Init(request) => return Ok(*request),
+            Said::Data { .. } | Said::Eof | Said::Signal { .. } => return Err(Over::NotInitialized),
+            Said::Else => {}
+        }
+    }
+}
+
+/// What comes from the client while its program runs.
+struct Keyboard {
+    typing: Option<mpsc::Sender<Bytes>>,
+    /// Bytes that may still be typed.
+    left: usize,
+    signalling: mpsc::Sender<i32>,
+}
+
+impl Keyboard {
+    /// Passes on what is said until something ends the conversation.
+    async fn listen(mut self, stream: &mut SplitStream<WebSocket>) -> Over {
+        loop {
+            let said = match next(stream).await {
+                Ok(said) => said,
+                Err(over) => return over,
+            };
+            match said {
+                Said::Init(_) => return Over::AlreadyInitialized,
+                Said::Data { stream, data } if stream == "stdin" => {
+                    if let Err(over) = self.type_in(data.into()) {
+                        return over;
+                    }
+                }
+                Said::Data { .. } => return Over::NotStdin,
+                Said::Eof => self.typing = None,
+                Said::Signal { signal } => match Signal::from_str(&signal) {
+                    // More than the program can have taken yet are as good as one.
+                    Ok(signal) => drop(self.signalling.try_send(signal as i32)),
+                    Err(_) => return Over::NoSignal,
+                },
+                Said::Else => {}
+            }
+        }
+    }
+
+    /// Never waits for the program: that the client leaves is to be noticed at any time.
+    fn type_in(&mut self, bytes: Bytes) -> Result<(), Over> {
+        let Some(typing) = self.typing.as_ref().filter(|_| !bytes.is_empty()) else { return Ok(()) };
+        self.left = self.left.checked_sub(bytes.len()).ok_or_else(|| Over::Failed("too much was typed".into()))?;
+        match typing.try_send(bytes) {
+            Err(mpsc::error::TrySendError::Full(_)) => Err(Over::Failed("the program does not read its input".into())),
+            // A program that does not read any more is no error.
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The next message of the client.
+async fn next(stream: &mut SplitStream<WebSocket>) -> Result<Said, Over> {
+    loop {
+        let message = match stream.next().await {
+            Some(Ok(message)) if !message.is_close() => message,
+            _ => return Err(Over::Left),
+        };
+        if message.is_text() || message.is_binary() {
+            return serde_json::from_slice(message.as_bytes()).map_err(|error| Over::Failed(error.to_string()));
+        }
+    }
+}
+
+async fn send(sink: &mut Sink, told: &Told) -> Result<(), ()> {
+    let message = Message::text(serde_json::to_string(told).map_err(drop)?);
+    timeout(SEND_TIME, sink.send(message)).await.map_err(drop)?.map_err(drop)
+}

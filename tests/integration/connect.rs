@@ -1,0 +1,203 @@
+//! The WebSocket of Piston's API, and server-sent events.
+
+use std::net::TcpStream;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tungstenite::{Message, WebSocket};
+
+use crate::harness::{self, Options, PATIENCE, Server, eventually};
+
+fn serve(config: &str) -> Server {
+    Server::start(Options { languages: &["bash"], config, ..Options::default() })
+}
+
+struct Socket(WebSocket<TcpStream>);
+
+impl Socket {
+    fn open(server: &Server) -> Socket {
+        let stream = TcpStream::connect(server.address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        let (socket, _) = tungstenite::client(format!("ws://{}/api/v2/connect", server.address), stream).unwrap();
+        Socket(socket)
+    }
+
+    /// Opens one and says what to run.
+    fn begin(server: &Server, code: &str) -> Socket {
+        let mut socket = Socket::open(server);
+        socket.say(json!({"type": "init", "language": "bash", "version": "*", "files": [{"content": code}]}));
+        let runtime = socket.hear().unwrap();
+        assert_eq!(runtime, json!({"type": "runtime", "language": "bash", "version": "5.0.0"}));
+        socket
+    }
+
+    fn say(&mut self, message: Value) {
+        self.0.send(Message::text(message.to_string())).unwrap();
+    }
+
+    /// The next message, or the code with which the server closes.
+    fn hear(&mut self) -> Result<Value, u16> {
+        loop {
+            match self.0.read().unwrap() {
+                Message::Text(text) => return Ok(serde_json::from_str(text.as_str()).unwrap()),
+                Message::Close(frame) => return Err(frame.unwrap().code.into()),
+                _ => {}
+            }
+        }
+    }
+
+    /// Everything until it closes, and the code.
+    fn all(&mut self) -> (Vec<Value>, u16) {
+        let mut heard = Vec::new();
+        loop {
+            match self.hear() {
+                Ok(message) => heard.push(message),
+                Err(code) => return (heard, code),
+            }
+        }
+    }
+}
+
+/// What was printed on a stream.
+fn printed(heard: &[Value], stream: &str) -> String {
+    let is = |message: &&Value| message["type"] == "data" && message["stream"] == stream;
+    heard.iter().filter(is).map(|message| message["data"].as_str().unwrap()).collect()
+}
+
+#[test]
+fn a_conversation_with_a_program() {
+    let server = serve("");
+    let mut socket = Socket::begin(&server, "echo ready; read name; echo hello $name; echo wrong >&2; cat; exit 3");
+    let (mut heard, mut typed) = (Vec::new(), false);
+    let code = loop {
+        match socket.hear() {
+            Ok(message) => heard.push(message),
+            Err(code) => break code,
+        }
+        // Only when it asks: output comes while it runs.
+        if !typed && printed(&heard, "stdout") == "ready\n" {
+            typed = true;
+            socket.say(json!({"type": "something of tomorrow"}));
+            socket.say(json!({"type": "data", "stream": "stdin", "data": "world\n"}));
+            socket.say(json!({"type": "data", "stream": "stdin", "data": "rest é\n"}));
+            socket.say(json!({"type": "eof"}));
+        }
+    };
+    assert_eq!(code, 4999);
+    assert!(heard.contains(&json!({"type": "stage", "stage": "run"})), "{heard:?}");
+    assert_eq!(printed(&heard, "stdout"), "ready\nhello world\nrest é\n");
+    assert_eq!(printed(&heard, "stderr"), "wrong\n");
+    let exit = heard.last().unwrap();
+    assert_eq!((&exit["type"], &exit["stage"], &exit["code"]), (&json!("exit"), &json!("run"), &json!(3)), "{exit}");
+    assert_eq!((&exit["signal"], &exit["verdict"]), (&json!(null), &json!("runtime_error")));
+    server.stop();
+}
+
+#[test]
+fn a_program_is_sent_signals() {
+    let server = serve("");
+    let mut socket = Socket::begin(&server, "trap 'echo caught; exit 5' USR1; echo ready; while :; do sleep 0.1; done");
+    while socket.hear().unwrap()["data"] != "ready\n" {}
+    socket.say(json!({"type": "signal", "signal": "SIGUSR1"}));
+    let (heard, code) = socket.all();
+    assert_eq!((printed(&heard, "stdout").as_str(), code), ("caught\n", 4999));
+    assert_eq!(heard.last().unwrap()["code"], 5);
+
+    let mut socket = Socket::begin(&server, "echo ready; exec sleep 100");
+    while socket.hear().unwrap()["data"] != "ready\n" {}
+    socket.say(json!({"type": "signal", "signal": "SIGKILL"}));
+    let (heard, code) = socket.all();
+    assert_eq!((&heard.last().unwrap()["signal"], code), (&json!("SIGKILL"), 4999));
+    server.stop();
+}
+
+#[test]
+fn what_piston_refuses_is_refused_with_its_codes() {
+    let server = serve("");
+    let closed = |messages: &[Value]| {
+        let mut socket = Socket::open(&server);
+        messages.iter().for_each(|message| socket.say(message.clone()));
+        let (heard, code) = socket.all();
+        (heard.last().map(|message| message["type"].clone()), code)
+    };
+    let init = json!({"type": "init", "language": "bash", "version": "*", "files": [{"content": "cat"}]});
+    let data = |stream: &str| json!({"type": "data", "stream": stream, "data": "x"});
+    assert_eq!(closed(&[init.clone(), init.clone()]).1, 4000);
+    assert_eq!(closed(&[]), (None, 4001));
+    assert_eq!(closed(&[json!("no message")]), (Some(json!("error")), 4002));
+    let unknown = json!({"type": "init", "language": "cobol", "version": "*", "files": [{"content": ""}]});
+    assert_eq!(closed(&[unknown]), (Some(json!("error")), 4002));
+    assert_eq!(closed(&[data("stdin")]).1, 4003);
+    assert_eq!(closed(&[json!({"type": "signal", "signal": "SIGINT"})]).1, 4003);
+    assert_eq!(closed(&[init.clone(), data("stdout")]).1, 4004);
+    assert_eq!(closed(&[init, json!({"type": "signal", "signal": "SIGNOTHING"})]).1, 4005);
+    let reply = server.get("/api/v2/connect");
+    assert_eq!(reply.status, 400);
+    assert!(reply.message().contains("WebSocket"));
+    server.stop();
+}
+
+#[test]
+fn output_has_the_caps_of_a_plain_call() {
+    let server = serve("limits = { output = \"1KiB\", output_total = \"64KiB\" }");
+    let mut socket = Socket::begin(&server, "while :; do echo 0123456789; done");
+    let (heard, code) = socket.all();
+    assert_eq!((printed(&heard, "stdout").len(), code), (1024, 4999));
+    let exit = heard.last().unwrap();
+    assert_eq!((&exit["status"], &exit["verdict"]), (&json!("OL"), &json!("output_limit")), "{exit}");
+    server.stop();
+}
+
+#[test]
+fn a_client_that_leaves_frees_its_place() {
+    let server = serve("containers = 1\nlimits = { run_time = \"60s\" }");
+    let mark = harness::marked_seconds(50);
+    let socket = Socket::begin(&server, &format!("sleep {mark}"));
+    harness::wait_running(&mark);
+    drop(socket);
+    harness::wait_gone(&mark);
+    assert_eq!(server.run("echo next").run_output, "next\n");
+    // A shutdown ends a conversation, too.
+    let mut socket = Socket::begin(&server, "sleep 50");
+    while socket.hear().unwrap()["type"] != "stage" {}
+    server.stop();
+}
+
+#[test]
+fn a_plain_run_can_be_watched() {
+    let server = serve("containers = 1");
+    let watch = |path: &str, body: &Value| {
+        let headers = [("Content-Type", "application/json"), ("Accept", "text/event-stream")];
+        let pending = server.begin_request("POST", path, &headers, body.to_string().as_bytes());
+        String::from_utf8(pending.all()).unwrap()
+    };
+    let body = json!({"language": "bash", "version": "*", "files": [{"content": "echo out; echo err >&2; exit 2"}]});
+    let first = watch("/api/v2/execute", &body);
+    assert!(first.contains("content-type: text/event-stream"), "{first}");
+    for part in
+        ["event:stage", "\"out\\n\"", "\"err\\n\"", "event:exit", "event:result", "\"verdict\":\"runtime_error\""]
+    {
+        assert!(first.contains(part), "{part} is not in {first}");
+    }
+    assert!(first.contains("\"cached\":false"), "{first}");
+    let again = watch("/api/v2/execute", &body);
+    assert!(again.contains("\"cached\":true") && again.contains("event:exit"), "{again}");
+    let plain = watch("/coderunner", &json!({"code": "echo hello"}));
+    assert!(plain.contains("{\"compileOutput\":\"\",\"runOutput\":\"hello\\n\",\"status\":1}"), "{plain}");
+
+    // The second of two waits, and is told so.
+    let mark = harness::marked_seconds(20);
+    let busy = server.begin(&format!("sleep {mark}"));
+    harness::wait_running(&mark);
+    let headers = [("Content-Type", "application/json"), ("Accept", "text/event-stream")];
+    let body = json!({"code": "echo waited"}).to_string();
+    let waiting = server.begin_request("POST", "/coderunner", &headers, body.as_bytes());
+    eventually("the first event", || waiting.has_begun().then_some(()));
+    std::thread::sleep(Duration::from_millis(500));
+    drop(busy);
+    let text = String::from_utf8(waiting.all()).unwrap();
+    assert!(text.contains("event:queued") && text.contains("\"position\":0"), "{text}");
+    assert!(text.contains("waited\\n"), "{text}");
+    server.stop();
+}
