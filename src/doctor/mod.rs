@@ -278,7 +278,8 @@ async fn health(workshop: &Workshop, language: &Arc<Language>, image: String) ->
     let sandbox = workshop.engine.start(spec).await.map_err(|error| error.to_string())?;
     let job = language.job(language.health.code.clone().into(), Streams::Merged);
     let outcome = sandbox.run(language, &job, &mut Live::default()).await.map_err(|error| error.to_string())?;
-    let printed = outcome.run.as_ref().map(|run| run.output.text()).unwrap_or_default();
+    let last = outcome.run.as_ref().or(outcome.compile.as_ref());
+    let printed = last.map(|stage| stage.output.text()).unwrap_or_default();
     match outcome.verdict() == Verdict::Ok && printed == language.health.output {
         true => Ok(()),
         false => Err(format!("it ended with {:?} and printed {printed:?}", outcome.verdict())),

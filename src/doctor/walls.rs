@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use bytesize::ByteSize;
@@ -27,6 +27,9 @@ const SLOTS: [u32; 2] = [HEALTH_SLOT - 1, HEALTH_SLOT];
 
 /// How long a container may take to be gone after its job.
 const GONE_TIME: Duration = Duration::from_secs(60);
+
+/// Time between two looks at what is to go.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// How much more CPU than allowed may be measured: the kernel counts in periods of a tenth of a second.
 const CPU_TOLERANCE: f64 = 1.5;
@@ -216,7 +219,15 @@ impl Trial<'_> {
         self.workshop.engine.release(Some(&self.image)).await;
         let containers = self.workshop.podman.list(&instance.name).await.map_err(|error| error.to_string())?;
         let directories = names(&instance.jobs()).map_err(|error| format!("{}: {error}", instance.jobs().display()))?;
-        let processes = processes(&instance.name).map_err(|error| format!("/proc: {error}"))?;
+        let looked = Instant::now();
+        let processes = loop {
+            let found = processes(&instance.name).map_err(|error| format!("/proc: {error}"))?;
+            // podman's own clean-up after a container that it no longer lists takes a moment.
+            if found.is_empty() || looked.elapsed() > GONE_TIME {
+                break found;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        };
         for one in &mut tried {
             one.wall = Wall::Leftovers;
             let on_host = [("containers", &containers), ("directories", &directories), ("processes", &processes)];
