@@ -102,11 +102,8 @@ pub fn routes(
         .or(other_method)
         .unify();
     let all = all.recover(refuse).unify();
-    match cors {
-        // Inside, so that a page can read refusals; and outside, for those of its origin.
-        Some(cors) => own_page().and(all.clone()).or(all.with(cors)).recover(refuse).map(Reply::into_response).boxed(),
-        None => all.boxed(),
-    }
+    // Inside, so that a page can read refusals; and outside, for those of its origin.
+    own_page().and(all.clone()).or(all.with(cors)).recover(refuse).map(Reply::into_response).boxed()
 }
 
 /// Passes what the server's own page asks: browsers name its origin too, which need not be among those that may call.
@@ -132,16 +129,16 @@ async fn refuse(rejection: Rejection) -> Result<Response, Infallible> {
     Ok(ApiError::from_rejection(&rejection).into_response())
 }
 
-/// The answers to other origins' preflights; `None` where no other origin may call.
-fn cors(origins: &[String]) -> Option<warp::cors::Builder> {
+/// Answers other origins' preflights and refuses what comes from origins that may not call: a browser asks no leave
+/// before it opens a WebSocket, or posts what a form could.
+fn cors(origins: &[String]) -> warp::cors::Builder {
     let any = origins.iter().any(|origin| origin == "*");
     let builder =
         warp::cors().allow_methods([Method::GET, Method::POST]).allow_headers(PAGES_SEND).expose_headers(PAGES_READ);
     let builder = builder.max_age(PREFLIGHT_AGE);
-    match origins {
-        [] => None,
-        _ if any => Some(builder.allow_any_origin()),
-        _ => Some(builder.allow_origins(origins.iter().map(String::as_str))),
+    match any {
+        true => builder.allow_any_origin(),
+        false => builder.allow_origins(origins.iter().map(String::as_str)),
     }
 }
 

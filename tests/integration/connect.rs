@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tungstenite::{Message, WebSocket};
 
+use crate::client::Pending;
 use crate::harness::{self, Options, PATIENCE, Server, eventually};
 
 fn serve(config: &str) -> Server {
@@ -56,6 +57,25 @@ impl Socket {
                 Err(code) => return (heard, code),
             }
         }
+    }
+}
+
+#[test]
+fn a_page_that_may_not_call_opens_no_socket() {
+    for (config, foreign) in [("cors_origins = []", 403), ("cors_origins = [\"https://one.example\"]", 403), ("", 101)]
+    {
+        let server = serve(config);
+        let status = |origin: &str| {
+            let request = format!(
+                "GET /api/v2/connect HTTP/1.1\r\nHost: {}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+                 Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nOrigin: {origin}\r\n\r\n",
+                server.address
+            );
+            Pending::send(server.address, request.as_bytes()).reply().status
+        };
+        assert_eq!(status("https://other.example"), foreign, "{config}");
+        assert_eq!(status(&format!("http://{}", server.address)), 101, "{config}");
+        server.stop();
     }
 }
 

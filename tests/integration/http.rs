@@ -244,7 +244,15 @@ fn no_page_may_call_where_no_origin_is_configured() {
     let headers = [("Origin", "https://example.org"), ("Access-Control-Request-Method", "POST")];
     let reply = server.request("OPTIONS", "/coderunner", &headers, b"");
     assert_eq!(reply.header("access-control-allow-origin"), None);
-    assert_refused(&reply, 405, &["POST"]);
+    assert_refused(&reply, 403, &["origin"]);
+    // A form needs no leave to post, and can name this type.
+    let reply = server.request("POST", "/coderunner", &[JSON, headers[0]], b"{\"code\": \"echo hello\"}");
+    assert_refused(&reply, 403, &["origin"]);
+    // The server's own page, by plain HTTP: its origin is the Host of the request.
+    let reply =
+        server.request("POST", "/coderunner", &[JSON, ("Origin", "http://test")], b"{\"code\": \"echo hello\"}");
+    assert_eq!(reply.status, 200, "{reply:?}");
+    assert_eq!(server.run("echo no browser"), Answer::ran("no browser\n"));
     server.stop();
 }
 
