@@ -129,8 +129,8 @@ async fn refuse(rejection: Rejection) -> Result<Response, Infallible> {
     Ok(ApiError::from_rejection(&rejection).into_response())
 }
 
-/// Answers other origins' preflights and refuses what comes from origins that may not call: a browser asks no leave
-/// before it opens a WebSocket, or posts what a form could.
+/// Answers other origins' preflights and refuses what comes from origins that may not call: a browser asks for no leave
+/// before it opens a WebSocket.
 fn cors(origins: &[String]) -> warp::cors::Builder {
     let any = origins.iter().any(|origin| origin == "*");
     let builder =

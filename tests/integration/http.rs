@@ -245,7 +245,7 @@ fn no_page_may_call_where_no_origin_is_configured() {
     let reply = server.request("OPTIONS", "/coderunner", &headers, b"");
     assert_eq!(reply.header("access-control-allow-origin"), None);
     assert_refused(&reply, 403, &["origin"]);
-    // A form needs no leave to post, and can name this type.
+    // Whether or not a browser asked for leave first.
     let reply = server.request("POST", "/coderunner", &[JSON, headers[0]], b"{\"code\": \"echo hello\"}");
     assert_refused(&reply, 403, &["origin"]);
     // The server's own page, by plain HTTP: its origin is the Host of the request.
