@@ -30,9 +30,6 @@ use super::{Engine, Sandbox, SandboxError, SandboxSpec};
 use crate::cgroup::Delegated;
 use crate::language::Language;
 
-/// The OCI runtime: what podman itself uses, found on the PATH.
-const CRUN: &str = "crun";
-
 /// Places of podman's own that no program needs.
 const NOT_NEEDED: [&str; 5] = ["/dev/mqueue", "/etc/hostname", "/etc/hosts", "/etc/resolv.conf", "/run/.containerenv"];
 
@@ -97,7 +94,7 @@ impl CrunEngine {
     /// Whether this way works here: the reason if not.
     pub async fn preflight(&self) -> Result<(), String> {
         let agent = self.agent().await.map_err(|error| error.to_string())?;
-        let ended = agent.start(CRUN, vec!["--version".into()], None).map_err(|error| error.to_string())?;
+        let ended = agent.start(vec!["--version".into()], None).map_err(|error| error.to_string())?;
         tokio::time::timeout(std::time::Duration::from_secs(10), ended)
             .await
             .unwrap_or_else(|_| Err("podman's namespace cannot be entered within 10 s".into()))
@@ -123,7 +120,7 @@ impl CrunEngine {
         let text = |path: &Path| path.display().to_string();
         let run = ["run", "--preserve-fds=1", "--no-new-keyring", "--bundle"].map(str::to_owned);
         let args = self.global_args().into_iter().chain(run).chain([text(&bundle), id.clone()]);
-        let ended = agent.start(CRUN, args.collect(), Some(theirs))?;
+        let ended = agent.start(args.collect(), Some(theirs))?;
         let delete = self.global_args().into_iter().chain(["delete".into(), "--force".into(), id.clone()]).collect();
         let cgroup = self.cgroup.clone();
         let started = Started {
@@ -133,7 +130,7 @@ impl CrunEngine {
             slot,
             ended: Box::pin(ended),
             remove: Box::pin(async move {
-                let removed = match agent.start(CRUN, delete, None) {
+                let removed = match agent.start(delete, None) {
                     Ok(ended) => ended.await,
                     Err(error) => Err(error.to_string()),
                 };

@@ -4,23 +4,30 @@
 //! nothing else; programs run as a uid that can neither signal it nor read its memory. When the channel
 //! closes it exits, and the kernel kills what is left in its pid namespace.
 
-use std::ffi::OsString;
+use std::collections::BTreeMap;
+use std::ffi::{CString, OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Command, ExitCode, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, clone};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::unistd::{Gid, Pid, Uid, setegid, seteuid};
+use nix::sys::wait::waitpid;
+use nix::unistd::{
+    Gid, Pid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, execve, setegid, seteuid, setgroups, setresgid,
+    setresuid, setsid,
+};
+use seccompiler::BpfProgram;
 
 use super::protocol::{self, CHANNEL_FD, Enforced, FromInit, JOB_DIR, StageSpec, ToInit, VERSION, WORK_DIR};
 use super::seccomp;
@@ -62,6 +69,9 @@ struct Init {
     channel: OwnedFd,
     children: SignalFd,
     cgroup: Cgroup,
+    enforced: Enforced,
+    /// Ready before there is a job.
+    filters: [BpfProgram; 2],
     ids: Option<(Uid, Gid)>,
 }
 
@@ -74,11 +84,13 @@ impl Init {
         mask.add(Signal::SIGCHLD);
         mask.thread_block()?;
         let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-        Ok(Init { channel, children, cgroup: Cgroup::open(), ids: None })
+        let cgroup = Cgroup::open();
+        let enforced = cgroup.enforced();
+        Ok(Init { channel, children, cgroup, enforced, filters: seccomp::filters()?, ids: None })
     }
 
     fn serve(mut self) -> io::Result<()> {
-        self.send(&FromInit::Ready { version: VERSION, enforced: self.cgroup.enforced() })?;
+        self.send(&FromInit::Ready { version: VERSION, enforced: self.enforced })?;
         while let Some((message, pipes)) = protocol::receive(self.channel.as_fd())? {
             let answer = match message {
                 ToInit::Prepare { uid, files } => match self.prepare(uid, &files) {
@@ -134,7 +146,10 @@ impl Init {
         let before = self.cgroup.counters();
         let started = Instant::now();
         let mut reaped = Reaped::default();
-        let ended = match spawn(spec, pipes, ids, self.cgroup.enforced()) {
+        let spawned = spawn(spec, &pipes, ids, self);
+        // The programs hold them now.
+        drop(pipes);
+        let ended = match spawned {
             Ok(main) => match self.watch(main, spec, started, &before, &mut reaped)? {
                 Some(ended) => ended,
                 None => return Ok(None),
@@ -253,46 +268,114 @@ fn open_to_all(place: &Path) -> io::Result<()> {
 }
 
 /// Starts the stage's command as `ids`, without anything of ours but the three pipes.
-fn spawn(spec: &StageSpec, pipes: [OwnedFd; 3], (uid, gid): (Uid, Gid), enforced: Enforced) -> io::Result<Pid> {
-    let Some((program, args)) = spec.argv.split_first() else {
-        return Err(Errno::ENOENT.into());
+///
+/// The child shares our memory until it is the program, as with vfork: a copy of it would cost as much as all else. So
+/// it must leave nothing behind that we do not expect, and we stand still meanwhile.
+fn spawn(spec: &StageSpec, pipes: &[OwnedFd; 3], ids: (Uid, Gid), init: &Init) -> io::Result<Pid> {
+    let program = Program::new(spec)?;
+    let limits = resource_limits(spec, init.enforced);
+    let mut stack = vec![0; CHILD_STACK];
+    let mut failure = None;
+    let child = || {
+        let prepared = confine(pipes, ids, &limits, &init.filters);
+        failure = Some(prepared.map_or_else(|error| error, |()| program.replace_us()));
+        libc::EXIT_FAILURE as isize
     };
-    let [stdin, stdout, stderr] = pipes;
-    let mut command = Command::new(program);
-    command
-        .args(args)
-        .current_dir(WORK_DIR)
-        .env_clear()
-        .envs(image_environment())
-        .env("HOME", WORK_DIR)
-        .envs(spec.env.iter().map(|(name, value)| (name, value)))
-        .stdin(Stdio::from(stdin))
-        .stdout(Stdio::from(stdout))
-        .stderr(Stdio::from(stderr));
-    let limits = resource_limits(spec, enforced);
-    let filters = seccomp::filters()?;
-    // SAFETY: this process has one thread, so the child may do whatever the parent may.
-    unsafe {
-        command.pre_exec(move || {
-            // The kernel's first choice at the memory limit, before init.
-            fs::write("/proc/self/oom_score_adj", "1000")?;
-            for &(resource, value) in &limits {
-                setrlimit(resource, value, value)?;
-            }
-            nix::unistd::setsid()?;
-            nix::unistd::setgroups(&[])?;
-            nix::unistd::setresgid(gid, gid, gid)?;
-            nix::unistd::setresuid(uid, uid, uid)?;
-            nix::sys::prctl::set_no_new_privs()?;
-            SigSet::empty().thread_set_mask()?;
-            default_signals();
-            // Last: it holds from here on.
-            filters.iter().try_for_each(|filter| seccompiler::apply_filter(filter)).map_err(io::Error::other)
-        });
+    let flags = CloneFlags::CLONE_VM | CloneFlags::CLONE_VFORK;
+    // SAFETY: the stack lives as long as the child uses it, for CLONE_VFORK returns when the child is the program or
+    // has ended. Nothing else of ours runs meanwhile: this process has one thread. Nobody may look into the memory that
+    // the child shares while it is already the programs' uid: it is not dumpable, and no program runs yet.
+    let pid = unsafe { clone(Box::new(child), &mut stack, flags, Some(libc::SIGCHLD)) }?;
+    match failure {
+        None => Ok(pid),
+        Some(error) => {
+            waitpid(pid, None)?;
+            Err(error)
+        }
     }
-    let child = command.spawn()?;
-    Ok(Pid::from_raw(child.id().cast_signed()))
 }
+
+/// Stack of a child in bytes until it is the program: it runs a few functions that are not deep.
+const CHILD_STACK: usize = 64 * 1024;
+
+/// Takes from this process, which is to become a program, what programs do not have.
+fn confine(
+    pipes: &[OwnedFd; 3],
+    (uid, gid): (Uid, Gid),
+    limits: &[(Resource, u64)],
+    filters: &[BpfProgram],
+) -> io::Result<()> {
+    let [stdin, stdout, stderr] = pipes;
+    dup2_stdin(stdin)?;
+    dup2_stdout(stdout)?;
+    dup2_stderr(stderr)?;
+    chdir(WORK_DIR)?;
+    // The kernel's first choice at the memory limit, before init.
+    fs::write("/proc/self/oom_score_adj", "1000")?;
+    for &(resource, value) in limits {
+        setrlimit(resource, value, value)?;
+    }
+    setsid()?;
+    setgroups(&[])?;
+    setresgid(gid, gid, gid)?;
+    setresuid(uid, uid, uid)?;
+    SigSet::empty().thread_set_mask()?;
+    default_signals();
+    // Last: they hold from here on. They set no_new_privs too.
+    filters.iter().try_for_each(|filter| seccompiler::apply_filter(filter)).map_err(io::Error::other)
+}
+
+/// What a child becomes.
+struct Program {
+    /// Where it may be, in the order of PATH.
+    places: Vec<CString>,
+    argv: Vec<CString>,
+    env: Vec<CString>,
+}
+
+impl Program {
+    fn new(spec: &StageSpec) -> io::Result<Program> {
+        let name = spec.argv.first().ok_or(Errno::ENOENT)?;
+        let mut env: BTreeMap<OsString, OsString> = image_environment().collect();
+        env.insert("HOME".into(), WORK_DIR.into());
+        env.extend(spec.env.iter().map(|(name, value)| (name.into(), value.into())));
+        let path = env.get(OsStr::new("PATH")).cloned().unwrap_or_else(|| DEFAULT_PATH.into());
+        let places = match name.contains('/') {
+            true => vec![PathBuf::from(name)],
+            false => std::env::split_paths(&path).map(|dir| dir.join(name)).collect(),
+        };
+        let text = |bytes: Vec<u8>| CString::new(bytes).map_err(io::Error::from);
+        Ok(Program {
+            places: places
+                .into_iter()
+                .map(|place| text(place.into_os_string().into_vec()))
+                .collect::<Result<_, _>>()?,
+            argv: spec.argv.iter().map(|arg| text(arg.clone().into_bytes())).collect::<Result<_, _>>()?,
+            env: env
+                .iter()
+                .map(|(name, value)| text([name.as_bytes(), b"=", value.as_bytes()].concat()))
+                .collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Becomes the program, or tells why not: as a shell does, of the last place that says more than that nothing is
+    /// there.
+    fn replace_us(&self) -> io::Error {
+        let mut failure = Errno::ENOENT;
+        for place in &self.places {
+            let Err(error) = execve(place, &self.argv, &self.env);
+            match error {
+                Errno::ENOENT | Errno::ENOTDIR => {}
+                Errno::EACCES => failure = error,
+                _ => return error.into(),
+            }
+        }
+        failure.into()
+    }
+}
+
+/// Where programs are looked for if the image says nothing: the C library's own.
+const DEFAULT_PATH: &str = "/bin:/usr/bin";
 
 /// Sets every signal to its default, also 32 and 33: a C library keeps these for itself, lets nobody set them, and
 /// leaves them ignored in what it spawns.

@@ -95,6 +95,7 @@ impl EngineSettings {
             number,
             image,
             enforced: protocol::Enforced::default(),
+            prepared: false,
             gone,
             _released: released.drop_guard(),
         };

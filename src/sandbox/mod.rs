@@ -31,7 +31,7 @@ use crate::job::{Job, Outcome, Stage, StageOutcome, Stream, Verdict};
 use crate::language::Language;
 use crate::process::ProcessError;
 use channel::Channel;
-use protocol::{Enforced, FromInit, ToInit};
+use protocol::{Enforced, ToInit};
 
 /// Label of every container of ours; its value is 1.
 pub const LABEL: &str = "io.coderunner";
@@ -203,6 +203,8 @@ pub struct Sandbox {
     pub image: String,
     /// What its init saw of the limits.
     pub enforced: Enforced,
+    /// Whether init has placed the files of a job.
+    prepared: bool,
     gone: CancellationToken,
     _released: DropGuard,
 }
@@ -218,7 +220,8 @@ impl Sandbox {
         // The directory goes with the container.
         self.write_files(job).map_err(|error| if self.is_gone() { SandboxError::Lost } else { error })?;
         let files = job.files.iter().map(|file| file.name.clone()).collect();
-        self.prepare(files).await?;
+        // The first stage hears of its answer: waiting for it here would cost two changes between processes.
+        self.channel.send(&ToInit::Prepare { uid: self.uid, files }, &[]).map_err(|_| SandboxError::Lost)?;
         let compile = match language.command(Stage::Compile) {
             Some(_) => Some(self.stage(Stage::Compile, language, job, live).await?),
             None => None,
@@ -231,21 +234,11 @@ impl Sandbox {
         Ok(Outcome { compile, run })
     }
 
-    /// Has init place the files. A container that was killed while it waited is found out here, when nothing of
-    /// the job has run: its channel may be open still, for podman holds the other end until it has cleaned up.
-    async fn prepare(&self, files: Vec<String>) -> Result<(), SandboxError> {
-        let lost = |_| SandboxError::Lost;
-        self.channel.send(&ToInit::Prepare { uid: self.uid, files }, &[]).map_err(lost)?;
-        tokio::select! {
-            message = self.channel.receive() => match message.map_err(lost)? {
-                Some(FromInit::Prepared) => Ok(()),
-                Some(FromInit::Failed(reason)) => Err(SandboxError::Init(reason)),
-                Some(_) => Err(SandboxError::Init("an answer to something else".into())),
-                None => Err(SandboxError::Lost),
-            },
-            () = self.gone.cancelled() => Err(SandboxError::Lost),
-            () = tokio::time::sleep(STAGE_GRACE) => Err(SandboxError::Silent(STAGE_GRACE)),
-        }
+    /// What it means that the container is no longer there. One that was killed while it waited is found out when the
+    /// files are to be placed, and nothing of the job has run: its channel may be open still, for podman holds the
+    /// other end until it has cleaned up.
+    fn ended(&self, seen: &str) -> SandboxError {
+        if self.prepared { SandboxError::Gone(seen.into()) } else { SandboxError::Lost }
     }
 
     /// The names were checked where the job was made, and nobody but us writes to this directory.

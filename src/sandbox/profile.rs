@@ -1,13 +1,16 @@
 //! podman's seccomp profile as a compiled filter: crun would compile it anew for every container, which costs
 //! more than all the rest of making one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::str::FromStr;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompOperator};
-use seccompiler::{BpfMap, TargetArch, compile_from_json};
-use serde_json::{Value, json};
+use seccompiler::{SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
+use syscalls::Sysno;
+
+use super::seccomp::{Rules, allow_first, compile};
 
 /// crun takes a compiled filter from this annotation, in base64.
 pub const ANNOTATION: &str = "run.oci.seccomp_bpf_data";
@@ -22,40 +25,28 @@ pub fn compiled(profile: &LinuxSeccomp) -> Option<String> {
     if profile.default_action() != LinuxSeccompAction::ScmpActErrno {
         return None;
     }
-    // By call: the conditions under which it is allowed; none at all is always.
-    let mut allowed: BTreeMap<&str, Option<Vec<Value>>> = BTreeMap::new();
+    let mut always = BTreeSet::new();
+    let mut sometimes: Rules = BTreeMap::new();
     for entry in profile.syscalls().iter().flatten() {
         if entry.action() != LinuxSeccompAction::ScmpActAllow {
             continue;
         }
-        for name in entry.names() {
-            let rules = allowed.entry(name).or_insert_with(|| Some(Vec::new()));
+        // A name that this machine does not have stays refused.
+        for call in entry.names().iter().filter_map(|name| Sysno::from_str(name).ok()) {
             match entry.args() {
                 Some(args) if !args.is_empty() => {
-                    let conditions = args.iter().map(condition).collect::<Option<Vec<Value>>>()?;
-                    if let Some(rules) = rules {
-                        rules.push(json!({"syscall": name, "args": conditions}));
-                    }
+                    let conditions = args.iter().map(condition).collect::<Option<Vec<_>>>()?;
+                    sometimes.entry(call.id().into()).or_default().push(SeccompRule::new(conditions).ok()?);
                 }
-                _ => *rules = None,
+                _ => drop(always.insert(i64::from(call.id()))),
             }
         }
     }
-    // A name that this machine does not have (or the compiler does not know) stays refused.
-    let rules: Vec<Value> = allowed
-        .into_iter()
-        .filter(|(name, _)| compile(&[json!({"syscall": name})]).is_some())
-        .flat_map(|(name, rules)| rules.unwrap_or_else(|| vec![json!({"syscall": name})]))
-        .collect();
-    compile(&rules)
-}
-
-fn compile(rules: &[Value]) -> Option<String> {
-    let filter = json!({"main": {"mismatch_action": {"errno": REFUSAL}, "match_action": "allow", "filter": rules}});
-    let arch = TargetArch::try_from(std::env::consts::ARCH).ok()?;
-    let filters: BpfMap = compile_from_json(filter.to_string().as_bytes(), arch).ok()?;
-    let bytes: Vec<u8> = filters
-        .get("main")?
+    sometimes.retain(|call, _| !always.contains(call));
+    let refused = SeccompAction::Errno(REFUSAL);
+    let filter = compile(sometimes, refused, SeccompAction::Allow).ok()?;
+    let filter = allow_first(|call| always.contains(&call), &filter)?;
+    let bytes: Vec<u8> = filter
         .iter()
         .flat_map(|step| {
             let [code_low, code_high] = step.code.to_ne_bytes();
@@ -66,17 +57,17 @@ fn compile(rules: &[Value]) -> Option<String> {
     Some(STANDARD.encode(bytes))
 }
 
-fn condition(arg: &LinuxSeccompArg) -> Option<Value> {
+fn condition(arg: &LinuxSeccompArg) -> Option<SeccompCondition> {
     let (operator, value) = match arg.op() {
-        LinuxSeccompOperator::ScmpCmpNe => (json!("ne"), arg.value()),
-        LinuxSeccompOperator::ScmpCmpLt => (json!("lt"), arg.value()),
-        LinuxSeccompOperator::ScmpCmpLe => (json!("le"), arg.value()),
-        LinuxSeccompOperator::ScmpCmpEq => (json!("eq"), arg.value()),
-        LinuxSeccompOperator::ScmpCmpGe => (json!("ge"), arg.value()),
-        LinuxSeccompOperator::ScmpCmpGt => (json!("gt"), arg.value()),
-        LinuxSeccompOperator::ScmpCmpMaskedEq => (json!({"masked_eq": arg.value()}), arg.value_two()?),
+        LinuxSeccompOperator::ScmpCmpNe => (SeccompCmpOp::Ne, arg.value()),
+        LinuxSeccompOperator::ScmpCmpLt => (SeccompCmpOp::Lt, arg.value()),
+        LinuxSeccompOperator::ScmpCmpLe => (SeccompCmpOp::Le, arg.value()),
+        LinuxSeccompOperator::ScmpCmpEq => (SeccompCmpOp::Eq, arg.value()),
+        LinuxSeccompOperator::ScmpCmpGe => (SeccompCmpOp::Ge, arg.value()),
+        LinuxSeccompOperator::ScmpCmpGt => (SeccompCmpOp::Gt, arg.value()),
+        LinuxSeccompOperator::ScmpCmpMaskedEq => (SeccompCmpOp::MaskedEq(arg.value()), arg.value_two()?),
     };
-    Some(json!({"index": u8::try_from(arg.index()).ok()?, "type": "qword", "op": operator, "val": value}))
+    SeccompCondition::new(u8::try_from(arg.index()).ok()?, SeccompCmpArgLen::Qword, operator, value).ok()
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::cmsg_space;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recv, recvmsg, sendmsg};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::job::{Ended, Usage};
@@ -137,7 +137,9 @@ pub fn send<T: Serialize>(channel: BorrowedFd<'_>, message: &T, fds: &[BorrowedF
 
 /// Receives one message and the descriptors beside it; `None` when the other side has closed.
 pub fn receive<T: DeserializeOwned>(channel: BorrowedFd<'_>) -> std::io::Result<Option<(T, Vec<OwnedFd>)>> {
-    let mut buffer = vec![0; MAX_MESSAGE];
+    // Most are small, and clearing room for the largest each time costs more than the messages do.
+    let length = recv(channel.as_raw_fd(), &mut [], MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC)?;
+    let mut buffer = vec![0; length.min(MAX_MESSAGE)];
     let mut control = cmsg_space!([RawFd; MOST_FDS]);
     let mut slices = [IoSliceMut::new(&mut buffer)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;

@@ -32,7 +32,11 @@ impl Sandbox {
         live: &mut Live,
     ) -> Result<StageOutcome, SandboxError> {
         let pipes = Pipes::new(job.streams).map_err(SandboxError::io("cannot make pipes"))?;
-        self.channel.send(&ToInit::Stage(spec(stage, language, job)), &pipes.theirs.each_ref().map(AsFd::as_fd))?;
+        let order = ToInit::Stage(spec(stage, language, job));
+        self.channel.send(&order, &pipes.theirs.each_ref().map(AsFd::as_fd)).map_err(|error| match error {
+            SandboxError::Gone(seen) => self.ended(&seen),
+            other => other,
+        })?;
         let Pipes { theirs, stdin, stdout, stderr } = pipes;
         drop(theirs);
         if let Some(events) = &live.events {
@@ -52,20 +56,24 @@ impl Sandbox {
         let mut err = Reader::new(Stream::Stderr, stderr);
         let (ended, artifact, usage) = loop {
             tokio::select! {
-                Some(chunk) = out.next() => printed.take(Stream::Stdout, chunk),
-                Some(chunk) = err.next() => printed.take(Stream::Stderr, chunk),
+                // That the files are placed is heard before anything that the program does. What it prints keeps
+                // nothing else from its turn, and is not endless.
+                biased;
                 message = self.channel.receive() => match message? {
+                    Some(FromInit::Prepared) if !self.prepared => self.prepared = true,
                     Some(FromInit::StageEnded { ended, artifact, usage }) => break (ended, artifact, usage),
                     Some(FromInit::Failed(reason)) => return Err(SandboxError::Init(reason)),
                     Some(FromInit::Ready { .. } | FromInit::Prepared) => {
                         return Err(SandboxError::Init("an answer to something else".into()));
                     }
-                    None => return Err(SandboxError::Gone("its channel is closed".into())),
+                    None => return Err(self.ended("its channel is closed")),
                 },
-                () = &mut feeding, if !fed => fed = true,
-                Some(signal) = next_signal(&mut live.signals) => self.channel.send(&ToInit::Signal(signal), &[])?,
-                () = self.gone.cancelled() => return Err(SandboxError::Gone("its container has ended".into())),
+                () = self.gone.cancelled() => return Err(self.ended("its container has ended")),
                 () = tokio::time::sleep_until(deadline) => return Err(SandboxError::Silent(STAGE_GRACE)),
+                () = &mut feeding, if !fed => fed = true,
+                Some(chunk) = out.next() => printed.take(Stream::Stdout, chunk),
+                Some(chunk) = err.next() => printed.take(Stream::Stderr, chunk),
+                Some(signal) = next_signal(&mut live.signals) => self.channel.send(&ToInit::Signal(signal), &[])?,
             }
             if !printed.output.overflowed && printed.output.total_both() > job.limits.output_total.as_u64() {
                 printed.output.overflowed = true;
