@@ -88,8 +88,10 @@ impl Job {
             feed(arg.as_bytes());
         }
         feed(&[matches!(self.streams, Streams::Merged).into()]);
-        feed(format!("{:?}", self.limits).as_bytes());
-        feed(format!("{:?}", self.memory).as_bytes());
+        self.limits.numbers().iter().for_each(|number| feed(&number.to_le_bytes()));
+        for limit in [self.memory.compile, self.memory.run] {
+            feed(limit.map(u64::to_le_bytes).as_ref().map_or(&[], |bytes| bytes));
+        }
         JobKey(*hash.finalize().as_bytes())
     }
 }
@@ -143,6 +145,39 @@ impl Limits {
     /// suffice when all are full: at most a quarter of it.
     pub fn directory_size(&self) -> u64 {
         self.disk.as_u64().min(self.memory.as_u64() / 4)
+    }
+
+    /// All of them, in their order.
+    fn numbers(&self) -> [u128; 12] {
+        // Named one by one, so that none that is added is forgotten.
+        let Limits {
+            memory,
+            processes,
+            cpus,
+            open_files,
+            disk,
+            inodes,
+            output,
+            output_total,
+            compile_time,
+            compile_cpu_time,
+            run_time,
+            run_cpu_time,
+        } = self;
+        [
+            memory.as_u64().into(),
+            (*processes).into(),
+            cpus.to_bits().into(),
+            (*open_files).into(),
+            disk.as_u64().into(),
+            (*inodes).into(),
+            output.as_u64().into(),
+            output_total.as_u64().into(),
+            compile_time.as_nanos(),
+            compile_cpu_time.as_nanos(),
+            run_time.as_nanos(),
+            run_cpu_time.as_nanos(),
+        ]
     }
 
     /// Wall time of a stage.

@@ -2,10 +2,11 @@
 //! line in the log.
 
 use std::convert::Infallible;
+use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, LazyLock};
+use std::time::Instant;
 
 use hyper::body::Incoming;
 use hyper::service::Service;
@@ -176,12 +177,11 @@ fn sane_id(headers: &HeaderMap) -> Option<&str> {
     text(headers, REQUEST_ID).filter(sane)
 }
 
-/// An id that a client can quote: unique for this server, not guessable work.
+/// An id that a client can quote: unique for this server, and not the next one after another's.
 fn new_id() -> String {
     static COUNT: AtomicU64 = AtomicU64::new(0);
-    let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-    blake3::hash(format!("{now} {count} {}", std::process::id()).as_bytes()).to_hex()[..16].to_owned()
+    static KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+    format!("{:016x}", KEY.hash_one(COUNT.fetch_add(1, Ordering::Relaxed)))
 }
 
 /// Trace and parent of W3C's `traceparent`, if it is valid (https://www.w3.org/TR/trace-context/#traceparent-header).

@@ -86,11 +86,7 @@ pub fn routes(
         .unify()
         .map(|allow| ApiError::MethodNotAllowed(allow).into_response());
 
-    let all = front::refusals()
-        .or(run)
-        .unify()
-        .or(api_v2)
-        .unify()
+    let rest = api_v2
         .or(healthz)
         .unify()
         .or(readyz)
@@ -101,7 +97,8 @@ pub fn routes(
         .unify()
         .or(other_method)
         .unify();
-    let all = all.recover(refuse).unify();
+    // Boxed, a pointer: each request takes a copy of all that may come next.
+    let all = front::refusals().or(run.boxed()).unify().or(rest.boxed()).unify().recover(refuse).unify().boxed();
     // Inside, so that a page can read refusals; and outside, for those of its origin.
     own_page().and(all.clone()).or(all.with(cors)).recover(refuse).map(Reply::into_response).boxed()
 }
