@@ -116,7 +116,7 @@ fn to_init() -> Vec<Vec<u8>> {
         file_size: 1 << 26,
         processes: 64,
     };
-    let prepare = ToInit::Prepare { uid: 10_000, files: vec!["main.c".into(), "a/b.h".into()] };
+    let prepare = ToInit::Prepare { uid: 10_000, own_cgroup: true, files: vec!["main.c".into(), "a/b.h".into()] };
     vec![json(&prepare), json(&ToInit::Stage(stage)), json(&ToInit::Signal(15)), json(&ToInit::Kill)]
 }
 

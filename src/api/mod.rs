@@ -86,17 +86,8 @@ pub fn routes(
         .unify()
         .map(|allow| ApiError::MethodNotAllowed(allow).into_response());
 
-    let rest = api_v2
-        .or(healthz)
-        .unify()
-        .or(readyz)
-        .unify()
-        .or(measured)
-        .unify()
-        .or(page)
-        .unify()
-        .or(other_method)
-        .unify();
+    let rest =
+        api_v2.or(healthz).unify().or(readyz).unify().or(measured).unify().or(page).unify().or(other_method).unify();
     // Boxed, a pointer: each request takes a copy of all that may come next.
     let all = front::refusals().or(run.boxed()).unify().or(rest.boxed()).unify().recover(refuse).unify().boxed();
     // Inside, so that a page can read refusals; and outside, for those of its origin.

@@ -128,6 +128,7 @@ impl CrunEngine {
             job_dir,
             image,
             slot,
+            own_cgroup: cgroup.is_some(),
             ended: Box::pin(ended),
             remove: Box::pin(async move {
                 let removed = match agent.start(delete, None) {

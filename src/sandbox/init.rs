@@ -69,7 +69,6 @@ struct Init {
     channel: OwnedFd,
     children: SignalFd,
     cgroup: Cgroup,
-    enforced: Enforced,
     /// Ready before there is a job.
     filters: [BpfProgram; 2],
     ids: Option<(Uid, Gid)>,
@@ -84,19 +83,20 @@ impl Init {
         mask.add(Signal::SIGCHLD);
         mask.thread_block()?;
         let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-        let cgroup = Cgroup::open();
-        let enforced = cgroup.enforced();
-        Ok(Init { channel, children, cgroup, enforced, filters: seccomp::filters()?, ids: None })
+        Ok(Init { channel, children, cgroup: Cgroup { own: true }, filters: seccomp::filters()?, ids: None })
     }
 
     fn serve(mut self) -> io::Result<()> {
-        self.send(&FromInit::Ready { version: VERSION, enforced: self.enforced })?;
+        self.send(&FromInit::Ready { version: VERSION, enforced: self.cgroup.enforced() })?;
         while let Some((message, pipes)) = protocol::receive(self.channel.as_fd())? {
             let answer = match message {
-                ToInit::Prepare { uid, files } => match self.prepare(uid, &files) {
-                    Ok(()) => FromInit::Prepared,
-                    Err(error) => FromInit::Failed(format!("cannot place the sources: {error}")),
-                },
+                ToInit::Prepare { uid, own_cgroup, files } => {
+                    self.cgroup.own = own_cgroup;
+                    match self.prepare(uid, &files) {
+                        Ok(()) => FromInit::Prepared,
+                        Err(error) => FromInit::Failed(format!("cannot place the sources: {error}")),
+                    }
+                }
                 ToInit::Stage(spec) => match <[OwnedFd; 3]>::try_from(pipes) {
                     Ok(pipes) => match self.stage(&spec, pipes)? {
                         Some(answer) => answer,
@@ -273,7 +273,7 @@ fn open_to_all(place: &Path) -> io::Result<()> {
 /// it must leave nothing behind that we do not expect, and we stand still meanwhile.
 fn spawn(spec: &StageSpec, pipes: &[OwnedFd; 3], ids: (Uid, Gid), init: &Init) -> io::Result<Pid> {
     let program = Program::new(spec)?;
-    let limits = resource_limits(spec, init.enforced);
+    let limits = resource_limits(spec, init.cgroup.enforced().processes);
     let mut stack = vec![0; CHILD_STACK];
     let mut failure = None;
     let child = || {
@@ -394,7 +394,7 @@ fn image_environment() -> impl Iterator<Item = (OsString, OsString)> {
     std::env::vars_os().filter(|(name, _)| name != "container" && name != "HOSTNAME" && name != "TERM")
 }
 
-fn resource_limits(spec: &StageSpec, enforced: Enforced) -> Vec<(Resource, u64)> {
+fn resource_limits(spec: &StageSpec, pids_limited: bool) -> Vec<(Resource, u64)> {
     let mut limits = vec![
         (Resource::RLIMIT_NOFILE, spec.open_files),
         (Resource::RLIMIT_FSIZE, spec.file_size),
@@ -407,7 +407,7 @@ fn resource_limits(spec: &StageSpec, enforced: Enforced) -> Vec<(Resource, u64)>
         // Only if this loop were to fail: the kernel's own count, per process, in whole seconds.
         (Resource::RLIMIT_CPU, spec.cpu_time_us.div_ceil(1_000_000) + 1),
     ];
-    if !enforced.processes {
+    if !pids_limited {
         // Counted per uid, and the uid is this sandbox's alone. Where there is a pids cgroup it stays
         // out of its way, for only that one tells that it refused a fork.
         limits.push((Resource::RLIMIT_NPROC, spec.processes));
@@ -514,7 +514,10 @@ fn living_cpu() -> Duration {
 }
 
 /// The counters of the container's own cgroup, as far as there are any.
-struct Cgroup;
+struct Cgroup {
+    /// Whether what is seen here is its own.
+    own: bool,
+}
 
 #[derive(Default)]
 struct Counters {
@@ -525,10 +528,6 @@ struct Counters {
 }
 
 impl Cgroup {
-    fn open() -> Cgroup {
-        Cgroup
-    }
-
     fn enforced(&self) -> Enforced {
         let is_set = |name: &str| self.read(name).is_some_and(|text| !text.starts_with("max"));
         Enforced { memory: is_set("memory.max"), processes: is_set("pids.max"), cpu: is_set("cpu.max") }
@@ -553,7 +552,7 @@ impl Cgroup {
     }
 
     fn read(&self, name: &str) -> Option<String> {
-        fs::read_to_string(Path::new(CGROUP).join(name)).ok()
+        self.own.then(|| fs::read_to_string(Path::new(CGROUP).join(name)).ok())?
     }
 
     fn field(&self, file: &str, name: &str) -> Option<u64> {

@@ -55,6 +55,8 @@ pub(super) struct Started {
     pub image: String,
     /// The place it takes.
     pub slot: Slot,
+    /// Whether it has a cgroup of its own.
+    pub own_cgroup: bool,
     /// Ends when the container has ended and is removed; an error says what was not as it should be.
     pub ended: BoxFuture<'static, Result<(), String>>,
     /// Removes it by force.
@@ -77,7 +79,7 @@ impl EngineSettings {
     /// Hands a container to a keeper, and returns it as a sandbox once its init is ready. Whatever fails, the
     /// keeper cleans up.
     pub(super) async fn raise(&self, started: Started, language: &Language) -> Result<Sandbox, SandboxError> {
-        let Started { channel, job_dir, image, slot, ended, remove, owned } = started;
+        let Started { channel, job_dir, image, slot, own_cgroup, ended, remove, owned } = started;
         let (uid, number) = (slot.uid(&self.instance), slot.number);
         let (released, gone) = (CancellationToken::new(), CancellationToken::new());
         let last_words = Arc::new(OnceLock::new());
@@ -95,6 +97,7 @@ impl EngineSettings {
             number,
             image,
             enforced: protocol::Enforced::default(),
+            own_cgroup,
             prepared: false,
             gone,
             _released: released.drop_guard(),
@@ -107,8 +110,10 @@ impl EngineSettings {
         };
         match ready {
             Ok(Ok(Some(FromInit::Ready { version: protocol::VERSION, enforced }))) => {
-                sandbox.enforced = enforced;
-                match enforced.missing() {
+                if own_cgroup {
+                    sandbox.enforced = enforced;
+                }
+                match sandbox.enforced.missing() {
                     missing if self.require_limits && !missing.is_empty() => {
                         Err(SandboxError::Unlimited(missing.join(", ")))
                     }

@@ -14,6 +14,7 @@ pub mod podman;
 pub mod pool;
 mod profile;
 pub mod protocol;
+mod queue;
 pub mod reaper;
 mod seccomp;
 mod stage;
@@ -203,6 +204,7 @@ pub struct Sandbox {
     pub image: String,
     /// What its init saw of the limits.
     pub enforced: Enforced,
+    own_cgroup: bool,
     /// Whether init has placed the files of a job.
     prepared: bool,
     gone: CancellationToken,
@@ -221,7 +223,8 @@ impl Sandbox {
         self.write_files(job).map_err(|error| if self.is_gone() { SandboxError::Lost } else { error })?;
         let files = job.files.iter().map(|file| file.name.clone()).collect();
         // The first stage hears of its answer: waiting for it here would cost two changes between processes.
-        self.channel.send(&ToInit::Prepare { uid: self.uid, files }, &[]).map_err(|_| SandboxError::Lost)?;
+        let order = ToInit::Prepare { uid: self.uid, own_cgroup: self.own_cgroup, files };
+        self.channel.send(&order, &[]).map_err(|_| SandboxError::Lost)?;
         let compile = match language.command(Stage::Compile) {
             Some(_) => Some(self.stage(Stage::Compile, language, job, live).await?),
             None => None,

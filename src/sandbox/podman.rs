@@ -271,6 +271,7 @@ impl PodmanEngine {
             job_dir: job_dir.path().to_owned(),
             image,
             slot,
+            own_cgroup: true,
             // podman removes what it ran (--rm), unless it failed half-way or was killed.
             ended: Box::pin(async move { running.end().await }),
             remove: Box::pin(async move { podman.remove_or_warn(&name).await }),

@@ -1,18 +1,19 @@
-//! Ready sandboxes: a bounded number of slots, a queue in order of arrival, refill in the background.
+//! Ready sandboxes: a bounded number of slots, a queue for those who find none, refill in the background.
 //!
 //! One task, the manager, decides what to make next; everything else happens in the tasks of those who
 //! ask. The state is behind one lock that is never held across an await.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::protocol::Enforced;
+use super::queue::Queue;
 use super::{Engine, Event, Sandbox, SandboxError, SandboxSpec, Slot};
 use crate::caller::Client;
 use crate::config::QueueSettings;
@@ -117,7 +118,7 @@ struct Shared {
 }
 
 struct State {
-    queue: QueueSettings,
+    queue: Queue,
     /// How many slots there may be, those there are (free or taken; more for a while after a cut), the free ones.
     slots: u32,
     existing: BTreeSet<u32>,
@@ -125,11 +126,6 @@ struct State {
     /// Sandboxes given up whose slot has not come back yet.
     closing: usize,
     lanes: BTreeMap<String, Lane>,
-    /// In the order in which they are served.
-    waiters: VecDeque<Waiter>,
-    next_waiter: u64,
-    /// The latest round of the queue in which anybody was served.
-    round: u64,
     draining: bool,
 }
 
@@ -152,16 +148,6 @@ struct Lane {
     proved_at: Option<Instant>,
 }
 
-struct Waiter {
-    id: u64,
-    language: String,
-    /// Whose turn it is.
-    client: Client,
-    /// In each round every client is served once.
-    round: u64,
-    hand_over: oneshot::Sender<Result<Sandbox, PoolError>>,
-}
-
 /// What the manager does next.
 #[derive(Debug, PartialEq, Eq)]
 enum Step {
@@ -177,15 +163,12 @@ impl Pool {
         let (freed, given_back) = mpsc::unbounded_channel();
         let lane = |(rank, language): (usize, &Arc<Language>)| (language.name.clone(), Lane::new(rank, language));
         let mut state = State {
-            queue,
+            queue: Queue::new(queue),
             slots: 0,
             existing: BTreeSet::new(),
             free: Vec::new(),
             closing: 0,
             lanes: languages.iter().enumerate().map(lane).collect(),
-            waiters: VecDeque::new(),
-            next_waiter: 0,
-            round: 0,
             draining: false,
         };
         state.resize(slots);
@@ -210,7 +193,7 @@ impl Pool {
     ) -> Result<Sandbox, PoolError> {
         let (place, turn, wait) = {
             let mut state = self.shared.lock();
-            let queue = state.queue;
+            let wait = state.queue.settings.wait;
             if state.draining {
                 return Err(PoolError::Draining);
             }
@@ -222,9 +205,8 @@ impl Pool {
                 self.shared.changed.notify_one();
                 return Ok(sandbox);
             }
-            let (hand_over, turn) = oneshot::channel();
-            let id = state.queue_up(language, client, hand_over)?;
-            (Place { shared: &self.shared, id }, turn, queue.wait)
+            let (id, turn) = state.queue.join(language, client)?;
+            (Place { shared: &self.shared, id }, turn, wait)
         };
         self.shared.changed.notify_one();
         let waited = tokio::select! {
@@ -264,7 +246,7 @@ impl Pool {
         let given_up: Vec<Sandbox> = {
             let mut state = self.shared.lock();
             state.resize(slots);
-            state.queue = queue;
+            state.queue.settings = queue;
             let mut before = std::mem::take(&mut state.lanes);
             let mut given_up = Vec::new();
             for (rank, language) in languages.iter().enumerate() {
@@ -329,13 +311,13 @@ impl Pool {
 
     /// Requests that wait for a sandbox.
     pub fn queue_length(&self) -> usize {
-        self.shared.lock().waiters.len()
+        self.shared.lock().queue.len()
     }
 
     /// A ready sandbox of a language, if no request waits for any. It does not count as a use.
     pub fn take_idle(&self, language: &str) -> Option<Sandbox> {
         let mut state = self.shared.lock();
-        if state.draining || !state.waiters.is_empty() {
+        if state.draining || !state.queue.is_empty() {
             return None;
         }
         let lane = state.lane(language).ok()?;
@@ -350,7 +332,7 @@ impl Pool {
         let given_up: Vec<Sandbox> = {
             let mut state = self.shared.lock();
             state.draining = true;
-            state.waiters.clear();
+            state.queue.clear();
             state.lanes.values_mut().flat_map(|lane| std::mem::take(&mut lane.ready)).collect()
         };
         drop(given_up);
@@ -376,7 +358,7 @@ impl Place<'_> {
         let Some(watcher) = watcher else { return std::future::pending().await };
         let mut told = None;
         loop {
-            let position = self.shared.lock().waiters.iter().position(|waiter| waiter.id == self.id);
+            let position = self.shared.lock().queue.position(self.id);
             if let Some(position) = position.filter(|position| told != Some(*position)) {
                 told = Some(position);
                 let _ = watcher.send(Event::Queued(position));
@@ -388,7 +370,7 @@ impl Place<'_> {
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
-        self.shared.lock().waiters.retain(|waiter| waiter.id != self.id);
+        self.shared.lock().queue.leave(self.id);
     }
 }
 
@@ -403,7 +385,7 @@ impl Shared {
         let mut unwanted = None;
         {
             let mut state = self.lock();
-            let State { lanes, waiters, closing, draining, round, .. } = &mut *state;
+            let State { lanes, queue, closing, draining, .. } = &mut *state;
             let Some(lane) = lanes.get_mut(language).filter(|lane| lane.generation == generation) else {
                 return;
             };
@@ -425,30 +407,13 @@ impl Shared {
                             "limits are NOT enforced on this host: see `coderunner doctor`"
                         );
                     }
-                    let mut offered = Some(sandbox);
-                    while let Some(sandbox) = offered.take() {
-                        let Some(at) = waiters.iter().position(|waiter| waiter.language == language) else {
-                            lane.ready.push_back(sandbox);
-                            break;
-                        };
-                        if let Some(waiter) = waiters.remove(at) {
-                            *round = waiter.round.max(*round);
-                            // One that has left meanwhile hands it back.
-                            offered = waiter.hand_over.send(Ok(sandbox)).err().and_then(Result::ok);
-                        }
-                    }
+                    lane.ready.extend(queue.serve(language, sandbox));
                 }
                 Err(error) => {
                     *closing += 1;
                     lane.failed(&error.to_string());
                     if let Err(refusal) = lane.refusal() {
-                        let (refused, others) =
-                            std::mem::take(waiters).into_iter().partition(|waiter| waiter.language == language);
-                        *waiters = others;
-                        let refused: VecDeque<Waiter> = refused;
-                        for waiter in refused {
-                            let _ = waiter.hand_over.send(Err(refusal.clone()));
-                        }
+                        queue.refuse(language, &refusal);
                     }
                 }
             }
@@ -530,48 +495,6 @@ impl State {
         }
     }
 
-    /// Gives a request its place in the queue, and its number. Where the queue is fair, that is behind those of
-    /// each client's that were served as often as this one's; else, and among those of one client, at the end.
-    fn queue_up(
-        &mut self,
-        language: &str,
-        client: &Client,
-        hand_over: oneshot::Sender<Result<Sandbox, PoolError>>,
-    ) -> Result<u64, PoolError> {
-        if self.waiters.len() >= self.queue.length {
-            self.make_place(client)?;
-        }
-        let latest = self.waiters.iter().filter(|waiter| waiter.client == *client).map(|waiter| waiter.round).max();
-        let round = if self.queue.fair { self.round.max(latest.unwrap_or(0)) + 1 } else { self.round };
-        let at = self.waiters.partition_point(|waiter| waiter.round <= round);
-        let id = self.next_waiter;
-        self.next_waiter += 1;
-        let language = language.to_owned();
-        self.waiters.insert(at, Waiter { id, language, client: client.clone(), round, hand_over });
-        Ok(id)
-    }
-
-    /// Makes a place in a full queue, if it is fair: the last one of the client who has most gives way to one who
-    /// has less than that even with it.
-    fn make_place(&mut self, client: &Client) -> Result<(), PoolError> {
-        let full = PoolError::QueueFull { length: self.waiters.len() };
-        if !self.queue.fair {
-            return Err(full);
-        }
-        let mut counts: HashMap<&Client, usize> = HashMap::new();
-        self.waiters.iter().for_each(|waiter| *counts.entry(&waiter.client).or_default() += 1);
-        let own = counts.get(client).copied().unwrap_or(0);
-        let most = counts.into_iter().max_by_key(|(_, count)| *count).filter(|(_, count)| *count > own + 1);
-        let last = most.and_then(|(most, _)| self.waiters.iter().rposition(|waiter| waiter.client == *most));
-        match last.and_then(|at| self.waiters.remove(at)) {
-            Some(waiter) => {
-                let _ = waiter.hand_over.send(Err(full));
-                Ok(())
-            }
-            None => Err(full),
-        }
-    }
-
     fn lane(&mut self, language: &str) -> Result<&mut Lane, PoolError> {
         self.lanes
             .get_mut(language)
@@ -588,11 +511,11 @@ impl State {
         let mut expected: BTreeMap<&str, usize> =
             self.lanes.iter().map(|(name, lane)| (name.as_str(), lane.making)).collect();
         let mut coming = self.closing;
-        for waiter in self.waiters.iter().filter(|waiter| !waiter.hand_over.is_closed()) {
-            let Some(lane) = self.lanes.get(&waiter.language) else {
+        for language in self.queue.languages() {
+            let Some(lane) = self.lanes.get(language) else {
                 continue;
             };
-            if let Some(on_the_way @ 1..) = expected.get_mut(waiter.language.as_str()) {
+            if let Some(on_the_way @ 1..) = expected.get_mut(language) {
                 *on_the_way -= 1;
                 continue;
             }
@@ -600,7 +523,7 @@ impl State {
                 continue;
             }
             if !self.free.is_empty() {
-                return if making < cores { Step::Make(waiter.language.clone()) } else { Step::Nothing };
+                return if making < cores { Step::Make(language.to_owned()) } else { Step::Nothing };
             }
             if coming > 0 {
                 coming -= 1;
@@ -740,6 +663,7 @@ impl Lane {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sandbox::queue::Turn;
 
     fn state(slots: u32, names: &[&str]) -> State {
         let lanes = names.iter().enumerate().map(|(rank, name)| {
@@ -748,15 +672,12 @@ mod tests {
             (language.name.clone(), Lane { image: Image::Ready("id".into()), ..Lane::new(rank, &Arc::new(language)) })
         });
         let mut state = State {
-            queue: QueueSettings { length: 10, wait: Duration::from_secs(1), fair: true },
+            queue: Queue::new(QueueSettings { length: 10, wait: Duration::from_secs(1), fair: true }),
             slots: 0,
             existing: BTreeSet::new(),
             free: Vec::new(),
             closing: 0,
             lanes: lanes.collect(),
-            waiters: VecDeque::new(),
-            next_waiter: 0,
-            round: 0,
             draining: false,
         };
         state.resize(slots);
@@ -764,24 +685,8 @@ mod tests {
     }
 
     impl State {
-        fn wait_for(&mut self, language: &str) -> oneshot::Receiver<Result<Sandbox, PoolError>> {
-            self.client_waits(&Client::default(), language).unwrap()
-        }
-
-        fn client_waits(
-            &mut self,
-            client: &Client,
-            language: &str,
-        ) -> Result<oneshot::Receiver<Result<Sandbox, PoolError>>, PoolError> {
-            let (hand_over, turn) = oneshot::channel();
-            self.queue_up(language, client, hand_over).map(|_| turn)
-        }
-
-        /// Serves the first in the queue; the name of its client.
-        fn serve(&mut self) -> String {
-            let waiter = self.waiters.pop_front().unwrap();
-            self.round = waiter.round.max(self.round);
-            name(&waiter.client)
+        fn wait_for(&mut self, language: &str) -> Turn {
+            self.queue.join(language, &Client::default()).unwrap().1
         }
 
         /// Follows the steps until there is nothing to do; the languages in the order in which they were made.
@@ -817,66 +722,6 @@ mod tests {
         let mut state = state(3, &["a", "b", "c"]);
         let _turns = [state.wait_for("c"), state.wait_for("c"), state.wait_for("b")];
         assert_eq!(state.made(), ["c", "c", "b"]);
-    }
-
-    fn client(name: &str) -> Client {
-        Client::Key(name.into())
-    }
-
-    fn name(client: &Client) -> String {
-        match client {
-            Client::Key(name) => name.to_string(),
-            other => format!("{other:?}"),
-        }
-    }
-
-    /// Who waits, in order of arrival; who is served, in that order.
-    fn served(state: &mut State, arrivals: &str) -> String {
-        let _turns: Vec<_> = arrivals.chars().map(|c| state.client_waits(&client(&c.to_string()), "a")).collect();
-        (0..state.waiters.len()).map(|_| state.serve()).collect()
-    }
-
-    #[tokio::test]
-    async fn a_fair_queue_serves_one_of_each_client_in_turn() {
-        let mut state = state(1, &["a"]);
-        assert_eq!(served(&mut state, "xxxxyyz"), "xyzxyxx");
-        assert_eq!(served(&mut state, "yyxx"), "yxyx", "and has forgotten who came before");
-        assert_eq!(served(&mut state, "xxx"), "xxx");
-    }
-
-    #[tokio::test]
-    async fn who_was_just_served_comes_after_those_who_wait() {
-        let mut state = state(1, &["a"]);
-        let _turns: Vec<_> = "xxxy".chars().map(|c| state.client_waits(&client(&c.to_string()), "a")).collect();
-        assert_eq!((state.serve(), state.serve()), ("x".into(), "y".into()));
-        let _again = state.client_waits(&client("y"), "a");
-        let _new = state.client_waits(&client("z"), "a");
-        let rest: String = (0..4).map(|_| state.serve()).collect();
-        assert_eq!(rest, "xyzx");
-    }
-
-    #[tokio::test]
-    async fn a_queue_that_is_not_fair_is_one_of_arrival() {
-        let mut state = state(1, &["a"]);
-        state.queue.fair = false;
-        assert_eq!(served(&mut state, "xxxxyyz"), "xxxxyyz");
-        state.queue.length = 2;
-        let _turns = [client("x"), client("x")].map(|client| state.client_waits(&client, "a").unwrap());
-        assert!(matches!(state.client_waits(&client("y"), "a"), Err(PoolError::QueueFull { length: 2 })));
-    }
-
-    #[tokio::test]
-    async fn who_fills_a_fair_queue_gives_way() {
-        let mut state = state(1, &["a"]);
-        state.queue.length = 3;
-        let mut of_x: Vec<_> = (0..3).map(|_| state.client_waits(&client("x"), "a").unwrap()).collect();
-        assert!(matches!(state.client_waits(&client("x"), "a"), Err(PoolError::QueueFull { .. })));
-        let _of_y = state.client_waits(&client("y"), "a").unwrap();
-        let told = of_x.pop().unwrap().try_recv().unwrap();
-        assert!(matches!(told, Err(PoolError::QueueFull { .. })), "the last of x's");
-        assert!(of_x.iter_mut().all(|turn| turn.try_recv().is_err()), "the others wait on");
-        assert!(state.client_waits(&client("y"), "a").is_err(), "two and one are as equal as can be");
-        assert_eq!(state.waiters.len(), 3);
     }
 
     #[tokio::test]
