@@ -105,7 +105,9 @@ impl Cmd {
         }
         command.env("XDG_RUNTIME_DIR", xdg_runtime_dir());
         // Ours may be one that podman's other ids cannot enter, and then it refuses to work.
-        command.current_dir("/");
+        if std::env::current_dir().is_ok_and(|here| here != Path::new("/")) {
+            command.current_dir("/");
+        }
         // A group of its own: Ctrl-C is for us, and a kill reaches podman's second process too.
         command.process_group(0).stdin(Stdio::null());
         command

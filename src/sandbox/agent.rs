@@ -12,9 +12,10 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::{dup2, dup3};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -23,7 +24,8 @@ use tokio_util::task::TaskTracker;
 use super::SandboxError;
 use super::channel::Channel;
 use super::podman::Podman;
-use crate::process::{Cmd, Passed, Running};
+use super::protocol::CHANNEL_FD;
+use crate::process::{Cmd, Passed, ProcessError, Running};
 
 /// The hidden verb that becomes the agent.
 pub const VERB: &str = "agent";
@@ -59,10 +61,13 @@ struct Done {
 
 /// The life of the agent.
 pub fn main() -> ExitCode {
+    let third = Third::reserve();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let served = runtime.and_then(|runtime| {
+        // Where nobody is kept out, so that what is started needs no other place.
+        std::env::set_current_dir("/")?;
         let channel = std::io::stdin().as_fd().try_clone_to_owned()?;
-        runtime.block_on(serve(channel))
+        runtime.block_on(serve(channel, third?))
     });
     match served {
         Ok(()) => ExitCode::SUCCESS,
@@ -73,7 +78,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-async fn serve(channel: OwnedFd) -> std::io::Result<()> {
+async fn serve(channel: OwnedFd, mut third: Third) -> std::io::Result<()> {
     let channel = Arc::new(Channel::from_fd(channel)?);
     let started = TaskTracker::new();
     let runtime = Runtime::find();
@@ -84,8 +89,7 @@ async fn serve(channel: OwnedFd) -> std::io::Result<()> {
         let done = move |channel: &Channel, result| drop(channel.send(&Done { id, result }, &[]));
         match what {
             What::Start(args) => {
-                let passed = fds.into_iter().next().map_or(Passed::Nothing, Passed::Third);
-                let child = runtime.command(args).spawn(passed);
+                let child = third.spawn(&runtime.command(args), fds.into_iter().next());
                 let channel = Arc::clone(&channel);
                 started.spawn(async move {
                     let result = match child {
@@ -108,6 +112,37 @@ async fn serve(channel: OwnedFd) -> std::io::Result<()> {
     started.close();
     let _ = tokio::time::timeout(LAST_TIME, started.wait()).await;
     Ok(())
+}
+
+/// Descriptor 3, to be lent to what is started: what is there is inherited. To put something there in the child takes code
+/// of ours between fork and exec, and for that a copy of our memory.
+struct Third {
+    nothing: File,
+    /// None where it was taken when we came.
+    kept: Option<OwnedFd>,
+}
+
+impl Third {
+    /// To be called before anything else opens a descriptor.
+    fn reserve() -> std::io::Result<Third> {
+        let kept = OwnedFd::from(File::open("/dev/null")?);
+        Ok(Third { nothing: File::open("/dev/null")?, kept: Some(kept).filter(|fd| fd.as_raw_fd() == CHANNEL_FD) })
+    }
+
+    /// Starts a command, which finds `fd` there. Nothing else is started meanwhile: the agent has one thread.
+    fn spawn(&mut self, command: &Cmd, fd: Option<OwnedFd>) -> Result<Running, ProcessError> {
+        match (&mut self.kept, fd) {
+            (Some(kept), Some(fd)) => {
+                let lent = dup2(&fd, kept);
+                let started = command.spawn(Passed::Nothing);
+                lent.and_then(|()| dup3(&self.nothing, kept, OFlag::O_CLOEXEC))
+                    .map_err(|errno| ProcessError::Io { command: RUNTIME.into(), source: errno.into() })?;
+                started
+            }
+            (None, Some(fd)) => command.spawn(Passed::Third(fd)),
+            (_, None) => command.spawn(Passed::Nothing),
+        }
+    }
 }
 
 /// The OCI runtime as it is started again and again.
