@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use hyper_util::rt::{TokioIo, TokioTimer};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::socket::{setsockopt, sockopt::TcpUserTimeout};
 use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
@@ -11,11 +13,15 @@ use tokio_util::task::TaskTracker;
 
 use super::front::Front;
 
-/// Connections at once; further ones wait to be accepted.
+/// Connections at once, where there are descriptors for twice as many; further ones wait to be accepted.
 const MAX_CONNECTIONS: usize = 10_000;
 
 /// How long a client may take for the head of a request, the wait between two requests included.
 const HEADER_TIME: Duration = Duration::from_secs(30);
+
+/// How long a client may take none of its answer, in milliseconds: else those that never read would keep their places,
+/// and their answers in memory.
+const UNTAKEN_TIME: u32 = 20_000;
 
 /// How long to wait after a failed accept: descriptors may have run out, and come back.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -37,7 +43,7 @@ pub async fn serve(
     stop: CancellationToken,
 ) -> impl Future<Output = ()> {
     let (closing, connections) = (CancellationToken::new(), TaskTracker::new());
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let places = Arc::new(Semaphore::new(places()));
     loop {
         let accepted = tokio::select! {
             accepted = async {
@@ -56,6 +62,7 @@ pub async fn serve(
         };
         // Answers are small, and the client waits for them.
         let _ = stream.set_nodelay(true);
+        let _ = setsockopt(&stream, TcpUserTimeout, &UNTAKEN_TIME);
         let service = Arc::clone(&front.borrow()).service(Some(peer.ip()));
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
@@ -86,4 +93,15 @@ pub async fn serve(
             tracing::info!("some connections did not close in time");
         }
     }
+}
+
+/// How many connections there may be. Descriptors are allowed as far as they can be, and half of them kept for all
+/// else: whoever floods the server with connections keeps it from no run.
+fn places() -> usize {
+    let allowed = getrlimit(Resource::RLIMIT_NOFILE).map(|(soft, hard)| {
+        let raised = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+        raised.map_or(soft, |()| hard)
+    });
+    let half = allowed.map_or(MAX_CONNECTIONS, |allowed| usize::try_from(allowed / 2).unwrap_or(usize::MAX));
+    half.clamp(1, MAX_CONNECTIONS)
 }

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -44,6 +45,8 @@ pub struct Options<'a> {
     pub env: &'a [(&'a str, &'a str)],
     /// A directory put before PATH, for stand-ins of podman.
     pub path: Option<&'a Path>,
+    /// How many descriptors it may have; as many as this process if `None`.
+    pub descriptors: Option<u64>,
     /// The instance's name; one that nobody else has if `None`.
     pub instance: Option<&'a str>,
 }
@@ -128,11 +131,17 @@ impl Files {
             let dirs = std::iter::once(first.to_owned()).chain(std::env::split_paths(&rest));
             command.env("PATH", std::env::join_paths(dirs).unwrap());
         }
-        // SAFETY: prctl is async-signal-safe and allocates nothing.
+        let descriptors = options.descriptors;
+        // SAFETY: prctl and setrlimit are async-signal-safe and allocate nothing.
         unsafe {
-            // A test run that is killed takes its servers along. It is the thread that counts as the parent,
-            // so a server lives no longer than the test that started it.
-            command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?));
+            command.pre_exec(move || {
+                if let Some(most) = descriptors {
+                    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
+                }
+                // A test run that is killed takes its servers along. It is the thread that counts as the parent,
+                // so a server lives no longer than the test that started it.
+                Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?)
+            });
         }
         command
     }

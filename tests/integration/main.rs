@@ -19,6 +19,7 @@ mod client;
 mod connect;
 mod doctor;
 mod faults;
+mod floods;
 mod harness;
 mod http;
 mod images;

@@ -1,0 +1,196 @@
+//! Clients by the thousand, and such as begin much and end nothing: all are refused, answered or closed in their time,
+//! others are served meanwhile, and what they took comes back.
+
+use std::fs;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use serde_json::json;
+
+use crate::client::{Answer, Pending, head};
+use crate::harness::{Options, Server, eventually, marked_seconds};
+
+const JSON: (&str, &str) = ("Content-Type", "application/json");
+
+/// As many connections as the server takes at once.
+const CROWD: usize = 10_000;
+
+fn options(config: &str) -> Options<'_> {
+    Options { languages: &["bash"], containers: 1, config, ..Options::default() }
+}
+
+fn descriptors(server: &Server) -> usize {
+    fs::read_dir(format!("/proc/{}/fd", server.pid())).unwrap().count()
+}
+
+/// Waits until a server at rest has no more descriptors than it had before.
+#[track_caller]
+fn wait_given_back(server: &Server, before: usize) {
+    eventually(&format!("{before} descriptors as before"), || (descriptors(server) <= before).then_some(()));
+}
+
+/// The tests have one descriptor for each client too.
+fn allow_descriptors(needed: usize) {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    assert!(most >= needed as u64, "these tests need {needed} descriptors, and the hard limit is {most}");
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+}
+
+/// Code whose answer is in no memo.
+fn echo(word: &str) -> String {
+    format!("echo {word} # {}", marked_seconds(0))
+}
+
+#[track_caller]
+fn assert_serves(server: &Server) {
+    assert_eq!(server.run(&echo("alive")), Answer::ran("alive\n"));
+}
+
+#[test]
+fn ten_thousand_clients_that_end_nothing_are_closed_and_others_served() {
+    allow_descriptors(CROWD + 1000);
+    let server = Server::start(options("limits = { output = \"1MiB\" }"));
+    // Kept for the clients below: six bytes of JSON for each of these, more than the kernel holds for a connection.
+    let large = json!({ "code": "head -c 1048576 /dev/zero" }).to_string();
+    let large = head("POST", "/coderunner", &[JSON], large.len()) + &large;
+    let answer = Pending::send(server.address, large.as_bytes()).reply();
+    assert!(answer.body.len() > 6 << 20, "{}", answer.body.len());
+    server.wait_ready();
+    let before = descriptors(&server);
+
+    let body = head("POST", "/coderunner", &[JSON], 100) + "{\"code\": ";
+    let chunk = head("POST", "/coderunner", &[JSON, ("Transfer-Encoding", "chunked")], 0) + "ffff\r\n{";
+    let kept_alive = "GET /healthz HTTP/1.1\r\nHost: test\r\n\r\n";
+    let begun = ["", "P", "POST /coderunner HTTP/1.1\r\nHost: te", &body, &chunk, kept_alive];
+    let never_read = 40;
+    let crowd: Vec<Pending> = (0..CROWD)
+        .map(|number| match number < never_read {
+            true => Pending::send(server.address, large.as_bytes()),
+            false => Pending::send(server.address, begun[number % begun.len()].as_bytes()),
+        })
+        .collect();
+    // One more than there are places, and still answered.
+    assert_serves(&server);
+    wait_given_back(&server, before);
+    drop(crowd);
+    assert_serves(&server);
+    server.stop();
+}
+
+#[test]
+fn a_server_short_of_descriptors_keeps_enough_for_its_runs() {
+    let server = Server::start(Options { descriptors: Some(300), ..options("") });
+    let before = descriptors(&server);
+    let mut first = Pending::send(server.address, b"");
+    // Some of them have to wait until they are accepted.
+    let crowd: Vec<Pending> = (0..200).map(|_| Pending::send(server.address, b"")).collect();
+    eventually("as many connections as there may be", || (descriptors(&server) > before + 100).then_some(()));
+    let body = json!({ "code": echo("alive") }).to_string();
+    first.send_more((head("POST", "/coderunner", &[JSON], body.len()) + &body).as_bytes());
+    assert_eq!(first.reply().answer(), Answer::ran("alive\n"));
+    drop(crowd);
+    assert_serves(&server);
+    wait_given_back(&server, before);
+    server.stop();
+}
+
+#[test]
+fn heads_without_end_or_sense_are_refused() {
+    let server = Server::start(options(""));
+    let before = descriptors(&server);
+    let line = "POST /coderunner HTTP/1.1\r\n";
+    let many: String = (0..20_000).map(|number| format!("x-{number}: y\r\n")).collect();
+    let long = "x".repeat(4 << 20);
+    for head in [
+        format!("{line}{many}\r\n"),
+        format!("{line}x: {long}\r\n\r\n"),
+        format!("{line}{long}: x\r\n\r\n"),
+        format!("{line}cookie: {}\r\n\r\n", "a=b; ".repeat(1 << 20)),
+        long.clone(),
+        format!("GET /{long} HTTP/1.1\r\n\r\n"),
+        format!("{line}Host: test\r\nno colon\r\n\r\n"),
+        format!("{line}Host: test\r\n folded\r\n\r\n"),
+        format!("{line}Host: te\0st\r\n\r\n"),
+        format!("{line}na me: x\r\n\r\n"),
+        format!("{line}Content-Length: -1\r\n\r\n"),
+        format!("{line}Content-Length: 99999999999999999999999\r\n\r\n"),
+        format!("{line}Content-Length: 1\r\nContent-Length: 2\r\n\r\n"),
+        format!("{line}Transfer-Encoding: gzip\r\n\r\n"),
+        "\r\n".repeat(1 << 20),
+    ] {
+        let request = Pending::send(server.address, head.as_bytes());
+        request.end_of_request();
+        // Who is still sending may find the connection closed before he has read why.
+        if let Ok(reply) = request.try_reply() {
+            assert!((400..500).contains(&reply.status), "{}: {reply:?}", &head[..head.len().min(80)]);
+        }
+    }
+    assert_serves(&server);
+    wait_given_back(&server, before);
+    server.stop();
+}
+
+#[test]
+fn bodies_that_are_cut_short_or_framed_without_sense_run_nothing() {
+    let server = Server::start(options(""));
+    let before = descriptors(&server);
+    let length = |length: usize| head("POST", "/coderunner", &[JSON], length);
+    let chunked = head("POST", "/coderunner", &[JSON, ("Transfer-Encoding", "chunked")], 0);
+    let code = json!({ "code": "echo it ran" }).to_string();
+    let size = code.len();
+    let chunk = |size: &str| format!("{chunked}{size}\r\n{code}\r\n0\r\n\r\n");
+    for request in [
+        length(size + 1) + &code,
+        length(size - 1) + &code,
+        format!("{chunked}{size:x}\r\n{code}"),
+        format!("{chunked}{size:x}\r\n{code}\r\n"),
+        chunk(&format!("{:x}", size + 1)),
+        chunk(&format!("{:x}", size - 1)),
+        chunk("zz"),
+        chunk("-1"),
+        chunk(""),
+        chunk("0x10"),
+        chunk("ffffffffffffffff"),
+        chunk("fffffffffffffffffffffff"),
+        chunk(&format!("{size:x};{}", "x".repeat(1 << 20))),
+        format!("{chunked}{size:x}\r\n{code}\r\n0\r\n{}\r\n", "x: y\r\n".repeat(100_000)),
+        // Either length may be what a proxy in front of it believes.
+        head("POST", "/coderunner", &[JSON, ("Content-Length", "5"), ("Transfer-Encoding", "chunked, x")], 0) + &code,
+    ] {
+        let pending = Pending::send(server.address, request.as_bytes());
+        pending.end_of_request();
+        if let Ok(reply) = pending.try_reply() {
+            assert!((400..500).contains(&reply.status), "{}: {reply:?}", &request[..request.len().min(300)]);
+        }
+    }
+    assert_serves(&server);
+    wait_given_back(&server, before);
+    server.stop();
+}
+
+#[test]
+fn json_as_deep_or_wide_as_a_body_may_be_is_refused_or_ignored() {
+    let server = Server::start(options(""));
+    let deep = |open: &str, close: &str, times| open.repeat(times) + &close.repeat(times);
+    let post = |path: &str, body: &str| server.request("POST", path, &[JSON], body.as_bytes());
+    for path in ["/coderunner", "/api/v2/execute"] {
+        for body in [
+            deep("[", "]", 250_000),
+            deep("{\"a\":", "}", 80_000),
+            format!("{{\"code\":{}}}", deep("[", "]", 200_000)),
+            format!("{{\"files\":{}}}", deep("[", "]", 200_000)),
+            format!("{{\"files\":[{}{{}}]}}", "{},".repeat(150_000)),
+            "[".repeat(500_000),
+            format!("{{\"code\":\"{}", "\\u0000".repeat(80_000)),
+            format!("{{\"code\":{}}}", "9".repeat(500_000)),
+        ] {
+            let reply = post(path, &body);
+            assert_eq!(reply.status, 400, "{path} {}: {}", &body[..30], reply.message());
+            assert!(reply.message().len() < 500, "as long as what it is about: {}", reply.message());
+        }
+    }
+    // What belongs to another API is passed over, whatever it is.
+    let wide: String = (0..30_000).map(|number| format!("\"{number}\":[],")).collect();
+    let reply = post("/coderunner", &format!("{{{wide}\"code\":\"echo wide\"}}"));
+    assert_eq!(reply.answer(), Answer::ran("wide\n"));
+    server.stop();
+}
