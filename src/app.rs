@@ -131,14 +131,16 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     let (front, current_front) = watch::channel(front(&settings, &languages, &pool, &tasks, &metrics)?);
 
     let (orders, taken) = mpsc::channel(ORDERS);
-    let announced = Arc::clone(&pool);
+    let (announced, asked) = (Arc::clone(&pool), Arc::clone(&pool));
     let podman = workshop.podman.clone();
-    let updater = updater(&workshop, &settings, languages, move |language, image| {
+    let announce = move |language: &str, image| {
         if let Image::Ready(id) = &image {
             tokio::spawn(note_age(podman.clone(), language.to_owned(), id.clone()));
         }
         announced.set_image(language, image);
-    })?;
+    };
+    let ailing = move || asked.statuses().iter().any(|(_, status)| status.problem.is_some());
+    let updater = updater(&workshop, &settings, languages, announce, ailing)?;
     let stop_background = phases.stop.child_token();
     let background = TaskTracker::new();
     if !settings.require_limits {
@@ -282,6 +284,7 @@ fn updater(
     settings: &Settings,
     languages: Vec<Arc<Language>>,
     announce: impl Fn(&str, Image) + Send + Sync + 'static,
+    ailing: impl Fn() -> bool + Send + Sync + 'static,
 ) -> anyhow::Result<ImageUpdater> {
     Ok(ImageUpdater {
         podman: workshop.podman.clone(),
@@ -293,6 +296,7 @@ fn updater(
         slot: HEALTH_SLOT,
         checking: Mutex::default(),
         announce: Box::new(announce),
+        ailing: Box::new(ailing),
     })
 }
 
@@ -305,7 +309,7 @@ pub async fn update(settings: &Settings) -> anyhow::Result<bool> {
         return Ok(ok);
     }
     let workshop = Workshop::open(settings)?;
-    let reports = updater(&workshop, settings, settings.enabled()?, |_, _| ())?.update().await;
+    let reports = updater(&workshop, settings, settings.enabled()?, |_, _| (), || false)?.update().await;
     workshop.close().await;
     let (text, ok) = control::summary(&reports);
     print!("{text}");

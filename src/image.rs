@@ -31,6 +31,9 @@ const OLD: &str = "localhost/coderunner-old";
 const RETRY_FIRST: Duration = Duration::from_secs(10);
 const RETRY_LONGEST: Duration = Duration::from_secs(3600);
 
+/// How long sandboxes may fail before it is looked whether their image is there still: somebody may have deleted it.
+const AILING_CHECK: Duration = Duration::from_secs(5);
+
 /// How often, and how many times, deleting a replaced image is tried while jobs still run on it.
 const DELETE_PAUSE: Duration = Duration::from_secs(1);
 const DELETE_TRIES: u32 = 30;
@@ -148,6 +151,8 @@ pub struct ImageUpdater {
     pub checking: Mutex<()>,
     /// Is told the image of a language whenever it changes.
     pub announce: Announce,
+    /// Whether sandboxes of a language cannot be made.
+    pub ailing: Box<dyn Fn() -> bool + Send + Sync>,
 }
 
 impl ImageUpdater {
@@ -184,12 +189,22 @@ impl ImageUpdater {
                         None => return,
                     },
                     () = tokio::time::sleep(pause) => complete = all_well(&self.update().await),
+                    () = self.ails(), if complete => complete = self.find_all().await,
                 }
             }
         };
         tokio::select! {
             () = work => {}
             () = stop.cancelled() => {}
+        }
+    }
+
+    async fn ails(&self) {
+        loop {
+            tokio::time::sleep(AILING_CHECK).await;
+            if (self.ailing)() {
+                return;
+            }
         }
     }
 

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::panic::AssertUnwindSafe;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
+use crate::client::Answer;
 use crate::harness::{Files, Options, Server, eventually, marked_seconds, output, wait_gone, wait_running};
 use crate::leftovers;
 use crate::registry::{EMPTY, Image, Registry, SHELL};
@@ -69,6 +70,7 @@ on_each_engine! {
     a_new_version_is_used_from_then_on_and_the_old_one_deleted
     a_new_version_that_does_not_work_is_refused_and_removed
     an_update_under_load_fails_no_request
+    an_image_that_is_deleted_under_load_is_pulled_again
     a_server_killed_while_it_checks_a_new_version_comes_back_with_the_old_one
 }
 
@@ -185,6 +187,52 @@ fn an_update_under_load_fails_no_request(engine: &str) {
     });
     assert!(seen.iter().all(|version| version == "one" || version == "two"), "{seen:?}");
     image.wait_stored(&[&new]);
+    server.stop();
+}
+
+fn an_image_that_is_deleted_under_load_is_pulled_again(engine: &str) {
+    let registry = Registry::start();
+    let image = registry.image();
+    let id = registry.push(&image, SHELL, &version("one"));
+    let (config, env) = (config_for(engine, &image), registry.env());
+    let server = Server::start(Options { containers: 3, ..options(&config, &env) });
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (server, over) = (&server, &over);
+        let client = move |number: usize| {
+            for count in 0.. {
+                let reply = server.begin(&format!("{VERSION} # {number} {count}")).reply();
+                match reply.status {
+                    200 => assert_eq!(reply.answer(), Answer::ran("one"), "an answer is right, or there is none"),
+                    status => assert!([500, 503].contains(&status), "{reply:?}"),
+                }
+                if over.load(Ordering::SeqCst) {
+                    break;
+                }
+            }
+        };
+        for number in 0..3 {
+            scope.spawn(move || client(number));
+        }
+        // Before anything is asserted: the clients would go on for ever.
+        let deleted = std::panic::catch_unwind(AssertUnwindSafe(|| {
+            for _ in 0..2 {
+                // It fails while a container is about to be made of the image.
+                eventually("it is deleted", || {
+                    let said = output(Command::new("podman").args(["rmi", "--force", "--", &id]), b"").stdout;
+                    String::from_utf8_lossy(&said).contains("Deleted: ").then_some(())
+                });
+                image.wait_stored(&[&id]);
+                eventually("answers again", || {
+                    let reply = server.begin(&format!("{VERSION} # {}", marked_seconds(0))).reply();
+                    (reply.status == 200).then(|| assert_eq!(reply.answer(), Answer::ran("one")))
+                });
+            }
+        }));
+        over.store(true, Ordering::SeqCst);
+        deleted.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+    assert_eq!(server.run(&format!("{VERSION} # after")), Answer::ran("one"));
     server.stop();
 }
 
