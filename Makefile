@@ -4,6 +4,7 @@ DESTDIR =
 LANGUAGE = c
 LISTEN = 127.0.0.1:8080
 CASES = 100000
+RUNS = 10000
 export LISTEN
 
 # Under sudo cargo may not be on the PATH: take that of the user who called it.
@@ -18,7 +19,7 @@ endif
 HOST := $(or $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p'),$(shell uname -m)-unknown-linux-gnu)
 EXECUTABLE := $(or $(CARGO_TARGET_DIR),target)/$(HOST)/release/coderunner
 
-.PHONY: all help build run test fuzz test-web test-vm bench lint web images install uninstall deb tarball clean setup
+.PHONY: all help build run test fuzz soak test-web test-vm bench lint web images install uninstall deb tarball clean setup
 
 all: build
 
@@ -62,6 +63,10 @@ test-web: ## test the playground page in a browser
 
 fuzz: setup ## try malformed input; CASES=100000 of each kind
 	@PROPTEST_CASES=$(CASES) packaging/dev/cargo test --locked --bin coderunner -- fuzz::
+
+soak: setup ## run good and hostile programs, RUNS=10000, and see that nothing grows
+	@packaging/images/build c python bash
+	@CODERUNNER_TEST_RUNS=$(RUNS) packaging/dev/cargo test --locked --test integration -- soak --nocapture
 
 bench: setup ## measure; BENCH=long for longer
 	@packaging/images/build bash c gcc

@@ -209,7 +209,7 @@ impl Killing {
             }
             Killing::Conmon => of_the_container(server, "conmon"),
             Killing::PodmanItself => of_the_container(server, "podman"),
-            Killing::Agent => agents(server),
+            Killing::Agent => leftovers::agents(server.pid()),
         };
         assert!(!victims.is_empty(), "{self:?}: nothing to kill");
         for victim in &victims {
@@ -263,16 +263,6 @@ fn of_the_container(server: &Server, program: &str) -> Vec<Pid> {
 fn crun(server: &Server) -> Vec<Pid> {
     let lines = leftovers::processes(&server.instance);
     lines.iter().filter(|line| line.split_whitespace().nth(1) == Some("crun")).map(|line| pid(line)).collect()
-}
-
-/// The server's processes in podman's namespace.
-fn agents(server: &Server) -> Vec<Pid> {
-    let parent = |of: Pid| {
-        let status = fs::read_to_string(format!("/proc/{of}/status")).ok()?;
-        Some(pid(status.lines().find_map(|line| line.strip_prefix("PPid:"))?))
-    };
-    let ours = |of: &Pid| std::iter::successors(Some(*of), |of| parent(*of)).any(|of| of == server.pid());
-    leftovers::marked(" agent ").iter().map(|line| pid(line)).filter(ours).collect()
 }
 
 fn command_line(pid: Pid) -> String {

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use nix::unistd::Pid;
+
 use crate::harness::{eventually, eventually_none, output};
 
 /// Runs podman and returns what it printed; panics where it fails.
@@ -47,6 +49,17 @@ pub fn end_marked(mark: &str) {
         // One that has gone meanwhile is no error.
         let _ = output(Command::new("podman").args(["unshare", "kill", line.split_whitespace().next().unwrap()]), b"");
     }
+}
+
+/// The processes in podman's namespace of the server with this process id.
+pub fn agents(server: Pid) -> Vec<Pid> {
+    let pid = |text: &str| text.split_whitespace().next()?.parse().ok().map(Pid::from_raw);
+    let parent = |of: &Pid| {
+        let status = fs::read_to_string(format!("/proc/{of}/status")).ok()?;
+        pid(status.lines().find_map(|line| line.strip_prefix("PPid:"))?)
+    };
+    let ours = |of: &Pid| std::iter::successors(Some(*of), parent).any(|of| of == server);
+    marked(" agent ").iter().filter_map(|line| pid(line)).filter(ours).collect()
 }
 
 fn command_lines(wanted: impl Fn(&str) -> bool) -> Vec<String> {

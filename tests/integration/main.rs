@@ -35,5 +35,6 @@ mod reload;
 mod security;
 mod settings;
 mod shutdown;
+mod soak;
 mod stand_in;
 mod walls;
