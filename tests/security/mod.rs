@@ -7,6 +7,7 @@ mod bombs;
 mod compilers;
 mod engines;
 mod escapes;
+mod files;
 mod filter;
 
 use crate::client::Answer;
