@@ -3,12 +3,10 @@
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use serde_json::json;
-use warp::Reply;
 use warp::reply::Response;
 
 use super::error::ApiError;
-use super::{ApiSettings, Wishes, live};
+use super::{ApiSettings, Wishes, respond};
 use crate::job::{Job, Outcome, StageOutcome, Streams};
 use crate::language::Language;
 use crate::runner::Runner;
@@ -58,18 +56,8 @@ pub async fn run(
     wishes: Wishes,
     runner: Arc<Runner>,
     settings: Arc<ApiSettings>,
-) -> Response {
-    let answer = async {
-        let language = runner.language(None)?;
-        let job = request?.into_job(language, settings.source_limit)?;
-        if wishes.events {
-            return Ok(live::events(runner, job, wishes.reuse, |answer| json!(Answer::from(&*answer.outcome))));
-        }
-        let answer = runner.run(job, wishes.reuse).await?;
-        Ok::<_, ApiError>(warp::reply::json(&Answer::from(&*answer.outcome)).into_response())
-    };
-    match answer.await {
-        Ok(response) => response,
-        Err(error) => error.into_response(),
-    }
+) -> Result<Response, ApiError> {
+    let language = runner.language(None)?;
+    let job = request?.into_job(language, settings.source_limit)?;
+    respond(runner, job, wishes, |answer| Answer::from(&*answer.outcome)).await
 }

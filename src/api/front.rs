@@ -16,7 +16,7 @@ use warp::filters::BoxedFilter;
 use warp::http::header::{AUTHORIZATION, HeaderMap};
 use warp::http::{HeaderValue, Method, Request};
 use warp::reply::Response;
-use warp::{Filter, Rejection};
+use warp::{Filter, Rejection, Reply};
 
 use super::error::ApiError;
 use crate::access::{Credentials, Denied, Gate};

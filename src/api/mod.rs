@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use futures_util::StreamExt;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 use warp::filters::BoxedFilter;
@@ -26,9 +27,10 @@ use warp::http::{HeaderMap, HeaderName, Method, StatusCode};
 use warp::reply::Response;
 use warp::{Filter, Rejection, Reply};
 
+use crate::job::Job;
 use crate::metrics::Export;
 use crate::ready::Readiness;
-use crate::runner::{Reuse, Runner};
+use crate::runner::{Answer, Reuse, Runner};
 use error::ApiError;
 
 /// How long a client may take to send its body.
@@ -73,7 +75,8 @@ pub fn routes(
         .and(warp::post())
         .and(json_body(settings.body_limit, is_json, coderunner::EXAMPLE))
         .and(wishes())
-        .then(move |request, wishes| coderunner::run(request, wishes, Arc::clone(&runner), Arc::clone(&settings)));
+        .then(move |request, wishes| coderunner::run(request, wishes, Arc::clone(&runner), Arc::clone(&settings)))
+        .map(Reply::into_response);
     let read = || warp::get().or(warp::head()).unify();
     let healthz =
         warp::path!("healthz").and(read()).map(|| warp::reply::json(&json!({"status": "ok"})).into_response());
@@ -147,6 +150,20 @@ fn wishes() -> impl Filter<Extract = (Wishes,), Error = Infallible> + Clone + Se
         },
         events: lists(&headers, ACCEPT, &["text/event-stream"]),
     })
+}
+
+/// Answers with what becomes of a job: as it happens, where that is wished, else when it is over. `form` makes the answer.
+async fn respond<A: Serialize>(
+    runner: Arc<Runner>,
+    job: Job,
+    wishes: Wishes,
+    form: impl Fn(&Answer) -> A + Send + 'static,
+) -> Result<Response, ApiError> {
+    if wishes.events {
+        return Ok(live::events(runner, job, wishes.reuse, move |answer| json!(form(answer))));
+    }
+    let answer = runner.run(job, wishes.reuse).await?;
+    Ok(warp::reply::json(&form(&answer)).into_response())
 }
 
 /// Whether a header that is a list has one of these words, its parameters aside.

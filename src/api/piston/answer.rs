@@ -1,0 +1,193 @@
+//! What clients of Piston's API read, and what we add beside its fields.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::job::{Ended, Stage, StageOutcome, Stream, Verdict};
+use crate::language::Language;
+use crate::runner;
+
+/// Exit code of what could not be started, as shells have it.
+const CODE_NOT_STARTED: i32 = 127;
+
+/// A language that is served.
+#[derive(Debug, Serialize)]
+pub struct Runtime {
+    /// Its name.
+    pub language: String,
+    /// Its version.
+    pub version: String,
+    /// Other names of it.
+    pub aliases: Vec<String>,
+}
+
+impl From<&Language> for Runtime {
+    fn from(language: &Language) -> Runtime {
+        Runtime {
+            language: language.name.clone(),
+            version: language.version.to_string(),
+            aliases: language.aliases.clone(),
+        }
+    }
+}
+
+/// What is answered.
+#[derive(Debug, Serialize)]
+pub struct Answer {
+    /// The language's name.
+    pub language: String,
+    /// The language's version.
+    pub version: String,
+    /// Compiling, where the language has that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compile: Option<StageAnswer>,
+    /// Running, unless compiling failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub run: Option<StageAnswer>,
+    /// What became of the program.
+    pub verdict: Verdict,
+    /// Whether this is the outcome of an earlier run.
+    pub cached: bool,
+    /// How long ago that was, in milliseconds.
+    pub age: Option<u64>,
+    /// How long the run waited for its container, in milliseconds.
+    pub queued: u64,
+    /// Whether something was printed that is not here.
+    pub truncated: bool,
+}
+
+/// What became of a stage.
+#[derive(Debug, Serialize)]
+pub struct StageAnswer {
+    /// What it printed there. Bytes that are no UTF-8 are U+FFFD.
+    pub stdout: String,
+    /// What it printed there.
+    pub stderr: String,
+    /// Both in order of arrival.
+    pub output: String,
+    /// The rest.
+    #[serde(flatten)]
+    pub ending: Ending,
+}
+
+/// How a stage ended and what it used.
+#[derive(Debug, Serialize)]
+pub struct Ending {
+    /// The exit code; null if a signal ended it.
+    pub code: Option<i32>,
+    /// The signal's name; null if it ended by itself.
+    pub signal: Option<String>,
+    /// Why it was cut short.
+    pub message: Option<String>,
+    /// Piston's word for what went wrong; null if nothing did.
+    pub status: Option<Status>,
+    /// CPU time in milliseconds, all processes together.
+    pub cpu_time: u64,
+    /// Wall time in milliseconds.
+    pub wall_time: u64,
+    /// Peak memory in bytes.
+    pub memory: u64,
+    /// What became of it.
+    pub verdict: Verdict,
+    /// Whether something was printed that is not here.
+    pub truncated: bool,
+    /// Bytes printed there, kept or not.
+    pub stdout_bytes: u64,
+    /// Bytes printed there, kept or not.
+    pub stderr_bytes: u64,
+}
+
+/// Piston's words for what went wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub enum Status {
+    /// An exit code other than 0.
+    RE,
+    /// Ended by a signal.
+    SG,
+    /// Out of time.
+    TO,
+    /// Too much on stdout.
+    OL,
+    /// Too much on stderr.
+    EL,
+    /// The server's fault.
+    XX,
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl Answer {
+    /// An answer in Piston's form.
+    pub fn new(language: &Language, answer: &runner::Answer) -> Answer {
+        let outcome = &answer.outcome;
+        let stages = || outcome.compile.iter().chain(&outcome.run);
+        Answer {
+            language: language.name.clone(),
+            version: language.version.to_string(),
+            compile: outcome.compile.as_ref().map(StageAnswer::from),
+            run: outcome.run.as_ref().map(StageAnswer::from),
+            verdict: outcome.verdict(),
+            cached: answer.cached.is_some(),
+            age: answer.cached.map(millis),
+            queued: millis(answer.queued),
+            truncated: stages().any(|stage| stage.output.truncated()),
+        }
+    }
+}
+
+impl From<&StageOutcome> for StageAnswer {
+    fn from(stage: &StageOutcome) -> StageAnswer {
+        StageAnswer {
+            stdout: stage.output.text_of(Stream::Stdout),
+            stderr: stage.output.text_of(Stream::Stderr),
+            output: stage.output.text(),
+            ending: Ending::from(stage),
+        }
+    }
+}
+
+impl From<&StageOutcome> for Ending {
+    fn from(stage: &StageOutcome) -> Ending {
+        let (output, verdict) = (&stage.output, stage.verdict());
+        let (code, signal) = match stage.ended {
+            // Clients ask this code whether there is a program.
+            Ended::Exited(0) if stage.stage == Stage::Compile && !stage.artifact => (Some(1), None),
+            Ended::Exited(code) => (Some(code), None),
+            Ended::NotStarted(_) => (Some(CODE_NOT_STARTED), None),
+            Ended::Signalled(number) => (None, Some(signal_name(number))),
+            Ended::WallTime | Ended::CpuTime | Ended::Memory | Ended::Killed => (None, Some("SIGKILL".to_owned())),
+        };
+        let status = match verdict {
+            Verdict::Ok => None,
+            Verdict::TimeLimit => Some(Status::TO),
+            Verdict::OutputLimit => match output.total(Stream::Stderr) > output.total(Stream::Stdout) {
+                true => Some(Status::EL),
+                false => Some(Status::OL),
+            },
+            Verdict::InternalError => Some(Status::XX),
+            _ if signal.is_some() => Some(Status::SG),
+            _ => Some(Status::RE),
+        };
+        Ending {
+            code,
+            signal,
+            message: stage.why(),
+            status,
+            cpu_time: stage.usage.cpu_us.div_ceil(1000),
+            wall_time: stage.usage.wall_us.div_ceil(1000),
+            memory: stage.usage.memory,
+            verdict,
+            truncated: output.truncated(),
+            stdout_bytes: output.total(Stream::Stdout),
+            stderr_bytes: output.total(Stream::Stderr),
+        }
+    }
+}
+
+fn signal_name(number: i32) -> String {
+    nix::sys::signal::Signal::try_from(number)
+        .map_or_else(|_| format!("SIG{number}"), |signal| signal.as_str().to_owned())
+}

@@ -1,0 +1,60 @@
+//! Piston's API, version 2: what its clients send and read, and what we add beside its fields.
+
+mod answer;
+mod request;
+mod version;
+
+use std::sync::Arc;
+
+use warp::filters::BoxedFilter;
+use warp::reply::Response;
+use warp::{Filter, Reply};
+
+use super::error::ApiError;
+use super::{ApiSettings, Wishes, is_json, json_body, respond, wishes};
+use crate::runner::Runner;
+pub use answer::{Answer, Ending, Runtime};
+pub use request::Request;
+
+/// A request that is one, for those who sent another.
+const EXAMPLE: &str = "{\"language\": \"…\", \"version\": \"*\", \"files\": [{\"content\": \"…\"}]}";
+
+/// Piston's paths.
+pub fn routes(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<(Response,)> {
+    let (listing, running, settings) = (Arc::clone(runner), Arc::clone(runner), Arc::clone(settings));
+    let runtimes = warp::path!("api" / "v2" / "runtimes")
+        .and(warp::get().or(warp::head()).unify())
+        .map(move || warp::reply::json(&runtimes(&listing)).into_response());
+    let execute = warp::path!("api" / "v2" / "execute")
+        .and(warp::post())
+        .and(json_body(settings.body_limit, is_taken, EXAMPLE))
+        .and(wishes())
+        .then(move |request, wishes| execute(request, wishes, Arc::clone(&running), Arc::clone(&settings)))
+        .map(Reply::into_response);
+    let other_method = warp::path!("api" / "v2" / "execute")
+        .map(|| "POST, OPTIONS")
+        .or(warp::path!("api" / "v2" / "runtimes").map(|| "GET, HEAD"))
+        .unify()
+        .map(|allow| ApiError::MethodNotAllowed(allow).into_response());
+    runtimes.or(execute).unify().or(other_method).unify().boxed()
+}
+
+/// Published clients send their JSON as text, or do not say what it is.
+fn is_taken(kind: Option<&str>) -> bool {
+    let essence = kind.and_then(|kind| kind.split(';').next()).map(str::trim);
+    is_json(kind) || essence.is_none_or(|essence| essence.eq_ignore_ascii_case("text/plain"))
+}
+
+fn runtimes(runner: &Runner) -> Vec<Runtime> {
+    runner.languages().iter().map(|language| Runtime::from(&**language)).collect()
+}
+
+async fn execute(
+    request: Result<Request, ApiError>,
+    wishes: Wishes,
+    runner: Arc<Runner>,
+    settings: Arc<ApiSettings>,
+) -> Result<Response, ApiError> {
+    let (language, job) = request?.into_job(&runner, settings.source_limit)?;
+    respond(runner, job, wishes, move |answer| Answer::new(&language, answer)).await
+}
