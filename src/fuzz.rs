@@ -117,7 +117,13 @@ fn to_init() -> Vec<Vec<u8>> {
         processes: 64,
     };
     let prepare = ToInit::Prepare { uid: 10_000, own_cgroup: true, files: vec!["main.c".into(), "a/b.h".into()] };
-    vec![json(&prepare), json(&ToInit::Stage(stage)), json(&ToInit::Signal(15)), json(&ToInit::Kill)]
+    vec![
+        json(&prepare),
+        json(&ToInit::Stage(stage)),
+        json(&ToInit::Pack),
+        json(&ToInit::Signal(15)),
+        json(&ToInit::Kill),
+    ]
 }
 
 fn from_init() -> Vec<Vec<u8>> {
@@ -125,6 +131,7 @@ fn from_init() -> Vec<Vec<u8>> {
     vec![
         json(&FromInit::Ready { version: protocol::VERSION, enforced: Enforced::default() }),
         json(&FromInit::Prepared),
+        json(&FromInit::Packed),
         json(&ended(Ended::Exited(3))),
         json(&ended(Ended::NotStarted("no such file".into()))),
         json(&FromInit::Failed("why".into())),

@@ -1,5 +1,6 @@
 //! What is asked for and what came of it: pure data, no I/O.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -31,6 +32,19 @@ pub struct Job {
     pub limits: Limits,
     /// Lower memory limits of the stages, where the client asked for them.
     pub memory: StageMemory,
+    /// What compiling the same files has made elsewhere: a short cut, which changes no outcome.
+    pub built: Option<Arc<Built>>,
+}
+
+/// What compiling made in one sandbox, for others.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Built {
+    /// Content id of the image that it was made with, and works with.
+    pub image: String,
+    /// How compiling went.
+    pub compile: StageOutcome,
+    /// What was in the working directory afterwards, as init packs it. Nobody else looks into it.
+    pub packed: Bytes,
 }
 
 /// Memory that a stage may use, below that of its container: watched by init, which looks every few

@@ -164,6 +164,7 @@ impl Language {
             streams,
             limits: self.limits.clone(),
             memory: StageMemory::default(),
+            built: None,
         }
     }
 

@@ -165,15 +165,16 @@ pub fn sandbox_taken(language: &str, waited: Duration) -> impl Drop + Send + use
     Busy(busy)
 }
 
-/// A program was run.
-pub fn ran(language: &str, outcome: &Outcome) {
+/// A program was run, and where `compiled`, compiled for that.
+pub fn ran(language: &str, outcome: &Outcome, compiled: bool) {
     let labels = [("language", language.to_owned()), ("verdict", word(&outcome.verdict()))];
     counter!(RUNS, &labels).increment(1);
     let stage = |stage: &StageOutcome| {
         let labels = [("language", language.to_owned()), ("stage", word(&stage.stage))];
         histogram!(STAGE_TIME, &labels).record(Duration::from_micros(stage.usage.wall_us));
     };
-    [&outcome.compile, &outcome.run].into_iter().flatten().for_each(stage);
+    let compile = outcome.compile.as_ref().filter(|_| compiled);
+    [compile, outcome.run.as_ref()].into_iter().flatten().for_each(stage);
 }
 
 /// A sandbox is gone.

@@ -78,7 +78,7 @@ pub async fn run(once: Once) -> anyhow::Result<u8> {
     let mut job = language.job(Bytes::from(code), Streams::Separate);
     job.args = once.args;
     let (events, mut happening) = mpsc::unbounded_channel();
-    let live = Live { events: Some(events), stdin: Some(stdin()), signals: None };
+    let live = Live { events: Some(events), stdin: Some(stdin()), ..Live::default() };
     let printing = async {
         while let Some(event) = happening.recv().await {
             print(event);

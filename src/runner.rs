@@ -1,10 +1,12 @@
 //! The way of a job: memo, then one flight per key, then a sandbox from the pool, then the outcome.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use tokio::sync::watch;
+use futures_util::{StreamExt, stream};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
@@ -15,7 +17,7 @@ use crate::job::{Job, JobKey, Outcome};
 use crate::language::Language;
 use crate::metrics;
 use crate::sandbox::pool::{Pool, PoolError};
-use crate::sandbox::{Live, SandboxError};
+use crate::sandbox::{Live, SandboxError, Wanted};
 
 /// What a request is given.
 #[derive(Debug, Clone)]
@@ -54,6 +56,13 @@ pub enum RunError {
     ShuttingDown,
 }
 
+/// Runs of a batch at once: those of others find room beside them.
+const AT_ONCE: usize = 4;
+
+/// Most bytes of what a batch has compiled, and most batches of which that is kept: the memory that it takes.
+const MAX_BUILD: usize = 16 << 20;
+const MAX_BUILDS: usize = 16;
+
 type Landed = Option<Result<Answer, RunError>>;
 
 /// A run that one or more requests wait for. The last who drops it ends the run.
@@ -69,6 +78,8 @@ pub struct Runner {
     pool: Arc<Pool>,
     flights: Arc<Mutex<HashMap<JobKey, Weak<Flight>>>>,
     tasks: Tasks,
+    /// Places for what batches have compiled.
+    builds: Semaphore,
 }
 
 /// The runs of all runners there have been since the start: a reload makes a new runner, and the runs of
@@ -99,7 +110,14 @@ impl Tasks {
 impl Runner {
     /// A runner of these languages, the default one first.
     pub fn new(languages: Vec<Arc<Language>>, memo: MemoCache, pool: Arc<Pool>, tasks: Tasks) -> Runner {
-        Runner { languages, memo: Arc::new(memo), pool, flights: Arc::default(), tasks }
+        Runner {
+            languages,
+            memo: Arc::new(memo),
+            pool,
+            flights: Arc::default(),
+            tasks,
+            builds: Semaphore::new(MAX_BUILDS),
+        }
     }
 
     /// The languages that are served, the default one first.
@@ -179,6 +197,43 @@ impl Runner {
         Ok(answer)
     }
 
+    /// Runs jobs that differ in nothing but their input, a few at once, and tells the outcome of each as it comes. The
+    /// first is compiled; the others run what that made, each in a sandbox of its own. Where it cannot be carried there,
+    /// each compiles for itself. Dropping the future ends all.
+    pub async fn run_batch(&self, jobs: Vec<Job>, reuse: Reuse, tell: impl Fn(usize, Result<Answer, RunError>)) {
+        let mut left = VecDeque::new();
+        for (index, job) in jobs.into_iter().enumerate() {
+            match self.remembered(&job, reuse) {
+                Ok(None) => left.push_back((index, job)),
+                Ok(Some(answer)) => tell(index, Ok(answer)),
+                Err(error) => tell(index, Err(error)),
+            }
+        }
+        let Some((first, job)) = left.pop_front() else { return };
+        let place = self.builds.try_acquire().ok();
+        let (wanted, built) = oneshot::channel();
+        let wanted = Wanted { most: place.as_ref().map_or(0, |_| MAX_BUILD), built: wanted };
+        let mut running = pin!(self.run_live(job, Live { built: Some(wanted), ..Live::default() }));
+        let built = tokio::select! {
+            biased;
+            Ok(built) = built => built,
+            // It never got as far as being run, and no other would.
+            result = &mut running => {
+                left.iter().for_each(|(index, _)| tell(*index, result.clone()));
+                return tell(first, result);
+            }
+        };
+        let others = stream::iter(left)
+            .map(async |(index, job)| {
+                (index, self.run_live(Job { built: built.clone(), ..job }, Live::default()).await)
+            })
+            .buffer_unordered(AT_ONCE - 1);
+        let mut results = pin!(stream::select(stream::once(running).map(|result| (first, result)), others));
+        while let Some((index, result)) = results.next().await {
+            tell(index, result);
+        }
+    }
+
     /// Joins the flight of the same job, or starts one.
     fn board(&self, job: Job, reuse: Reuse) -> Result<Arc<Flight>, RunError> {
         let language = Arc::clone(self.language(Some(&job.language))?);
@@ -251,7 +306,7 @@ async fn execute(
         match sandbox.run(language, job, &mut live).await {
             Ok(outcome) => {
                 pool.note_proof(&job.language);
-                metrics::ran(&job.language, &outcome);
+                metrics::ran(&job.language, &outcome, job.built.is_none());
                 return Ok((Answer { outcome: Arc::new(outcome), cached: None, queued }, image));
             }
             Err(SandboxError::Lost) if lost < LOST_SANDBOXES => {

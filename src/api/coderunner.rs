@@ -3,16 +3,17 @@
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use warp::filters::BoxedFilter;
 use warp::reply::Response;
 
 use super::error::ApiError;
-use super::{ApiSettings, Wishes, respond};
+use super::{ApiSettings, Wishes, is_json, post, respond};
 use crate::job::{Job, Outcome, StageOutcome, Streams};
 use crate::language::Language;
 use crate::runner::Runner;
 
 /// A request that is one, for those who sent another.
-pub const EXAMPLE: &str = "{\"code\": \"…\"}";
+const EXAMPLE: &str = "{\"code\": \"…\"}";
 
 /// What is asked. Fields of other APIs are ignored.
 #[derive(Debug, Deserialize)]
@@ -50,8 +51,13 @@ impl Request {
     }
 }
 
+/// The path of plain code.
+pub fn route(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<(Response,)> {
+    post(warp::path!("coderunner"), is_json, EXAMPLE, run, runner, settings)
+}
+
 /// Runs the code in the default language.
-pub async fn run(
+async fn run(
     request: Result<Request, ApiError>,
     wishes: Wishes,
     runner: Arc<Runner>,

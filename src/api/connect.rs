@@ -158,7 +158,7 @@ async fn converse(
     let (typing, typed) = mpsc::channel(MAX_TYPED);
     let (signalling, signals) = mpsc::channel(MAX_SIGNALS);
     let keyboard = Keyboard { typing: Some(typing), left: settings.body_limit, signalling };
-    let live = Live { events: Some(events), stdin: Some(typed), signals: Some(signals) };
+    let live = Live { events: Some(events), stdin: Some(typed), signals: Some(signals), ..Live::default() };
     let unreachable = CancellationToken::new();
     let telling = async {
         let mut teller = Teller::default();

@@ -1,5 +1,6 @@
 //! The HTTP side: wire types become jobs, outcomes become answers, errors become statuses in one place.
 
+mod batch;
 mod coderunner;
 mod connect;
 mod error;
@@ -44,6 +45,9 @@ const PAGES_SEND: [&str; 6] =
     ["content-type", "cache-control", "authorization", "x-api-key", "x-request-id", "traceparent"];
 const PAGES_READ: [&str; 2] = ["x-request-id", "retry-after"];
 
+/// The content type of JSON in lines.
+const LINES: &str = "application/x-ndjson";
+
 /// What the API needs of the settings.
 #[derive(Debug, Clone)]
 pub struct ApiSettings {
@@ -70,24 +74,22 @@ pub fn routes(
     let (ready_runner, readiness) = (Arc::clone(&runner), Arc::new(readiness));
     let measured_runner = Arc::clone(&runner);
 
-    let api_v2 = piston::routes(&runner, &settings).or(connect::routes(&runner, &settings)).unify();
-    let run = warp::path!("coderunner")
-        .and(warp::post())
-        .and(json_body(settings.body_limit, is_json, coderunner::EXAMPLE))
-        .and(wishes())
-        .then(move |request, wishes| coderunner::run(request, wishes, Arc::clone(&runner), Arc::clone(&settings)))
-        .map(Reply::into_response);
+    let run = coderunner::route(&runner, &settings);
+    let api_v2 = piston::routes(&runner, &settings)
+        .or(batch::route(&runner, &settings))
+        .unify()
+        .or(connect::routes(&runner, &settings))
+        .unify();
     let read = || warp::get().or(warp::head()).unify();
     let healthz =
         warp::path!("healthz").and(read()).map(|| warp::reply::json(&json!({"status": "ok"})).into_response());
     let readyz =
         warp::path!("readyz").and(read()).then(move || ready(Arc::clone(&ready_runner), Arc::clone(&readiness)));
     let measured = warp::path!("metrics").and(read()).map(move || exposition(metrics.text(&measured_runner)));
-    let other_method = warp::path!("coderunner")
-        .map(|| "POST, OPTIONS")
-        .or(warp::path!("healthz").or(warp::path!("readyz")).or(warp::path!("metrics")).map(|_| "GET, HEAD"))
-        .unify()
-        .map(|allow| ApiError::MethodNotAllowed(allow).into_response());
+    let other_method = warp::path!("healthz")
+        .or(warp::path!("readyz"))
+        .or(warp::path!("metrics"))
+        .map(|_| ApiError::MethodNotAllowed("GET, HEAD").into_response());
 
     let rest =
         api_v2.or(healthz).unify().or(readyz).unify().or(measured).unify().or(page).unify().or(other_method).unify();
@@ -140,6 +142,8 @@ struct Wishes {
     reuse: Reuse,
     /// `Accept: text/event-stream` asks to be told what happens.
     events: bool,
+    /// `Accept: application/x-ndjson` asks for each result as it comes.
+    lines: bool,
 }
 
 fn wishes() -> impl Filter<Extract = (Wishes,), Error = Infallible> + Clone + Send + Sync {
@@ -149,6 +153,7 @@ fn wishes() -> impl Filter<Extract = (Wishes,), Error = Infallible> + Clone + Se
             false => Reuse::Allowed,
         },
         events: lists(&headers, ACCEPT, &["text/event-stream"]),
+        lines: lists(&headers, ACCEPT, &[LINES]),
     })
 }
 
@@ -173,6 +178,33 @@ fn lists(headers: &HeaderMap, name: HeaderName, words: &[&str]) -> bool {
         .flat_map(|value| value.split(','))
         .filter_map(|item| item.split(';').next())
         .any(|item| words.iter().any(|word| item.trim().eq_ignore_ascii_case(word)))
+}
+
+/// Answers what was posted.
+type Handler<T, F> = fn(Result<T, ApiError>, Wishes, Arc<Runner>, Arc<ApiSettings>) -> F;
+
+/// A path that takes JSON by POST and nothing else; `taken` tells the content types of it.
+fn post<T: DeserializeOwned + Send + 'static, F>(
+    path: impl Filter<Extract = (), Error = Rejection> + Clone + Send + Sync + 'static,
+    taken: fn(Option<&str>) -> bool,
+    example: &'static str,
+    handler: Handler<T, F>,
+    runner: &Arc<Runner>,
+    settings: &Arc<ApiSettings>,
+) -> BoxedFilter<(Response,)>
+where
+    F: Future<Output = Result<Response, ApiError>> + Send + 'static,
+{
+    let (runner, settings) = (Arc::clone(runner), Arc::clone(settings));
+    let posted = path
+        .clone()
+        .and(warp::post())
+        .and(json_body(settings.body_limit, taken, example))
+        .and(wishes())
+        .then(move |request, wishes| handler(request, wishes, Arc::clone(&runner), Arc::clone(&settings)))
+        .map(Reply::into_response);
+    let other_method = path.map(|| ApiError::MethodNotAllowed("POST, OPTIONS").into_response());
+    posted.or(other_method).unify().boxed()
 }
 
 /// A JSON body of any framing, within its bounds of size and time; `taken` tells the content types of it.

@@ -184,7 +184,7 @@ impl Trial<'_> {
         let mark = &self.workshop.instance.name;
         let (events, mut shown) = mpsc::unbounded_channel();
         let (typed, stdin) = mpsc::channel(1);
-        let mut live = Live { events: Some(events), stdin: Some(stdin), signals: None };
+        let mut live = Live { events: Some(events), stdin: Some(stdin), ..Live::default() };
         let showing = async {
             let run = self.run_job(self.job(Probe::Show, mark), &mut live, SLOTS[1]).await;
             // Whoever waits for a sign of it waits in vain now.

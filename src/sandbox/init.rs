@@ -104,6 +104,14 @@ impl Init {
                     },
                     Err(_) => FromInit::Failed("a stage without its three pipes".into()),
                 },
+                ToInit::Pack => match self.pack(pipes) {
+                    Ok(()) => FromInit::Packed,
+                    Err(error) => FromInit::Failed(format!("cannot pack the working directory: {error}")),
+                },
+                ToInit::Unpack => match self.unpack(pipes) {
+                    Ok(()) => FromInit::Prepared,
+                    Err(error) => FromInit::Failed(format!("cannot fill the working directory: {error}")),
+                },
                 // For a stage that has just ended.
                 ToInit::Signal(_) | ToInit::Kill => continue,
             };
@@ -118,8 +126,7 @@ impl Init {
 
     /// Copies the files into the working directory as the programs' uid, so that they own them.
     fn prepare(&mut self, uid: u32, files: &[String]) -> io::Result<()> {
-        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(uid));
-        self.ids = Some((uid, gid));
+        self.ids = Some((Uid::from_raw(uid), Gid::from_raw(uid)));
         WRITABLE.iter().try_for_each(|place| open_to_all(Path::new(place)))?;
         // A tmpfs that anyone can write to, where cgroups are v1; else this fails, and need not be.
         let _ = fs::set_permissions(CGROUP, fs::Permissions::from_mode(0o755));
@@ -127,15 +134,39 @@ impl Init {
         for name in files {
             contents.push((Path::new(WORK_DIR).join(name), fs::read(Path::new(JOB_DIR).join(name))?));
         }
+        self.as_programs(|| {
+            contents.iter().try_for_each(|(path, content)| {
+                path.parent().map_or(Ok(()), fs::create_dir_all)?;
+                fs::write(path, content)
+            })
+        })
+    }
+
+    /// Packs the working directory, when every program is dead. Links are packed as such, not followed.
+    fn pack(&self, pipes: Vec<OwnedFd>) -> io::Result<()> {
+        let mut packed = tar::Builder::new(the_pipe(pipes)?);
+        packed.follow_symlinks(false);
+        self.as_programs(|| {
+            packed.append_dir_all("", WORK_DIR)?;
+            packed.finish()
+        })
+    }
+
+    /// Fills the working directory with what another sandbox's init has packed.
+    fn unpack(&self, pipes: Vec<OwnedFd>) -> io::Result<()> {
+        let mut packed = tar::Archive::new(the_pipe(pipes)?);
+        self.as_programs(|| packed.unpack(WORK_DIR))
+    }
+
+    /// Does something with the rights of the programs, and no more.
+    fn as_programs(&self, act: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        let (uid, gid) = self.ids.ok_or_else(|| io::Error::other("there are no programs yet"))?;
         setegid(gid)?;
         seteuid(uid)?;
-        let written = contents.iter().try_for_each(|(path, content)| {
-            path.parent().map_or(Ok(()), fs::create_dir_all)?;
-            fs::write(path, content)
-        });
+        let done = act();
         seteuid(Uid::from_raw(0))?;
         setegid(Gid::from_raw(0))?;
-        written
+        done
     }
 
     /// Runs one stage to its end; `None` when the server has gone meanwhile.
@@ -251,6 +282,14 @@ impl Init {
             let _ = poll(&mut fds, PollTimeout::from(10u8));
             while let Ok(Some(_)) = self.children.read_signal() {}
         }
+    }
+}
+
+/// The one pipe that came beside a message.
+fn the_pipe(mut pipes: Vec<OwnedFd>) -> io::Result<fs::File> {
+    match (pipes.pop(), pipes.pop()) {
+        (Some(pipe), None) => Ok(pipe.into()),
+        _ => Err(io::Error::other("a message without its pipe")),
     }
 }
 

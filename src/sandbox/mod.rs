@@ -6,6 +6,7 @@
 
 pub mod agent;
 pub mod auto;
+mod build;
 mod channel;
 pub mod crun;
 pub mod init;
@@ -31,6 +32,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::job::{Job, Outcome, Stage, StageOutcome, Stream, Verdict};
 use crate::language::Language;
 use crate::process::ProcessError;
+pub use build::Wanted;
 use channel::Channel;
 use protocol::{Enforced, ToInit};
 
@@ -190,6 +192,8 @@ pub struct Live {
     pub stdin: Option<mpsc::Receiver<Bytes>>,
     /// Signals for the running stage.
     pub signals: Option<mpsc::Receiver<i32>>,
+    /// Who wants what compiling makes.
+    pub built: Option<Wanted>,
 }
 
 /// A container with init waiting in it. Used once: [`Sandbox::run`] consumes it.
@@ -219,15 +223,13 @@ impl Sandbox {
 
     /// Compiles and runs a job, then gives the container up.
     pub async fn run(mut self, language: &Language, job: &Job, live: &mut Live) -> Result<Outcome, SandboxError> {
-        // The directory goes with the container.
-        self.write_files(job).map_err(|error| if self.is_gone() { SandboxError::Lost } else { error })?;
-        let files = job.files.iter().map(|file| file.name.clone()).collect();
-        // The first stage hears of its answer: waiting for it here would cost two changes between processes.
-        let order = ToInit::Prepare { uid: self.uid, own_cgroup: self.own_cgroup, files };
-        self.channel.send(&order, &[]).map_err(|_| SandboxError::Lost)?;
-        let compile = match language.command(Stage::Compile) {
-            Some(_) => Some(self.stage(Stage::Compile, language, job, live).await?),
-            None => None,
+        let compile = match job.built.as_ref().filter(|built| built.image == self.image) {
+            Some(built) => {
+                self.place(Vec::new())?;
+                self.unpack(built.packed.clone()).await?;
+                Some(built.compile.clone())
+            }
+            None => self.compile(language, job, live).await?,
         };
         let failed = compile.as_ref().is_some_and(|stage| stage.verdict() != Verdict::Ok);
         let run = match failed {
@@ -235,6 +237,34 @@ impl Sandbox {
             false => Some(self.stage(Stage::Run, language, job, live).await?),
         };
         Ok(Outcome { compile, run })
+    }
+
+    /// Places the files and compiles them, where the language has that.
+    async fn compile(
+        &mut self,
+        language: &Language,
+        job: &Job,
+        live: &mut Live,
+    ) -> Result<Option<StageOutcome>, SandboxError> {
+        // The directory goes with the container.
+        self.write_files(job).map_err(|error| if self.is_gone() { SandboxError::Lost } else { error })?;
+        self.place(job.files.iter().map(|file| file.name.clone()).collect())?;
+        let compile = match language.command(Stage::Compile) {
+            Some(_) => Some(self.stage(Stage::Compile, language, job, live).await?),
+            None => None,
+        };
+        let compiled = compile.as_ref().is_none_or(|stage| stage.verdict() == Verdict::Ok);
+        if let Some(wanted) = live.built.take_if(|_| compiled) {
+            self.hand_on(compile.as_ref(), wanted).await?;
+        }
+        Ok(compile)
+    }
+
+    /// Has init place the files. What comes next hears of its answer: waiting for it here would cost two changes
+    /// between processes.
+    fn place(&self, files: Vec<String>) -> Result<(), SandboxError> {
+        let order = ToInit::Prepare { uid: self.uid, own_cgroup: self.own_cgroup, files };
+        self.channel.send(&order, &[]).map_err(|_| SandboxError::Lost)
     }
 
     /// What it means that the container is no longer there. One that was killed while it waited is found out when the

@@ -48,6 +48,10 @@ pub enum ToInit {
     },
     /// Run one stage; its stdin, stdout and stderr come beside the message.
     Stage(StageSpec),
+    /// Write what is in the working directory to the pipe beside the message.
+    Pack,
+    /// Put what a [`ToInit::Pack`] wrote, and the pipe beside the message brings, into the working directory.
+    Unpack,
     /// Send a signal to the main process of the running stage.
     Signal(i32),
     /// End the running stage now.
@@ -87,8 +91,10 @@ pub enum FromInit {
         /// What init saw of its own cgroup.
         enforced: Enforced,
     },
-    /// The files of [`ToInit::Prepare`] are in place.
+    /// The files of [`ToInit::Prepare`] or [`ToInit::Unpack`] are in place.
     Prepared,
+    /// All is in the pipe of [`ToInit::Pack`].
+    Packed,
     /// The stage is over and everything that it started is dead.
     StageEnded {
         /// How the main process ended.

@@ -63,7 +63,7 @@ impl Sandbox {
                     Some(FromInit::Prepared) if !self.prepared => self.prepared = true,
                     Some(FromInit::StageEnded { ended, artifact, usage }) => break (ended, artifact, usage),
                     Some(FromInit::Failed(reason)) => return Err(SandboxError::Init(reason)),
-                    Some(FromInit::Ready { .. } | FromInit::Prepared) => {
+                    Some(FromInit::Ready { .. } | FromInit::Prepared | FromInit::Packed) => {
                         return Err(SandboxError::Init("an answer to something else".into()));
                     }
                     None => return Err(self.ended("its channel is closed")),

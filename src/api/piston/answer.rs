@@ -42,6 +42,14 @@ pub struct Answer {
     /// Compiling, where the language has that.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compile: Option<StageAnswer>,
+    /// The rest.
+    #[serde(flatten)]
+    pub ran: Ran,
+}
+
+/// What became of a program on one input.
+#[derive(Debug, Serialize)]
+pub struct Ran {
     /// Running, unless compiling failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub run: Option<StageAnswer>,
@@ -122,12 +130,20 @@ fn millis(time: Duration) -> u64 {
 impl Answer {
     /// An answer in Piston's form.
     pub fn new(language: &Language, answer: &runner::Answer) -> Answer {
-        let outcome = &answer.outcome;
-        let stages = || outcome.compile.iter().chain(&outcome.run);
         Answer {
             language: language.name.clone(),
             version: language.version.to_string(),
-            compile: outcome.compile.as_ref().map(StageAnswer::from),
+            compile: answer.outcome.compile.as_ref().map(StageAnswer::from),
+            ran: Ran::from(answer),
+        }
+    }
+}
+
+impl From<&runner::Answer> for Ran {
+    fn from(answer: &runner::Answer) -> Ran {
+        let outcome = &answer.outcome;
+        let stages = || outcome.compile.iter().chain(&outcome.run);
+        Ran {
             run: outcome.run.as_ref().map(StageAnswer::from),
             verdict: outcome.verdict(),
             cached: answer.cached.is_some(),

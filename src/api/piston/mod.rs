@@ -11,32 +11,24 @@ use warp::reply::Response;
 use warp::{Filter, Reply};
 
 use super::error::ApiError;
-use super::{ApiSettings, Wishes, is_json, json_body, respond, wishes};
+use super::{ApiSettings, Wishes, is_json, post, respond};
 use crate::runner::Runner;
-pub use answer::{Answer, Ending, Runtime};
-pub use request::Request;
+pub use answer::{Answer, Ending, Ran, Runtime, StageAnswer};
+pub use request::{Request, arguments};
 
 /// A request that is one, for those who sent another.
 const EXAMPLE: &str = "{\"language\": \"…\", \"version\": \"*\", \"files\": [{\"content\": \"…\"}]}";
 
 /// Piston's paths.
 pub fn routes(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<(Response,)> {
-    let (listing, running, settings) = (Arc::clone(runner), Arc::clone(runner), Arc::clone(settings));
+    let listing = Arc::clone(runner);
     let runtimes = warp::path!("api" / "v2" / "runtimes")
         .and(warp::get().or(warp::head()).unify())
         .map(move || warp::reply::json(&runtimes(&listing)).into_response());
-    let execute = warp::path!("api" / "v2" / "execute")
-        .and(warp::post())
-        .and(json_body(settings.body_limit, is_taken, EXAMPLE))
-        .and(wishes())
-        .then(move |request, wishes| execute(request, wishes, Arc::clone(&running), Arc::clone(&settings)))
-        .map(Reply::into_response);
-    let other_method = warp::path!("api" / "v2" / "execute")
-        .map(|| "POST, OPTIONS")
-        .or(warp::path!("api" / "v2" / "runtimes").map(|| "GET, HEAD"))
-        .unify()
-        .map(|allow| ApiError::MethodNotAllowed(allow).into_response());
-    runtimes.or(execute).unify().or(other_method).unify().boxed()
+    let other_method =
+        warp::path!("api" / "v2" / "runtimes").map(|| ApiError::MethodNotAllowed("GET, HEAD").into_response());
+    let execute = post(warp::path!("api" / "v2" / "execute"), is_taken, EXAMPLE, execute, runner, settings);
+    runtimes.or(other_method).unify().or(execute).unify().boxed()
 }
 
 /// Published clients send their JSON as text, or do not say what it is.

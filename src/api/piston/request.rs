@@ -101,15 +101,20 @@ impl Request {
             compile: memory("compile_memory_limit", self.compile_memory_limit, most.memory.as_u64())?,
             run: memory("run_memory_limit", self.run_memory_limit, most.memory.as_u64())?,
         };
-        job.args = self.args.unwrap_or_default();
-        if job.args.iter().any(|arg| arg.contains('\0')) {
-            return Err(bad("args must not contain NUL"));
-        }
-        if serde_json::to_vec(&job.args).map_or(true, |json| json.len() > MAX_ARGS) {
-            return Err(ApiError::TooLarge { what: "args", limit: MAX_ARGS });
-        }
+        job.args = arguments(self.args.unwrap_or_default())?;
         job.stdin = self.stdin.unwrap_or_default().into();
         Ok((language, job))
+    }
+}
+
+/// Arguments that a program can be given.
+pub fn arguments(args: Vec<String>) -> Result<Vec<String>, ApiError> {
+    if args.iter().any(|arg| arg.contains('\0')) {
+        return Err(bad("args must not contain NUL"));
+    }
+    match serde_json::to_vec(&args) {
+        Ok(json) if json.len() <= MAX_ARGS => Ok(args),
+        _ => Err(ApiError::TooLarge { what: "args", limit: MAX_ARGS }),
     }
 }
 

@@ -1,0 +1,225 @@
+//! `POST /api/v2/batch`: one program, compiled once, on many inputs.
+
+use std::sync::Arc;
+
+use bytesize::ByteSize;
+use futures_util::{StreamExt, stream};
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+use tracing::Instrument;
+use warp::Reply;
+use warp::filters::BoxedFilter;
+use warp::http::HeaderValue;
+use warp::http::header::CONTENT_TYPE;
+use warp::reply::Response;
+
+use super::error::ApiError;
+use super::piston::{self, Ran, StageAnswer, arguments};
+use super::{ApiSettings, LINES, Wishes, is_json, post};
+use crate::caller::Caller;
+use crate::job::{Job, StageOutcome, Stream, Verdict};
+use crate::language::Language;
+use crate::runner::{self, RunError, Runner};
+
+/// A request that is one, for those who sent another.
+const EXAMPLE: &str = "{\"language\": \"…\", \"files\": [{\"content\": \"…\"}], \"inputs\": [{\"stdin\": \"…\", \"expected_output\": \"…\"}]}";
+
+/// Inputs of a request.
+const MAX_INPUTS: usize = 100;
+
+/// Bytes kept of all that is printed on one stream, shared among the inputs; one alone is kept as much as in a plain run.
+const OUTPUT: u64 = 4 << 20;
+
+/// What is asked: a program as it is sent to be executed, and what to run it on.
+#[derive(Debug, Deserialize)]
+pub struct Request {
+    /// The program. Its `stdin` and `args` are of those inputs that have none.
+    #[serde(flatten)]
+    program: piston::Request,
+    /// What it is run on, 1 to 100.
+    inputs: Vec<Input>,
+}
+
+/// What a program is run on.
+#[derive(Debug, Deserialize)]
+pub struct Input {
+    /// What the program reads.
+    stdin: Option<String>,
+    /// What is appended to the command that runs it.
+    args: Option<Vec<String>>,
+    /// What it has to print on stdout; white space at the ends of lines, and at the end, does not matter.
+    expected_output: Option<String>,
+}
+
+/// What is true of all inputs.
+#[derive(Debug, Serialize)]
+pub struct Program {
+    /// The language's name.
+    language: String,
+    /// The language's version.
+    version: String,
+    /// Compiling, where the language has that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    compile: Option<StageAnswer>,
+}
+
+/// What is answered.
+#[derive(Debug, Serialize)]
+pub struct Answer {
+    /// The program.
+    #[serde(flatten)]
+    program: Program,
+    /// Whether all inputs have passed.
+    passed: bool,
+    /// What became of each input, in their order.
+    results: Vec<Tried>,
+}
+
+/// What became of an input.
+#[derive(Debug, Serialize)]
+pub struct Tried {
+    /// Which one, from 0.
+    index: usize,
+    /// Whether the program ended well, and printed what was expected.
+    passed: bool,
+    /// What became of it.
+    #[serde(flatten)]
+    result: Tally,
+}
+
+/// Whether the program was run.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+pub enum Tally {
+    /// It was.
+    Ran(Box<Ran>),
+    /// It was not, for a reason of the server's.
+    Failed {
+        /// Why.
+        error: String,
+    },
+}
+
+/// Jobs of one program, and what each is expected to print.
+struct Batch {
+    language: Arc<Language>,
+    jobs: Vec<Job>,
+    expected: Vec<Option<String>>,
+}
+
+impl Request {
+    fn into_batch(self, runner: &Runner, source_limit: usize) -> Result<Batch, ApiError> {
+        if self.inputs.is_empty() || self.inputs.len() > MAX_INPUTS {
+            let message = format!("inputs must be 1 to {MAX_INPUTS}; there are {}", self.inputs.len());
+            return Err(ApiError::BadRequest(message));
+        }
+        let (language, mut job) = self.program.into_job(runner, source_limit)?;
+        job.limits.output = job.limits.output.min(ByteSize(OUTPUT / self.inputs.len() as u64));
+        let (mut jobs, mut expected) = (Vec::new(), Vec::new());
+        for input in self.inputs {
+            let mut job = job.clone();
+            if let Some(stdin) = input.stdin {
+                job.stdin = stdin.into();
+            }
+            if let Some(args) = input.args {
+                job.args = arguments(args)?;
+            }
+            jobs.push(job);
+            expected.push(input.expected_output);
+        }
+        Ok(Batch { language, jobs, expected })
+    }
+}
+
+impl Tried {
+    fn new(index: usize, result: Result<runner::Answer, RunError>, expected: Option<&str>) -> Tried {
+        let answer = match result {
+            Ok(answer) => answer,
+            Err(error) => {
+                let result = Tally::Failed { error: ApiError::from(error).to_string() };
+                return Tried { index, passed: false, result };
+            }
+        };
+        let passed = answer.outcome.verdict() == Verdict::Ok
+            && expected.is_none_or(|expected| answer.outcome.run.as_ref().is_some_and(|run| printed(run, expected)));
+        Tried { index, passed, result: Tally::Ran(Box::new(Ran::from(&answer))) }
+    }
+}
+
+/// Whether this is what a program printed, white space at the ends of lines and at the end aside.
+fn printed(run: &StageOutcome, expected: &str) -> bool {
+    !run.output.truncated() && same(&run.output.text_of(Stream::Stdout), expected)
+}
+
+fn same(one: &str, other: &str) -> bool {
+    one.trim_end().lines().map(str::trim_end).eq(other.trim_end().lines().map(str::trim_end))
+}
+
+/// The path of batches.
+pub fn route(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<(Response,)> {
+    post(warp::path!("api" / "v2" / "batch"), is_json, EXAMPLE, run, runner, settings)
+}
+
+/// Runs a program on its inputs. A client that leaves ends what still runs.
+async fn run(
+    request: Result<Request, ApiError>,
+    wishes: Wishes,
+    runner: Arc<Runner>,
+    settings: Arc<ApiSettings>,
+) -> Result<Response, ApiError> {
+    let Batch { language, jobs, expected } = request?.into_batch(&runner, settings.source_limit)?;
+    // What is sent is bounded by what is kept of the outputs.
+    let (sender, mut ended) = mpsc::unbounded_channel();
+    let running = async move {
+        tokio::select! {
+            () = sender.closed() => {}
+            () = runner.run_batch(jobs, wishes.reuse, |index, result| drop(sender.send((index, result)))) => {}
+        }
+    };
+    tokio::spawn(Caller::pass_on(running).in_current_span());
+    // Where there is no first outcome there is none at all, and a status can still say so.
+    let Some((index, first)) = ended.recv().await else { return Err(RunError::ShuttingDown.into()) };
+    let first = first?;
+    let program = Program {
+        language: language.name.clone(),
+        version: language.version.to_string(),
+        compile: first.outcome.compile.as_ref().map(StageAnswer::from),
+    };
+    let tried = move |(index, result)| Tried::new(index, result, expected.get(index).and_then(Option::as_deref));
+    let ended = stream::once(std::future::ready((index, Ok(first))))
+        .chain(stream::poll_fn(move |context| ended.poll_recv(context)))
+        .map(tried);
+    if wishes.lines {
+        return Ok(as_lines(program, ended));
+    }
+    let mut results: Vec<Tried> = ended.collect().await;
+    results.sort_by_key(|tried| tried.index);
+    let passed = results.iter().all(|tried| tried.passed);
+    Ok(warp::reply::json(&Answer { program, passed, results }).into_response())
+}
+
+/// The program in a line of JSON, then a line for each input.
+fn as_lines(program: Program, tried: impl futures_util::Stream<Item = Tried> + Send + Sync + 'static) -> Response {
+    let line = |json: serde_json::Result<String>| json.map(|json| json + "\n").map_err(std::io::Error::from);
+    let head = stream::once(std::future::ready(line(serde_json::to_string(&program))));
+    let lines = head.chain(tried.map(move |tried| line(serde_json::to_string(&tried))));
+    let mut response = warp::reply::stream(lines).into_response();
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(LINES));
+    response.headers_mut().insert("x-accel-buffering", HeaderValue::from_static("no"));
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::same;
+
+    #[test]
+    fn white_space_at_ends_does_not_matter() {
+        for (one, other) in [("1\n2\n", "1\n2"), ("1 \r\n2\n\n", "1\n2"), ("", "\n"), (" 1", " 1")] {
+            assert!(same(one, other), "{one:?} {other:?}");
+        }
+        for (one, other) in [("1\n\n2", "1\n2"), ("1", " 1"), ("", "x"), ("1 2", "1  2")] {
+            assert!(!same(one, other), "{one:?} {other:?}");
+        }
+    }
+}

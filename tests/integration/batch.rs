@@ -1,0 +1,209 @@
+//! One program on many inputs: compiled once, each input in a sandbox of its own.
+
+use std::collections::HashSet;
+
+use serde_json::{Value, json};
+
+use crate::client::Reply;
+use crate::harness::{Options, Server, eventually, marked_seconds, wait_gone, wait_running};
+
+on_each_engine! {
+    what_is_compiled_once_runs_in_a_sandbox_for_each_input
+    what_cannot_be_carried_is_compiled_for_each_input
+}
+
+const JSON: (&str, &str) = ("Content-Type", "application/json");
+const LINES: (&str, &str) = ("Accept", "application/x-ndjson");
+
+/// A language whose compiler is a shell script: the program.
+const SCRIPT: &str = r#"
+[language.script]
+image = "localhost/coderunner-bash:latest"
+source = "main.sh"
+compile = ["bash", "main.sh"]
+artifact = "out"
+run = ["./out"]
+health = { code = "printf '#!/bin/bash\necho hello' >out; chmod +x out", output = "hello\n" }
+"#;
+
+fn serve(engine: &str, languages: &[&str], containers: usize) -> Server {
+    let config = match engine {
+        "" => SCRIPT.to_owned(),
+        engine => format!("engine = {engine:?}\n{SCRIPT}"),
+    };
+    Server::start(Options { languages, containers, config: &config, ..Options::default() })
+}
+
+fn post(server: &Server, headers: &[(&str, &str)], body: &Value) -> Reply {
+    server.request("POST", "/api/v2/batch", &[headers, &[JSON]].concat(), body.to_string().as_bytes())
+}
+
+fn program(language: &str, code: &str, inputs: Value) -> Value {
+    json!({"language": language, "version": "*", "files": [{"content": code}], "inputs": inputs})
+}
+
+#[track_caller]
+fn ran(reply: &Reply) -> Value {
+    assert_eq!(reply.status, 200, "{}", String::from_utf8_lossy(&reply.body));
+    reply.json()
+}
+
+/// What the program printed for each input.
+fn printed(answer: &Value) -> Vec<&str> {
+    let results = answer["results"].as_array().unwrap();
+    results.iter().map(|result| result["run"]["stdout"].as_str().unwrap_or_else(|| panic!("{result}"))).collect()
+}
+
+fn what_is_compiled_once_runs_in_a_sandbox_for_each_input(engine: &str) {
+    let server = serve(engine, &["script"], 3);
+    let code = r#"
+        uuid=$(cat /proc/sys/kernel/random/uuid)
+        mkdir -p deep/er; echo "$uuid" >deep/er/uuid; ln -s deep/er/uuid link
+        printf '#!/bin/bash\ncat link; ls /tmp; echo x >/tmp/mark; cat; echo "$@"' >out; chmod 755 out"#;
+    let inputs: Vec<Value> =
+        (0..10).map(|n| json!({"stdin": format!("{n}\n"), "args": ["a b", n.to_string()]})).collect();
+    let answer = ran(&post(&server, &[], &program("script", code, json!(inputs))));
+    let printed = printed(&answer);
+    let uuid = printed[0].lines().next().unwrap();
+    assert_eq!(uuid.len(), 36, "{answer}");
+    for (n, output) in printed.iter().enumerate() {
+        assert_eq!(*output, format!("{uuid}\n{n}\na b {n}\n"));
+        assert_eq!(answer["results"][n]["index"], n);
+    }
+    assert_eq!((&answer["passed"], &answer["compile"]["code"]), (&json!(true), &json!(0)));
+    server.stop();
+}
+
+/// None of these may be followed, nor harm another sandbox; the program runs all the same.
+fn what_cannot_be_carried_is_compiled_for_each_input(engine: &str) {
+    let server = serve(engine, &["script"], 2);
+    let runs = |hostile: &str| {
+        let code = format!(
+            "uuid=$(cat /proc/sys/kernel/random/uuid)\nprintf '#!/bin/bash\necho '$uuid'\n{}' >out\nchmod 755 out\n{hostile}\n",
+            "cat etc/passwd link/passwd 2>/dev/null | wc -l"
+        );
+        let answer = ran(&post(&server, &[], &program("script", &code, json!([{}, {"args": ["1"]}, {"args": ["2"]}]))));
+        assert_eq!(answer["passed"], true, "{hostile}: {answer}");
+        let printed = printed(&answer).into_iter().map(str::to_owned);
+        printed.collect::<HashSet<String>>().len()
+    };
+    assert_eq!(runs(""), 1);
+    assert_eq!(runs("mkfifo pipe; ln -s / link2; ln -s ../../../.. up; ln out hard; ln -s loop loop"), 1);
+    assert_eq!(runs("touch \"$(printf 'no\\ttext\\xff\\n')\" $'\\xfe\\xff'"), 1, "names that are no text");
+    assert_eq!(runs("chmod u+s out; mkdir closed; chmod 555 closed"), 1);
+    assert_eq!(runs("head -c 20000000 /dev/zero >large"), 3, "too large");
+    assert_eq!(runs("echo secret >closed; chmod 0 closed"), 3, "cannot be read");
+    assert_eq!(runs("for n in {1..60}; do ln out hard$n; done; truncate -s 60000000 sparse"), 1);
+    let deep = "d=$(printf 'd%.0s' {1..200}); for n in {1..40}; do mkdir $d && cd $d || exit 0; done; exit 0";
+    assert_eq!(runs(deep), 3, "too deep");
+    server.stop();
+}
+
+#[test]
+fn each_input_has_a_verdict_and_passes_or_not() {
+    let server = serve("", &["c"], 2);
+    let code = r#"
+        #include <stdio.h>
+        int main(void) {
+            int n;
+            if (scanf("%d", &n) != 1) return 3;
+            if (n < 0) *(volatile int *)0 = 1;
+            printf("%d \n", n * n);
+            return 0;
+        }"#;
+    let inputs = json!([
+        {"stdin": "3", "expected_output": "9"}, {"stdin": "4", "expected_output": "17\n"}, {"stdin": "x"},
+        {"stdin": "-1"}, {"stdin": "5"}, {"expected_output": "49\n"},
+    ]);
+    let mut body = program("c", code, inputs);
+    body["stdin"] = "7".into();
+    let answer = ran(&post(&server, &[], &body));
+    let verdicts: Vec<(&str, bool)> = answer["results"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|result| (result["verdict"].as_str().unwrap(), result["passed"].as_bool().unwrap()))
+        .collect();
+    let expected =
+        [("ok", true), ("ok", false), ("runtime_error", false), ("signalled", false), ("ok", true), ("ok", true)];
+    assert_eq!(verdicts, expected, "{answer}");
+    assert_eq!((&answer["language"], &answer["passed"]), (&json!("c"), &json!(false)));
+
+    // Answers are kept as those of plain runs are.
+    let again = ran(&post(&server, &[], &body));
+    assert!(again["results"].as_array().unwrap().iter().all(|result| result["cached"] == true), "{again}");
+    let single = json!({"language": "c", "version": "*", "files": body["files"], "stdin": "5"});
+    let single = ran(&server.request("POST", "/api/v2/execute", &[JSON], single.to_string().as_bytes()));
+    assert_eq!((&single["cached"], &single["run"]["stdout"]), (&json!(true), &json!("25 \n")), "{single}");
+
+    let answer = ran(&post(&server, &[], &program("c", "int main(void) { return x; }", json!([{}, {"stdin": "1"}]))));
+    assert!(answer["compile"]["stderr"].as_str().unwrap().contains('x'), "{answer}");
+    for result in answer["results"].as_array().unwrap() {
+        assert_eq!((&result["verdict"], result.get("run")), (&json!("compile_error"), None), "{answer}");
+    }
+    server.stop();
+}
+
+#[test]
+fn results_come_in_lines_as_they_are_there() {
+    let server = serve("", &["bash"], 2);
+    let inputs: Vec<Value> = (0..5).map(|n| json!({"args": [n.to_string()], "expected_output": "3"})).collect();
+    let body = program("bash", "echo $1", json!(inputs)).to_string();
+    let all = server.begin_request("POST", "/api/v2/batch", &[JSON, LINES], body.as_bytes()).all();
+    let text = String::from_utf8(all).unwrap();
+    assert!(text.contains("content-type: application/x-ndjson"), "{text}");
+    let lines: Vec<Value> =
+        text.lines().filter_map(|line| serde_json::from_str(line).ok()).filter(Value::is_object).collect();
+    assert_eq!(lines[0], json!({"language": "bash", "version": "5.0.0"}), "{text}");
+    let mut passed: Vec<(u64, bool)> =
+        lines[1..].iter().map(|line| (line["index"].as_u64().unwrap(), line["passed"].as_bool().unwrap())).collect();
+    passed.sort_unstable();
+    assert_eq!(passed, [(0, false), (1, false), (2, false), (3, true), (4, false)], "{text}");
+    server.stop();
+}
+
+#[test]
+fn a_client_that_leaves_ends_its_batch() {
+    let server = serve("", &["bash"], 2);
+    for headers in [&[JSON][..], &[JSON, LINES]] {
+        let marks = [marked_seconds(60), marked_seconds(60), marked_seconds(60)];
+        let inputs: Vec<Value> = marks.iter().map(|mark| json!({ "args": [mark] })).collect();
+        let body = program("bash", "sleep $1", json!(inputs)).to_string();
+        let batch = server.begin_request("POST", "/api/v2/batch", headers, body.as_bytes());
+        marks[..2].iter().for_each(|mark| wait_running(mark));
+        drop(batch);
+        marks.iter().for_each(|mark| wait_gone(mark));
+    }
+    server.stop();
+}
+
+#[test]
+fn a_batch_without_any_outcome_is_an_error() {
+    let server = Server::start(Options {
+        languages: &["bash"],
+        containers: 1,
+        config: "queue = { wait = \"1s\" }",
+        ..Options::default()
+    });
+    let refused = |body: &Value, status: u16, word: &str| {
+        let reply = post(&server, &[], body);
+        assert_eq!(reply.status, status, "{}", String::from_utf8_lossy(&reply.body));
+        assert!(reply.message().contains(word), "{word}: {}", reply.message());
+        reply
+    };
+    let hello = |inputs: Value| program("bash", "echo hello", inputs);
+    refused(&hello(json!([])), 400, "inputs");
+    refused(&hello(json!(vec![json!({}); 101])), 400, "inputs");
+    refused(&hello(json!([{"args": ["\0"]}])), 400, "NUL");
+    refused(&hello(json!([{"stdin": 1}])), 400, "\"inputs\"");
+    refused(&program("cobol", "", json!([{}])), 400, "cobol");
+    let mark = marked_seconds(60);
+    let busy = server.begin(&format!("sleep {mark}"));
+    wait_running(&mark);
+    let reply = refused(&hello(json!([{}, {}])), 503, "became free");
+    assert!(reply.header("retry-after").is_some());
+    drop(busy);
+    let reply = eventually("an outcome", || Some(post(&server, &[], &hello(json!([{}])))).filter(|r| r.status == 200));
+    assert_eq!(printed(&reply.json()), ["hello\n"]);
+    server.stop();
+}
