@@ -7,6 +7,7 @@ use futures_util::{StreamExt, stream};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tracing::Instrument;
+use utoipa::ToSchema;
 use warp::Reply;
 use warp::filters::BoxedFilter;
 use warp::http::HeaderValue;
@@ -14,6 +15,7 @@ use warp::http::header::CONTENT_TYPE;
 use warp::reply::Response;
 
 use super::error::ApiError;
+use super::openapi::Refused;
 use super::piston::{self, Ran, StageAnswer, arguments};
 use super::{ApiSettings, LINES, Wishes, is_json, post};
 use crate::caller::Caller;
@@ -31,17 +33,22 @@ const MAX_INPUTS: usize = 100;
 const OUTPUT: u64 = 4 << 20;
 
 /// What is asked: a program as it is sent to be executed, and what to run it on.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
+#[schema(as = Batch, example = json!({
+    "language": "bash", "files": [{"content": "read n; echo $((n * n))"}],
+    "inputs": [{"stdin": "3", "expected_output": "9"}, {"args": ["x"]}]
+}))]
 pub struct Request {
     /// The program. Its `stdin` and `args` are of those inputs that have none.
     #[serde(flatten)]
     program: piston::Request,
     /// What it is run on, 1 to 100.
+    #[schema(min_items = 1, max_items = 100)]
     inputs: Vec<Input>,
 }
 
 /// What a program is run on.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 pub struct Input {
     /// What the program reads.
     stdin: Option<String>,
@@ -52,7 +59,8 @@ pub struct Input {
 }
 
 /// What is true of all inputs.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = BatchProgram)]
 pub struct Program {
     /// The language's name.
     language: String,
@@ -64,7 +72,8 @@ pub struct Program {
 }
 
 /// What is answered.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = BatchAnswer)]
 pub struct Answer {
     /// The program.
     #[serde(flatten)]
@@ -76,7 +85,7 @@ pub struct Answer {
 }
 
 /// What became of an input.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Tried {
     /// Which one, from 0.
     index: usize,
@@ -88,7 +97,7 @@ pub struct Tried {
 }
 
 /// Whether the program was run.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
 pub enum Tally {
     /// It was.
@@ -160,7 +169,16 @@ pub fn route(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<(
     post(warp::path!("api" / "v2" / "batch"), is_json, EXAMPLE, run, runner, settings)
 }
 
-/// Runs a program on its inputs. A client that leaves ends what still runs.
+/// Compile a program once, and run it on many inputs
+///
+/// Each input has a fresh container, a few at once. With `Accept: application/x-ndjson` the program comes in a line of
+/// JSON, then each result in one as it is there.
+// A client that leaves ends what still runs.
+#[utoipa::path(
+    post, path = "/api/v2/batch", operation_id = "batch", request_body = Request,
+    responses((status = 200, description = "What became of it",
+        content((Answer = "application/json"), (String = "application/x-ndjson"))), Refused)
+)]
 async fn run(
     request: Result<Request, ApiError>,
     wishes: Wishes,

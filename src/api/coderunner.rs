@@ -3,10 +3,12 @@
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 use warp::filters::BoxedFilter;
 use warp::reply::Response;
 
 use super::error::ApiError;
+use super::openapi::Refused;
 use super::{ApiSettings, Wishes, is_json, post, respond};
 use crate::job::{Job, Outcome, StageOutcome, Streams};
 use crate::language::Language;
@@ -16,17 +18,24 @@ use crate::runner::Runner;
 const EXAMPLE: &str = "{\"code\": \"…\"}";
 
 /// What is asked. Fields of other APIs are ignored.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
+#[schema(as = Code, example = json!({"code": "echo hello"}))]
 pub struct Request {
+    /// The program, in the default language.
     code: String,
 }
 
 /// What is answered.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
+#[schema(as = CodeAnswer)]
 struct Answer {
+    /// 1 if it compiled, 0 if not.
+    #[schema(maximum = 1)]
     status: u8,
+    /// What the compiler printed, both streams in order.
     compile_output: String,
+    /// What the program printed, both streams in order. A last line that begins with `coderunner:` says why it was cut short.
     run_output: String,
 }
 
@@ -56,7 +65,15 @@ pub fn route(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<(
     post(warp::path!("coderunner"), is_json, EXAMPLE, run, runner, settings)
 }
 
-/// Runs the code in the default language.
+/// Compile and run code in the default language
+///
+/// Whatever the program does, the answer is 200. With `Accept: text/event-stream` events tell what happens: `queued`,
+/// `stage`, `data`, `exit`, and at last `result` with the plain answer, or `error`.
+#[utoipa::path(
+    post, path = "/coderunner", operation_id = "code", request_body = Request,
+    responses((status = 200, description = "What became of it",
+        content((Answer = "application/json"), (String = "text/event-stream"))), Refused)
+)]
 async fn run(
     request: Result<Request, ApiError>,
     wishes: Wishes,

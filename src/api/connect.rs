@@ -13,6 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use warp::filters::BoxedFilter;
+use warp::http::Method;
 use warp::reply::Response;
 use warp::ws::{Message, WebSocket, Ws};
 use warp::{Filter, Reply};
@@ -20,6 +21,7 @@ use warp::{Filter, Reply};
 use super::ApiSettings;
 use super::error::ApiError;
 use super::live::{Teller, Told};
+use super::openapi::Refused;
 use super::piston::Request;
 use crate::caller::Caller;
 use crate::runner::Runner;
@@ -113,11 +115,21 @@ pub fn routes(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<
             })
             .into_response()
     });
-    let other = warp::path!("api" / "v2" / "connect")
-        .map(|| ApiError::BadRequest("this path speaks WebSocket; open one".into()).into_response());
+    let other = warp::path!("api" / "v2" / "connect").and(warp::method()).map(|method| match method {
+        Method::GET => ApiError::BadRequest("this path speaks WebSocket; open one".into()).into_response(),
+        _ => ApiError::MethodNotAllowed("GET").into_response(),
+    });
     socket.or(other).unify().boxed()
 }
 
+/// Run a program that can be typed to, by WebSocket
+///
+/// The client says `init` with the fields of a program, then `data` for `stdin`, `eof` and `signal`; the server says
+/// `runtime`, `queued`, `stage`, `data`, `exit` and `error`, and closes with 4999 when the program is done.
+#[utoipa::path(
+    get, path = "/api/v2/connect", operation_id = "connect",
+    responses((status = 101, description = "The conversation begins"), Refused)
+)]
 async fn serve(socket: WebSocket, runner: Arc<Runner>, settings: Arc<ApiSettings>, _place: OwnedSemaphorePermit) {
     let (mut sink, mut stream) = socket.split();
     let over = converse(&mut sink, &mut stream, &runner, &settings).await;

@@ -1,6 +1,6 @@
 //! The one map from errors to HTTP.
 
-use serde_json::json;
+use serde::Serialize;
 use warp::http::header::{ALLOW, RETRY_AFTER, WWW_AUTHENTICATE};
 use warp::http::{HeaderValue, StatusCode};
 use warp::reply::Response;
@@ -44,6 +44,13 @@ pub enum ApiError {
     Internal(String),
 }
 
+/// The body of every answer that is no success.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+pub struct Refusal {
+    /// What is wrong, and what to do.
+    message: String,
+}
+
 impl From<Denied> for ApiError {
     fn from(denied: Denied) -> ApiError {
         match denied {
@@ -75,7 +82,7 @@ impl From<RunError> for ApiError {
 impl Reply for ApiError {
     /// The answer, with the headers that its status asks for.
     fn into_response(self) -> Response {
-        let body = warp::reply::json(&json!({"message": self.to_string()}));
+        let body = warp::reply::json(&Refusal { message: self.to_string() });
         let mut response = warp::reply::with_status(body, self.status()).into_response();
         match self {
             ApiError::Overloaded(_) => {
@@ -101,7 +108,7 @@ impl Reply for ApiError {
 }
 
 impl ApiError {
-    fn status(&self) -> StatusCode {
+    pub fn status(&self) -> StatusCode {
         match self {
             ApiError::BadBody { .. } | ApiError::BadRequest(_) => StatusCode::BAD_REQUEST,
             ApiError::BodyTimeout => StatusCode::REQUEST_TIMEOUT,

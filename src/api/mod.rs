@@ -3,9 +3,11 @@
 mod batch;
 mod coderunner;
 mod connect;
+mod docs;
 mod error;
 pub mod front;
 mod live;
+mod openapi;
 mod page;
 mod piston;
 pub mod server;
@@ -33,6 +35,7 @@ use crate::metrics::Export;
 use crate::ready::Readiness;
 use crate::runner::{Answer, Reuse, Runner};
 use error::ApiError;
+use openapi::Refused;
 
 /// How long a client may take to send its body.
 const BODY_TIME: Duration = Duration::from_secs(10);
@@ -81,8 +84,7 @@ pub fn routes(
         .or(connect::routes(&runner, &settings))
         .unify();
     let read = || warp::get().or(warp::head()).unify();
-    let healthz =
-        warp::path!("healthz").and(read()).map(|| warp::reply::json(&json!({"status": "ok"})).into_response());
+    let healthz = warp::path!("healthz").and(read()).map(healthz);
     let readyz =
         warp::path!("readyz").and(read()).then(move || ready(Arc::clone(&ready_runner), Arc::clone(&readiness)));
     let measured = warp::path!("metrics").and(read()).map(move || exposition(metrics.text(&measured_runner)));
@@ -91,8 +93,19 @@ pub fn routes(
         .or(warp::path!("metrics"))
         .map(|_| ApiError::MethodNotAllowed("GET, HEAD").into_response());
 
-    let rest =
-        api_v2.or(healthz).unify().or(readyz).unify().or(measured).unify().or(page).unify().or(other_method).unify();
+    let rest = api_v2
+        .or(healthz)
+        .unify()
+        .or(readyz)
+        .unify()
+        .or(measured)
+        .unify()
+        .or(openapi::routes())
+        .unify()
+        .or(page)
+        .unify()
+        .or(other_method)
+        .unify();
     // Boxed, a pointer: each request takes a copy of all that may come next.
     let all = front::refusals().or(run.boxed()).unify().or(rest.boxed()).unify().recover(refuse).unify().boxed();
     // Inside, so that a page can read refusals; and outside, for those of its origin.
@@ -248,14 +261,28 @@ async fn read_body(
     tokio::time::timeout(BODY_TIME, reading).await.unwrap_or(Err(ApiError::BodyTimeout))
 }
 
-/// What Prometheus asks for.
+/// Whether the server lives
+#[utoipa::path(get, path = "/healthz", responses((status = 200, description = "It does", body = serde_json::Value)))]
+fn healthz() -> Response {
+    warp::reply::json(&json!({"status": "ok"})).into_response()
+}
+
+/// What Prometheus asks for
+#[utoipa::path(get, path = "/metrics", operation_id = "metrics", responses((status = 200, description = "All metrics", content_type = "text/plain", body = String), Refused))]
 fn exposition(text: String) -> Response {
     let mut response = text.into_response();
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
     response
 }
 
-/// 200 while the default language works.
+/// Whether the default language works, and what is wrong with each that does not
+#[utoipa::path(
+    get, path = "/readyz", operation_id = "readyz",
+    responses(
+        (status = 200, description = "It does", body = serde_json::Value),
+        (status = 503, description = "It does not", body = serde_json::Value),
+    )
+)]
 async fn ready(runner: Arc<Runner>, readiness: Arc<Readiness>) -> Response {
     let problems = runner.languages().iter().map(|language| readiness.problem(&runner, language));
     let problems = futures_util::future::join_all(problems).await;

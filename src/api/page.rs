@@ -106,11 +106,16 @@ impl Served {
         }
         let kept = if self.asset.immutable { "public, max-age=31536000, immutable" } else { "no-cache" };
         all.insert(CACHE_CONTROL, HeaderValue::from_static(kept));
-        all.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY));
-        all.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-        all.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+        secure(all);
         response
     }
+}
+
+/// The headers that keep a page to itself.
+pub fn secure(headers: &mut HeaderMap) {
+    headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY));
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
 }
 
 /// The words of a header that is a list.

@@ -342,6 +342,20 @@ pub fn finish(mut child: Child, stdin: &[u8]) -> Output {
     Output { status, stdout: stdout.join().unwrap(), stderr: stderr.join().unwrap() }
 }
 
+/// Runs a client of the server to its good end, and returns all that it said.
+#[track_caller]
+pub fn drive(program: &str, args: &[&str]) -> String {
+    let output = output(Command::new(program).args(args), b"");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program}: {}: {said}", output.status);
+    said
+}
+
+/// Where `packaging/dev/clients` has put those of others.
+pub fn clients() -> String {
+    std::env::var("CODERUNNER_TEST_CLIENTS").expect("CODERUNNER_TEST_CLIENTS: run tests by `make test`")
+}
+
 /// The server's executable: where tests run as another user than cargo, that is a copy he can read.
 pub fn executable() -> PathBuf {
     std::env::var_os("CODERUNNER_TEST_EXE").map_or_else(|| env!("CARGO_BIN_EXE_coderunner").into(), PathBuf::from)

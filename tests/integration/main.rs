@@ -26,10 +26,12 @@ mod http;
 mod images;
 mod leftovers;
 mod limits;
+mod openapi;
 mod operators;
 mod piston;
 mod programs;
 mod queue;
+mod readme;
 mod registry;
 mod reload;
 #[path = "../security/mod.rs"]

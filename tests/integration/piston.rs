@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::client::Reply;
-use crate::harness::{Options, Server};
+use crate::harness::{Options, Server, clients, drive};
 
 const JSON: (&str, &str) = ("Content-Type", "application/json");
 
@@ -209,26 +209,14 @@ fn an_answer_of_before_says_so_and_can_be_refused() {
     server.stop();
 }
 
-/// Runs a script that drives the server with a published client, as it is.
-fn drive(program: &str, args: &[&str]) {
-    let mut command = std::process::Command::new(program);
-    let output = crate::harness::output(command.args(args), b"");
-    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && said.contains("is content"), "{said}");
-}
-
-/// Where `packaging/dev/clients` has put them.
-fn clients() -> String {
-    std::env::var("CODERUNNER_TEST_CLIENTS").expect("CODERUNNER_TEST_CLIENTS: run tests by `make test`")
-}
-
 #[test]
 fn aiopyston_works_unmodified() {
     let server = serve(&["python", "c"], "");
     let script = server.files().dir().join("aiopyston.py");
     std::fs::write(&script, include_str!("clients/aiopyston.py")).unwrap();
     let url = format!("http://{}/api/v2/", server.address);
-    drive(&format!("{}/python/bin/python", clients()), &[script.to_str().unwrap(), &url]);
+    let said = drive(&format!("{}/python/bin/python", clients()), &[script.to_str().unwrap(), &url]);
+    assert!(said.contains("is content"), "{said}");
     server.stop();
 }
 
@@ -238,6 +226,7 @@ fn piston_client_works_unmodified() {
     let script = server.files().dir().join("piston-client.mjs");
     std::fs::write(&script, include_str!("clients/piston-client.mjs")).unwrap();
     let url = format!("http://{}", server.address);
-    drive("node", &[script.to_str().unwrap(), &url, &format!("{}/node", clients())]);
+    let said = drive("node", &[script.to_str().unwrap(), &url, &format!("{}/node", clients())]);
+    assert!(said.contains("is content"), "{said}");
     server.stop();
 }

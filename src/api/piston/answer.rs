@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::job::{Ended, Stage, StageOutcome, Stream, Verdict};
 use crate::language::Language;
@@ -12,7 +13,7 @@ use crate::runner;
 const CODE_NOT_STARTED: i32 = 127;
 
 /// A language that is served.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Runtime {
     /// Its name.
     pub language: String,
@@ -33,7 +34,8 @@ impl From<&Language> for Runtime {
 }
 
 /// What is answered.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ProgramAnswer)]
 pub struct Answer {
     /// The language's name.
     pub language: String,
@@ -48,7 +50,7 @@ pub struct Answer {
 }
 
 /// What became of a program on one input.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Ran {
     /// Running, unless compiling failed.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -66,7 +68,7 @@ pub struct Ran {
 }
 
 /// What became of a stage.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct StageAnswer {
     /// What it printed there. Bytes that are no UTF-8 are U+FFFD.
     pub stdout: String,
@@ -80,7 +82,7 @@ pub struct StageAnswer {
 }
 
 /// How a stage ended and what it used.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Ending {
     /// The exit code; null if a signal ended it.
     pub code: Option<i32>,
@@ -107,7 +109,7 @@ pub struct Ending {
 }
 
 /// Piston's words for what went wrong.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 pub enum Status {
     /// An exit code other than 0.
     RE,

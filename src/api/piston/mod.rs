@@ -11,6 +11,7 @@ use warp::reply::Response;
 use warp::{Filter, Reply};
 
 use super::error::ApiError;
+use super::openapi::Refused;
 use super::{ApiSettings, Wishes, is_json, post, respond};
 use crate::runner::Runner;
 pub use answer::{Answer, Ending, Ran, Runtime, StageAnswer};
@@ -37,10 +38,21 @@ fn is_taken(kind: Option<&str>) -> bool {
     is_json(kind) || essence.is_none_or(|essence| essence.eq_ignore_ascii_case("text/plain"))
 }
 
+/// The languages that are served
+#[utoipa::path(get, path = "/api/v2/runtimes", responses((status = 200, description = "All of them", body = Vec<Runtime>), Refused))]
 fn runtimes(runner: &Runner) -> Vec<Runtime> {
     runner.languages().iter().map(|language| Runtime::from(&**language)).collect()
 }
 
+/// Compile and run a program
+///
+/// As Piston has it, with additions: `verdict`, `cached`, `age`, `queued`, `truncated`, and totals of bytes. Whatever the
+/// program does, the answer is 200. `Cache-Control: no-cache` runs anew; `Accept: text/event-stream` tells what happens.
+#[utoipa::path(
+    post, path = "/api/v2/execute", request_body = Request,
+    responses((status = 200, description = "What became of it",
+        content((Answer = "application/json"), (String = "text/event-stream"))), Refused)
+)]
 async fn execute(
     request: Result<Request, ApiError>,
     wishes: Wishes,

@@ -7,6 +7,7 @@ use base64::Engine as _;
 use base64::alphabet::STANDARD as ALPHABET;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use serde::Deserialize;
+use utoipa::ToSchema;
 
 use super::version::is_within;
 use crate::api::error::ApiError;
@@ -30,34 +31,42 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 );
 
 /// What is asked. Other fields are ignored; null is the same as leaving a field out.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
+#[schema(as = Program, example = json!({"language": "bash", "version": "*", "files": [{"content": "echo hello"}]}))]
 pub struct Request {
     /// Name or alias of a language.
     pub language: String,
     /// The versions that will do, as a range; any where it is left out.
     pub version: Option<String>,
     /// The first one is the program, whatever its name.
+    #[schema(min_items = 1, max_items = 100)]
     pub files: Vec<File>,
     /// What the program reads.
     pub stdin: Option<String>,
     /// What is appended to the command that runs the program.
     pub args: Option<Vec<String>>,
     /// Wall time of compiling in milliseconds.
+    #[schema(minimum = 1)]
     pub compile_timeout: Option<f64>,
     /// Wall time of running in milliseconds.
+    #[schema(minimum = 1)]
     pub run_timeout: Option<f64>,
     /// CPU time of compiling in milliseconds, all processes together.
+    #[schema(minimum = 1)]
     pub compile_cpu_time: Option<f64>,
     /// CPU time of running in milliseconds, all processes together.
+    #[schema(minimum = 1)]
     pub run_cpu_time: Option<f64>,
     /// Memory of compiling in bytes; -1 for what the language has.
+    #[schema(minimum = -1)]
     pub compile_memory_limit: Option<f64>,
     /// Memory of running in bytes; -1 for what the language has.
+    #[schema(minimum = -1)]
     pub run_memory_limit: Option<f64>,
 }
 
 /// A file of a request.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 pub struct File {
     /// A relative path without `.` or `..`; made up where there is none.
     pub name: Option<String>,
@@ -68,7 +77,7 @@ pub struct File {
 }
 
 /// How a file's contents are written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Encoding {
     /// As they are.

@@ -1,0 +1,50 @@
+//! What the README shows is what happens.
+
+use std::fs;
+
+use crate::harness::{Options, Server, drive, eventually};
+
+const README: &str = include_str!("../../README.md");
+
+/// The address that the README's examples call.
+const EXAMPLES: &str = "127.0.0.1:8080";
+
+/// Blocks of code in a language that call the server.
+fn examples(language: &str, server: &Server) -> Vec<String> {
+    let blocks = README.split("```").skip(1).step_by(2).filter_map(|block| block.strip_prefix(language));
+    let calling = blocks.filter(|block| block.starts_with('\n') && block.contains(EXAMPLES));
+    calling.map(|block| block.trim().replace(EXAMPLES, &server.address.to_string())).collect()
+}
+
+#[test]
+fn its_examples_work() {
+    let server = Server::start(Options { languages: &["c", "python", "bash"], ..Options::default() });
+    eventually("every language is ready", || {
+        let languages = server.get("/readyz").json()["languages"].clone();
+        languages.as_object()?.values().all(|language| language["ready"] == true).then_some(())
+    });
+    let shell = examples("console", &server);
+    assert!(shell.len() >= 3, "{shell:?}");
+    for block in &shell {
+        // A command goes on in lines that are indented; what follows is what it prints.
+        let at = block.lines().position(|line| !line.starts_with(['$', ' '])).unwrap_or(block.lines().count());
+        let (command, printed): (Vec<_>, Vec<_>) = block.lines().enumerate().partition(|(line, _)| *line < at);
+        let lines = |part: Vec<(usize, &str)>| part.into_iter().map(|(_, line)| line).collect::<Vec<_>>().join("\n");
+        let command = lines(command).replacen("$ ", "", 1);
+        let said = drive("sh", &["-c", &command.replacen("curl -s", "curl -sS --fail-with-body", 1)]);
+        let printed = lines(printed);
+        assert!(said.contains(if printed.is_empty() { "\"verdict\"" } else { &printed }), "{command}: {said}");
+    }
+    let scripts = [("python", "/usr/bin/python3", "example.py", "  # "), ("javascript", "node", "example.mjs", " // ")];
+    for (language, program, file, comment) in scripts {
+        let blocks = examples(language, &server);
+        assert!(!blocks.is_empty(), "no example in {language}");
+        for block in blocks {
+            let path = server.files().dir().join(file);
+            fs::write(&path, &block).unwrap();
+            let (_, printed) = block.rsplit_once(comment).expect("a comment that tells what is printed");
+            assert_eq!(drive(program, &[path.to_str().unwrap()]).trim_end(), printed, "{block}");
+        }
+    }
+    server.stop();
+}
