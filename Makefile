@@ -85,10 +85,19 @@ lint: setup ## check the form of the code
 images: setup ## build the local images of c, python, bash and gcc
 	@packaging/images/build c python bash gcc
 
+# Of bash, zsh and fish, where Debian's look below this prefix.
+completions = bash-completion/completions/coderunner fish/vendor_completions.d/coderunner.fish \
+	zsh/$(if $(filter /usr,$(1)),vendor-completions,site-functions)/_coderunner
+
 # Everything but the account; the package is made of the same.
 define lay_out
-	install -d $(addprefix $(1)/lib/,systemd/system systemd/user sysusers.d tmpfiles.d coderunner) $(2)/etc/coderunner
+	install -d $(addprefix $(1)/lib/,systemd/system systemd/user sysusers.d tmpfiles.d coderunner) $(2)/etc/coderunner \
+		$(1)/share/man/man1 $(addprefix $(1)/share/,$(dir $(call completions,$(3))))
 	install -D -m 755 $(EXECUTABLE) $(1)/bin/coderunner
+	$(EXECUTABLE) man $(1)/share/man/man1
+	$(EXECUTABLE) completions bash >$(1)/share/$(word 1,$(call completions,$(3)))
+	$(EXECUTABLE) completions fish >$(1)/share/$(word 2,$(call completions,$(3)))
+	$(EXECUTABLE) completions zsh >$(1)/share/$(word 3,$(call completions,$(3)))
 	install -m 755 packaging/account packaging/subids $(1)/lib/coderunner/
 	install -m 644 packaging/systemd/systemd-254.conf $(1)/lib/coderunner/
 	install -m 644 packaging/sysusers.d/coderunner.conf $(1)/lib/sysusers.d/
@@ -116,7 +125,8 @@ ifeq ($(DESTDIR),)
 endif
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/,bin/coderunner lib/systemd/system/coderunner.service \
 		lib/systemd/system/coderunner.socket lib/systemd/user/coderunner.service \
-		lib/sysusers.d/coderunner.conf lib/tmpfiles.d/coderunner.conf)
+		lib/sysusers.d/coderunner.conf lib/tmpfiles.d/coderunner.conf $(addprefix share/,$(call completions,$(PREFIX))))
+	rm -f $(DESTDIR)$(PREFIX)/share/man/man1/coderunner.1 $(DESTDIR)$(PREFIX)/share/man/man1/coderunner-*.1
 	rm -rf $(addprefix $(DESTDIR)$(PREFIX)/lib/,coderunner systemd/system/coderunner.service.d)
 
 PACKAGE := target/package

@@ -219,6 +219,11 @@ impl Settings {
 
     /// A language of the catalogue by its name or an alias.
     pub fn language(&self, name: &str) -> Result<Language, ConfigError> {
+        self.language_with(name, |_| ())
+    }
+
+    /// Like [`Settings::language`], with other limits.
+    pub fn language_with(&self, name: &str, change: impl FnOnce(&mut Limits)) -> Result<Language, ConfigError> {
         let by_alias = || self.language.iter().find(|(_, entry)| entry.has_alias(name)).map(|(name, _)| name);
         let Some(name) = self.language.get_key_value(name).map(|(name, _)| name).or_else(by_alias) else {
             return Err(ConfigError::OutOfRange {
@@ -229,10 +234,11 @@ impl Settings {
         };
         let entry = self.language[name].clone();
         let section = format!("language.{name}.limits");
-        let limits: Limits = Figment::from(Serialized::defaults(&self.limits))
+        let mut limits: Limits = Figment::from(Serialized::defaults(&self.limits))
             .merge(Serialized::defaults(&entry.limits))
             .extract()
             .map_err(|error| malformed(error, &section))?;
+        change(&mut limits);
         self.check_limits(&section, &limits)?;
         Ok(Language::new(name, entry, limits)?)
     }

@@ -29,9 +29,11 @@ use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use bytesize::ByteSize;
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
 use config::{EngineKind, Overrides, Settings};
@@ -77,6 +79,21 @@ enum Verb {
         /// The language [default: that of the file's name]
         #[arg(short, long)]
         language: Option<String>,
+        /// A further file, beside the program; repeat it for more
+        #[arg(short, long = "file", value_name = "FILE")]
+        files: Vec<PathBuf>,
+        /// What the program reads, instead of our own standard input
+        #[arg(long, value_name = "TEXT")]
+        stdin: Option<String>,
+        /// How long it may run, as in 2s or 500ms [default: that of the language]
+        #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+        time: Option<Duration>,
+        /// How much memory it may use, as in 64MiB [default: that of the language]
+        #[arg(long, value_name = "SIZE")]
+        memory: Option<ByteSize>,
+        /// Print what became of it as JSON, as /api/v2/execute answers, instead of what it prints
+        #[arg(long)]
+        json: bool,
         /// The source, and the arguments of the program: whatever they look like, they are not ours
         #[arg(required = true, trailing_var_arg = true, value_names = ["FILE", "ARGS"])]
         program: Vec<OsString>,
@@ -101,6 +118,17 @@ enum Verb {
         /// Its owner, as shown in the log
         #[arg(default_value = "client")]
         owner: String,
+    },
+    /// Print what makes a shell complete our words.
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write manual pages; `make install` does this.
+    #[command(hide = true)]
+    Man {
+        /// Where to
+        directory: PathBuf,
     },
     /// Remove what a killed server has left; the unit does this.
     #[command(hide = true)]
@@ -194,12 +222,13 @@ async fn run(verb: Verb) -> anyhow::Result<ExitCode> {
             let overrides = Overrides { listen, engine, languages: common.languages, ..Overrides::default() };
             app::serve(common.config, overrides).await.map(|()| ExitCode::SUCCESS)
         }
-        Verb::Run { config, language, program } => {
+        Verb::Run { config, language, files, stdin, time, memory, json, program } => {
             let mut words = program.into_iter();
             let file = words.next().unwrap_or_default().into();
             let text = |word: OsString| word.into_string().map_err(|word| anyhow!("the argument {word:?} is no UTF-8"));
             let args = words.map(text).collect::<anyhow::Result<_>>()?;
-            once::run(once::Once { file, language, args, config }).await.map(ExitCode::from)
+            let once = once::Once { file, files, language, args, stdin, time, memory, json, config };
+            once::run(once).await.map(ExitCode::from)
         }
         Verb::Doctor { common, engine, json } => {
             let overrides = Overrides { engine, languages: common.languages, ..Overrides::default() };
@@ -220,6 +249,15 @@ async fn run(verb: Verb) -> anyhow::Result<ExitCode> {
             eprintln!(
                 "The key is above; it is shown this once. For the configuration:\n[access.keys]\n{owner} = \"{hash}\""
             );
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "coderunner", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Man { directory } => {
+            clap_mangen::generate_to(Cli::command(), &directory)
+                .with_context(|| format!("cannot write manual pages to {}", directory.display()))?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::Sweep(common) => app::sweep(load(&common)?).await.map(|()| ExitCode::SUCCESS),

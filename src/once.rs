@@ -1,19 +1,26 @@
 //! `coderunner run`: one program through the same sandbox, without HTTP.
 
+use std::ffi::OsStr;
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Component, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
+use bytesize::ByteSize;
+use clap::builder::styling::AnsiColor;
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
 
+use crate::api::{PistonAnswer, place};
 use crate::app::Workshop;
 use crate::cache::MemoCache;
 use crate::config::{Overrides, Settings};
 use crate::image;
-use crate::job::{Ended, Stage, StageOutcome, Stream, Streams, Verdict};
+use crate::job::{Ended, SourceFile, Stage, StageOutcome, Stream, Streams, Verdict};
+use crate::language::Language;
 use crate::runner::{Runner, Tasks};
 use crate::sandbox::pool::{Image, Pool};
 use crate::sandbox::{Event, Live};
@@ -28,6 +35,9 @@ const CODE_KILLED: u8 = 137;
 /// Added to the number of the signal that ended the program, as shells do.
 const CODE_SIGNAL: i32 = 128;
 
+/// Time between two pictures of what goes on.
+const TICK: Duration = Duration::from_millis(100);
+
 /// What to run.
 #[derive(Debug)]
 pub struct Once {
@@ -35,8 +45,18 @@ pub struct Once {
     pub file: PathBuf,
     /// The language; by default that of the file's name.
     pub language: Option<String>,
+    /// Further files.
+    pub files: Vec<PathBuf>,
     /// Arguments of the program.
     pub args: Vec<String>,
+    /// What it reads; our own stdin where there is none.
+    pub stdin: Option<String>,
+    /// How long it may run, where that is not the language's.
+    pub time: Option<Duration>,
+    /// How much memory it may use, where that is not the language's.
+    pub memory: Option<ByteSize>,
+    /// Whether what became of it is printed as JSON, instead of what it prints.
+    pub json: bool,
     /// The configuration.
     pub config: Option<PathBuf>,
 }
@@ -53,11 +73,18 @@ pub async fn run(once: Once) -> anyhow::Result<u8> {
         let known = settings.catalogue().collect::<Vec<_>>().join(", ");
         format!("cannot tell the language of {}: name it with -l (one of {known})", once.file.display())
     })?;
-    let language = Arc::new(settings.language(&name)?);
-    let code = std::fs::read(&once.file).with_context(|| format!("cannot read {}", once.file.display()))?;
+    let language = settings.language_with(&name, |limits| {
+        limits.run_time = once.time.unwrap_or(limits.run_time);
+        limits.run_cpu_time = once.time.unwrap_or(limits.run_cpu_time);
+        limits.memory = once.memory.unwrap_or(limits.memory);
+    })?;
+    let language = Arc::new(language);
+    let mut job = language.job_of(files(&language, &once)?, Streams::Separate);
+    job.args = once.args;
 
     let phases = Phases::default();
     let _signals = shutdown::listen(phases.clone(), mpsc::channel(1).0).context("cannot listen for signals")?;
+    let waiting = Waiting::new();
     let workshop = Workshop::open(&settings)?;
     let image = match workshop.podman.image_id(&language.image).await? {
         Some(id) => id,
@@ -65,8 +92,8 @@ pub async fn run(once: Once) -> anyhow::Result<u8> {
             bail!("there is no image {}; build it, or name another one in the configuration", language.image)
         }
         None => {
-            eprintln!("pulling {}", language.image);
-            let progress = |line: &str| eprintln!("{}", line.trim());
+            waiting.note(format!("pulling {}", language.image));
+            let progress = |line: &str| waiting.note(format!("pulling {}: {}", language.image, line.trim()));
             workshop.podman.pull(&language.image, settings.update.pull_timeout, progress).await?
         }
     };
@@ -75,34 +102,123 @@ pub async fn run(once: Once) -> anyhow::Result<u8> {
     let runner =
         Runner::new(vec![Arc::clone(&language)], MemoCache::new(settings.cache)?, Arc::clone(&pool), Tasks::default());
 
-    let mut job = language.job(Bytes::from(code), Streams::Separate);
-    job.args = once.args;
+    let typed = match once.stdin {
+        Some(text) => {
+            job.stdin = text.into();
+            None
+        }
+        None => Some(stdin()),
+    };
     let (events, mut happening) = mpsc::unbounded_channel();
-    let live = Live { events: Some(events), stdin: Some(stdin()), ..Live::default() };
+    let live = Live { events: Some(events), stdin: typed, ..Live::default() };
     let printing = async {
         while let Some(event) = happening.recv().await {
-            print(event);
+            waiting.told(&event);
+            if !once.json {
+                waiting.aside(|| print(event));
+            }
         }
     };
     let result = tokio::select! {
         (result, ()) = async { tokio::join!(runner.run_live(job, live), printing) } => Some(result),
         () = phases.stop.cancelled() => None,
     };
+    waiting.over();
     drop(runner);
     pool.drain();
     workshop.close().await;
     match result {
-        Some(outcome) => {
-            let outcome = outcome?.outcome;
+        Some(answer) => {
+            let answer = answer?;
+            let outcome = &answer.outcome;
             let last = outcome.run.as_ref().or(outcome.compile.as_ref()).context("nothing was run")?;
-            if let Some(why) = last.notes() {
-                eprint!("{why}");
+            if once.json {
+                println!("{}", serde_json::to_string(&PistonAnswer::new(&language, &answer))?);
+            } else if let Some(why) = last.notes() {
+                eprint!("{}", coloured(&why));
             }
             Ok(exit_code(last))
         }
         // SIGINT's code, as a shell would tell it.
         None => Ok(130),
     }
+}
+
+/// The program and the files beside it.
+fn files(language: &Language, once: &Once) -> anyhow::Result<Vec<SourceFile>> {
+    let read = |path: &PathBuf| {
+        let content = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        // One from elsewhere is placed beside the program.
+        let below = path.is_relative() && !path.components().any(|part| matches!(part, Component::ParentDir));
+        let name = if below { Some(path.as_os_str()) } else { path.file_name() };
+        let name = name.and_then(OsStr::to_str).with_context(|| format!("the name {path:?} is no UTF-8"))?;
+        Ok((Some(name.trim_start_matches("./").to_owned()), content))
+    };
+    let (_, program) = read(&once.file)?;
+    let others = once.files.iter().map(read).collect::<anyhow::Result<Vec<_>>>()?;
+    let all = std::iter::once((None, program)).chain(others).collect();
+    place(language, all, usize::MAX).map_err(|error| anyhow::anyhow!("{error}"))
+}
+
+/// What a person at a terminal sees while nothing else is to be seen: what goes on, and for how long.
+struct Waiting(ProgressBar);
+
+impl Waiting {
+    /// Hidden unless stderr is a terminal.
+    fn new() -> Waiting {
+        let seconds = |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+            let _ = write!(out, "{:.1} s", state.elapsed().as_secs_f64());
+        };
+        let style =
+            ProgressStyle::with_template("{spinner} {msg} {seconds}").unwrap_or(ProgressStyle::default_spinner());
+        let bar = ProgressBar::new_spinner().with_style(style.with_key("seconds", seconds)).with_message("starting");
+        bar.enable_steady_tick(TICK);
+        Waiting(bar)
+    }
+
+    /// Something that takes long; told in lines where nobody sees the spinner.
+    fn note(&self, what: String) {
+        match self.0.is_hidden() {
+            true => eprintln!("{what}"),
+            false => self.0.set_message(what),
+        }
+    }
+
+    fn told(&self, event: &Event) {
+        match event {
+            Event::Queued(_) | Event::Ended(_) => {}
+            Event::Started(stage) => {
+                self.0.reset_elapsed();
+                self.0.set_message(if *stage == Stage::Compile { "compiling" } else { "running" });
+                // What is typed is not to be drawn over.
+                if *stage == Stage::Run && std::io::stdin().is_terminal() {
+                    self.over();
+                }
+            }
+            // From here on the program has the terminal.
+            Event::Output(Stage::Run, ..) => self.over(),
+            Event::Output(Stage::Compile, ..) => {}
+        }
+    }
+
+    /// Lets something be printed.
+    fn aside(&self, print: impl FnOnce()) {
+        self.0.suspend(print);
+    }
+
+    fn over(&self) {
+        self.0.finish_and_clear();
+    }
+}
+
+/// Our own words, told apart from the program's on a terminal.
+fn coloured(words: &str) -> String {
+    let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    if plain || !std::io::stderr().is_terminal() {
+        return words.to_owned();
+    }
+    let style = AnsiColor::Yellow.on_default().bold();
+    words.lines().map(|line| format!("{style}{line}{style:#}\n")).collect()
 }
 
 fn exit_code(stage: &StageOutcome) -> u8 {

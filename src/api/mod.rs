@@ -14,6 +14,7 @@ pub mod server;
 
 #[cfg(test)]
 pub use coderunner::Request;
+pub use piston::{Answer as PistonAnswer, place};
 
 use std::convert::Infallible;
 use std::sync::Arc;

@@ -128,6 +128,85 @@ fn the_language_is_that_of_the_files_name_or_the_one_given() {
 }
 
 #[test]
+fn a_run_once_may_have_files_input_and_limits_of_its_own() {
+    let once = Once::new("");
+    let dir = once.files.dir();
+    std::fs::create_dir(dir.join("lib")).unwrap();
+    once.write("lib/one", "one\n");
+    once.write("two", "two\n");
+    once.write("main.sh", "cat lib/one two; cat; echo err >&2; sleep ${1:-0}");
+    let run = |args: &[&str]| {
+        let mut command = once.files.command("run", &Once::options(""));
+        // Paths below the working directory are kept, others are placed beside the program.
+        let files = ["--file", "lib/one", "--file", dir.join("two").to_str().unwrap()].map(str::to_owned);
+        harness::output(command.current_dir(dir).args(files).args(args), b"not read")
+    };
+    let output = run(&["--stdin", "typed\n", "main.sh"]);
+    assert_eq!((text(&output.stdout), output.status.code()), ("one\ntwo\ntyped\n", Some(0)));
+
+    let output = run(&["--json", "--stdin", "", "--time", "500ms", "main.sh", "60"]);
+    let answer: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&answer["verdict"], output.status.code()), (&"time_limit".into(), Some(124)), "{answer}");
+    assert_eq!((&answer["run"]["stdout"], &answer["run"]["stderr"]), (&"one\ntwo\n".into(), &"err\n".into()));
+    assert_eq!((&answer["language"], stderr(&output).as_str()), (&"bash".into(), ""));
+
+    for (args, words) in [
+        (&["--time", "0s", "main.sh"][..], "run_time"),
+        (&["--memory", "900GiB", "main.sh"], "memory"),
+        (&["--file", "main.sh", "main.sh"], "in the way"),
+        (&["--file", "missing", "main.sh"], "cannot read missing"),
+    ] {
+        let output = run(args);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(stderr(&output).contains(words), "{words}: {output:?}");
+    }
+}
+
+#[test]
+fn what_goes_on_is_shown_on_a_terminal_only() {
+    let once = Once::new("");
+    let path = once.write(
+        "main.c",
+        "#include <stdio.h>\nint main(void) { puts(\"hello\"); fflush(stdout); *(volatile int *)0 = 1; }\n",
+    );
+    let mut command = once.files.command("run", &Once::options(""));
+    let words = [command.get_program()].into_iter().chain(command.get_args()).map(|word| word.to_str().unwrap());
+    let line = words.chain([path.to_str().unwrap()]).map(|word| format!("'{word}'")).collect::<Vec<_>>().join(" ");
+    // A terminal of its own, whose output we read.
+    let mut script = std::process::Command::new("script");
+    script.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    script.env_remove("NO_COLOR").env("TERM", "xterm").args(["-qec", &line, "/dev/null"]);
+    let output = harness::output(&mut script, b"");
+    let shown = text(&output.stdout);
+    for part in ["starting", "compiling", " s", "hello\r\n", "\u{1b}[1m\u{1b}[33mcoderunner: ended by signal 11"] {
+        assert!(shown.contains(part), "{part:?} is not in {shown:?}");
+    }
+    assert_eq!(output.status.code(), Some(128 + 11), "{shown}");
+    let output = harness::output(command.arg(path), b"");
+    assert_eq!(stderr(&output), "coderunner: ended by signal 11 (SIGSEGV)\n");
+}
+
+#[test]
+fn manuals_and_completions_tell_of_every_verb() {
+    let dir = tempfile::tempdir().unwrap();
+    let tell = |args: &[&str]| {
+        let output = harness::output(std::process::Command::new(harness::executable()).args(args), b"");
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        text(&output.stdout).to_owned()
+    };
+    tell(&["man", dir.path().to_str().unwrap()]);
+    let page = std::fs::read_to_string(dir.path().join("coderunner-run.1")).unwrap();
+    assert!(page.contains("\\-\\-memory"), "{page}");
+    assert!(!dir.path().join("coderunner-init.1").exists(), "what is for itself alone has none");
+    for shell in ["bash", "zsh", "fish"] {
+        let script = tell(&["completions", shell]);
+        for word in ["serve", "doctor", "memory"] {
+            assert!(script.contains(word), "{word} is not in that of {shell}");
+        }
+    }
+}
+
+#[test]
 fn a_run_once_that_is_interrupted_leaves_nothing() {
     let once = Once::new("[limits]\nrun_time = \"120s\"");
     let mark = marked_seconds(100);

@@ -15,7 +15,7 @@ use super::openapi::Refused;
 use super::{ApiSettings, Wishes, is_json, post, respond};
 use crate::runner::Runner;
 pub use answer::{Answer, Ending, Ran, Runtime, StageAnswer};
-pub use request::{Request, arguments};
+pub use request::{Request, arguments, place};
 
 /// A request that is one, for those who sent another.
 const EXAMPLE: &str = "{\"language\": \"…\", \"version\": \"*\", \"files\": [{\"content\": \"…\"}]}";

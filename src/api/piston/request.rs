@@ -131,23 +131,33 @@ fn bad(message: impl Into<String>) -> ApiError {
     ApiError::BadRequest(message.into())
 }
 
-/// The files of a job: decoded, named, the program first and under the name that the language's commands have for it.
+/// The files of a job, decoded and placed.
 fn files(language: &Language, files: Vec<File>, source_limit: usize) -> Result<Vec<SourceFile>, ApiError> {
-    if files.is_empty() || files.len() > MAX_FILES {
-        return Err(bad(format!("files must be 1 to {MAX_FILES}; there are {}", files.len())));
-    }
-    let mut size = 0;
-    let mut placed: Vec<SourceFile> = Vec::with_capacity(files.len());
-    for (at, file) in files.into_iter().enumerate() {
+    let decoded = files.into_iter().enumerate().map(|(at, file)| {
         let content = match file.encoding.unwrap_or(Encoding::Utf8) {
             Encoding::Utf8 => Some(file.content.into_bytes()),
             Encoding::Base64 => BASE64.decode(file.content).ok(),
             Encoding::Hex => hex::decode(file.content).ok(),
         };
-        let Some(content) = content else {
-            return Err(bad(format!("files[{at}].content is not of its encoding")));
-        };
-        let name = match file.name.filter(|name| !name.is_empty()) {
+        let content = content.ok_or_else(|| bad(format!("files[{at}].content is not of its encoding")))?;
+        Ok((file.name, content))
+    });
+    place(language, decoded.collect::<Result<_, ApiError>>()?, source_limit)
+}
+
+/// Files with names that a job may have, the program first and under the name that the language's commands have for it.
+pub fn place(
+    language: &Language,
+    files: Vec<(Option<String>, Vec<u8>)>,
+    source_limit: usize,
+) -> Result<Vec<SourceFile>, ApiError> {
+    if files.is_empty() || files.len() > MAX_FILES {
+        return Err(bad(format!("files must be 1 to {MAX_FILES}; there are {}", files.len())));
+    }
+    let mut size = 0;
+    let mut placed: Vec<SourceFile> = Vec::with_capacity(files.len());
+    for (at, (name, content)) in files.into_iter().enumerate() {
+        let name = match name.filter(|name| !name.is_empty()) {
             Some(name) => name,
             None if at == 0 => language.source.clone(),
             None => format!("file{at}.code"),
