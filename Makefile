@@ -132,6 +132,7 @@ endif
 PACKAGE := target/package
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p;/^version/q' Cargo.toml)
 DEB = target/debian/coderunner_$(VERSION)-1_$(shell dpkg --print-architecture 2>/dev/null).deb
+ARCHIVE = target/coderunner-$(VERSION)-$(HOST).tar.gz
 RELEASES = bookworm trixie
 
 deb: build ## make a Debian package in target/debian
@@ -145,10 +146,10 @@ tarball: build ## make an archive of what `make install` lays out, in target
 	rm -rf $(PACKAGE)
 	$(call lay_out,$(PACKAGE)/usr/local,$(PACKAGE),/usr/local)
 	chmod -R u=rwX,go=rX $(PACKAGE)
-	tar -C $(PACKAGE) --owner=0 --group=0 --sort=name -czf target/coderunner-$(VERSION)-$(HOST).tar.gz usr etc
+	tar -C $(PACKAGE) --owner=0 --group=0 --sort=name -czf $(ARCHIVE) usr etc
 
-test-vm: deb ## install and test the package on Debian 12 and 13 in virtual machines; RELEASES="bookworm trixie"
-	@for release in $(RELEASES); do tests/vm/run $$release $(DEB) || exit; done
+test-vm: deb tarball ## install and test the package on Debian 12 and 13 in virtual machines; RELEASES="bookworm trixie"
+	@for release in $(RELEASES); do tests/vm/run $$release $(DEB) $(ARCHIVE) || exit; done
 
 clean: ## remove what was built
 	cargo clean
