@@ -5,6 +5,7 @@ LANGUAGE = c
 LISTEN = 127.0.0.1:8080
 CASES = 100000
 RUNS = 10000
+SECONDS = 600
 export LISTEN
 
 # Under sudo cargo may not be on the PATH: take that of the user who called it.
@@ -19,7 +20,7 @@ endif
 HOST := $(or $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p'),$(shell uname -m)-unknown-linux-gnu)
 EXECUTABLE := $(or $(CARGO_TARGET_DIR),target)/$(HOST)/release/coderunner
 
-.PHONY: all help build run test fuzz soak test-web test-vm bench lint web images install uninstall deb tarball clean setup
+.PHONY: all help build run test fuzz libfuzzer soak test-web test-vm bench lint web images install uninstall deb tarball clean setup
 
 all: build
 
@@ -63,6 +64,16 @@ test-web: ## test the playground page in a browser
 
 fuzz: setup ## try malformed input; CASES=100000 of each kind
 	@PROPTEST_CASES=$(CASES) packaging/dev/cargo test --locked --bin coderunner -- fuzz::
+
+# The flags are those of cargo-fuzz but for its sanitizers, which need another compiler. What reaches new code is kept.
+FUZZ = $(or $(CARGO_TARGET_DIR),target)/fuzz
+COVERAGE = -Cpasses=sancov-module -Ccodegen-units=1 -Cdebug-assertions $(addprefix -Cllvm-args=-sanitizer-coverage-,\
+	level=4 inline-8bit-counters pc-table trace-compares)
+libfuzzer: setup ## the same, inputs chosen by the code that it reaches; SECONDS=600
+	RUSTFLAGS='--cfg fuzzing $(COVERAGE)' cargo build --release --locked --target-dir $(FUZZ)
+	@mkdir -p $(FUZZ)/found
+	cd $(FUZZ) && $(HOST)/release/coderunner -max_total_time=$(SECONDS) -rss_limit_mb=4096 -max_len=8192 -timeout=10 \
+		found $(abspath tests/fuzz)
 
 soak: setup ## run good and hostile programs, RUNS=10000, and see that nothing grows
 	@packaging/images/build c python bash

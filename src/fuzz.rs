@@ -1,149 +1,44 @@
 //! Whatever comes from outside, byte by byte: nothing of it may make the server panic, hang, or keep a descriptor.
 //!
-//! Bytes are random, or those of something valid with a few changes. `make fuzz` tries more of them than `make test`.
+//! `make test` and, longer, `make fuzz` try bytes that are random, or those of something valid with a few changes. `make
+//! libfuzzer` has libFuzzer choose them by the code that they reach.
 
 use std::io::Read;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-use proptest::collection::vec;
-use proptest::prelude::*;
-use proptest::sample::{Index, select};
+use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::api::Request;
 use crate::config::{Overrides, Settings};
-use crate::job::{Ended, Usage};
-use crate::language::{self, Language};
+use crate::language::Language;
 use crate::sandbox::podman::Info;
-use crate::sandbox::protocol::{self, Enforced, FromInit, MAX_MESSAGE, StageSpec, ToInit};
+use crate::sandbox::protocol::{self, FromInit, ToInit};
 
 /// Largest source of the requests here, in bytes.
 const SOURCE_LIMIT: usize = 64;
 
-/// One change of some bytes.
-#[derive(Debug, Clone)]
-enum Change {
-    Replace(Index, u8),
-    Insert(Index, Vec<u8>),
-    Remove(Index, usize),
-    Repeat(Index, usize),
-    Cut(Index),
-}
-
-impl Change {
-    fn any() -> impl Strategy<Value = Change> {
-        // What is a beginning or an end to JSON and TOML, beside anything else.
-        let byte = prop_oneof![any::<u8>(), select(b"{}[]\",:=\\\n.-0123456789eu".to_vec())];
-        let word = select(vec![
-            "null",
-            "true",
-            "-1",
-            "1e999",
-            "18446744073709551616",
-            "\\u0000",
-            "\\ud800",
-            "[[[[",
-            "{\"a\":",
-        ]);
-        prop_oneof![
-            (any::<Index>(), byte).prop_map(|(at, byte)| Change::Replace(at, byte)),
-            (any::<Index>(), vec(any::<u8>(), 1..8)).prop_map(|(at, bytes)| Change::Insert(at, bytes)),
-            (any::<Index>(), word).prop_map(|(at, word)| Change::Insert(at, word.into())),
-            (any::<Index>(), 1_usize..20).prop_map(|(at, length)| Change::Remove(at, length)),
-            (any::<Index>(), 1_usize..200).prop_map(|(at, length)| Change::Repeat(at, length)),
-            any::<Index>().prop_map(Change::Cut),
-        ]
-    }
-
-    fn apply(&self, bytes: &mut Vec<u8>) {
-        let place = |at: &Index| at.index(bytes.len() + 1);
-        match self {
-            Change::Replace(at, byte) if !bytes.is_empty() => {
-                let at = at.index(bytes.len());
-                bytes[at] = *byte;
-            }
-            Change::Replace(..) => {}
-            Change::Insert(at, new) => {
-                let at = place(at);
-                drop(bytes.splice(at..at, new.iter().copied()));
-            }
-            Change::Remove(at, length) => {
-                let at = place(at);
-                drop(bytes.drain(at..(at + length).min(bytes.len())));
-            }
-            Change::Repeat(at, length) => {
-                let at = place(at);
-                let part = bytes[at..(at + length).min(bytes.len())].repeat(3);
-                drop(bytes.splice(at..at, part));
-            }
-            Change::Cut(at) => bytes.truncate(place(at)),
-        }
-    }
-}
-
-/// Random bytes, or something valid with changes.
-fn bytes(valid: Vec<Vec<u8>>) -> impl Strategy<Value = Vec<u8>> {
-    let changed = (select(valid), vec(Change::any(), 0..6)).prop_map(|(mut bytes, changes)| {
-        changes.iter().for_each(|change| change.apply(&mut bytes));
-        bytes
-    });
-    prop_oneof![1 => vec(any::<u8>(), 0..300), 6 => changed]
+fn settings(text: &str) -> Result<Settings, crate::config::ConfigError> {
+    Settings::from_layers("file", text, &Overrides::default())
 }
 
 fn json(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(value).unwrap()
 }
 
-fn requests() -> Vec<Vec<u8>> {
-    let of = |text: &str| text.as_bytes().to_vec();
-    vec![
-        of(r#"{"code": "int main(void) { return 0; }"}"#),
-        of(r#"{"code":"\u00e4\ud83d\ude00","lang":"c","stdin":[1,2.5e3,null]}"#),
-    ]
-}
-
-fn to_init() -> Vec<Vec<u8>> {
-    let stage = StageSpec {
-        argv: vec!["./out".into(), "-x".into()],
-        env: vec![("HOME".into(), "/work".into())],
-        artifact: Some("out".into()),
-        time_us: 5_000_000,
-        cpu_time_us: 5_000_000,
-        memory: Some(1 << 24),
-        open_files: 256,
-        file_size: 1 << 26,
-        processes: 64,
-    };
-    let prepare = ToInit::Prepare { uid: 10_000, own_cgroup: true, files: vec!["main.c".into(), "a/b.h".into()] };
-    vec![
-        json(&prepare),
-        json(&ToInit::Stage(stage)),
-        json(&ToInit::Pack),
-        json(&ToInit::Signal(15)),
-        json(&ToInit::Kill),
-    ]
-}
-
-fn from_init() -> Vec<Vec<u8>> {
-    let ended = |ended| FromInit::StageEnded { ended, artifact: true, usage: Usage::default() };
-    vec![
-        json(&FromInit::Ready { version: protocol::VERSION, enforced: Enforced::default() }),
-        json(&FromInit::Prepared),
-        json(&FromInit::Packed),
-        json(&ended(Ended::Exited(3))),
-        json(&ended(Ended::NotStarted("no such file".into()))),
-        json(&FromInit::Failed("why".into())),
-    ]
+fn request_body(body: &[u8], language: &Language) {
+    if let Ok(request) = serde_json::from_slice::<Request>(body)
+        && let Ok(job) = request.into_job(language, SOURCE_LIMIT)
+    {
+        assert!(job.files[0].content.len() <= SOURCE_LIMIT);
+        assert_eq!(job.files[0].name, language.source);
+    }
 }
 
 /// Sends a packet with descriptors beside it and receives it. Whatever it is, all descriptors are closed, and what is
 /// understood means the same when it is sent again.
-fn receive<T: Serialize + DeserializeOwned>(packet: &[u8], fds: usize) -> Result<(), TestCaseError> {
-    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-    use std::os::fd::AsRawFd;
-
+fn message<T: Serialize + DeserializeOwned>(packet: &[u8], fds: usize) {
     let pair = || socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
     let (ours, theirs): (OwnedFd, OwnedFd) = pair();
     let (mut reader, writer) = std::io::pipe().unwrap();
@@ -155,86 +50,221 @@ fn receive<T: Serialize + DeserializeOwned>(packet: &[u8], fds: usize) -> Result
     drop((theirs, writer));
     match protocol::receive::<T>(ours.as_fd()) {
         Ok(Some((message, received))) => {
-            prop_assert_eq!(received.len(), fds);
+            assert_eq!(received.len(), fds);
             let (ours, theirs) = pair();
             protocol::send(theirs.as_fd(), &message, &[]).unwrap();
             let again: (T, _) = protocol::receive(ours.as_fd()).unwrap().unwrap();
-            prop_assert_eq!(json(&again.0), json(&message));
+            assert_eq!(json(&again.0), json(&message));
         }
-        Ok(None) => prop_assert!(packet.is_empty()),
+        Ok(None) => assert!(packet.is_empty()),
         Err(_) => {}
     }
     // The end of the pipe comes when nobody holds its other end: a test that hangs here has found a leak.
-    prop_assert_eq!(reader.read(&mut [0]).unwrap(), 0);
-    Ok(())
+    assert_eq!(reader.read(&mut [0]).unwrap(), 0);
 }
 
-fn c() -> Language {
-    crate::config::tests::language("c")
+fn podmans_json(text: &[u8]) {
+    let info = Info::parse(text);
+    let known = info.cgroup_version == "v2";
+    assert!(known || info.missing_controllers().len() == 3, "nothing is limited where it is not said");
 }
 
-proptest! {
-    #[test]
-    fn request_bodies(body in bytes(requests())) {
-        let language = c();
-        if let Ok(request) = serde_json::from_slice::<Request>(&body)
-            && let Ok(job) = request.into_job(&language, SOURCE_LIMIT)
-        {
-            prop_assert!(job.files[0].content.len() <= SOURCE_LIMIT);
-            prop_assert_eq!(&job.files[0].name, &language.source);
+fn configuration(text: &str) {
+    match settings(text) {
+        // What is accepted can be used, and written down again.
+        Ok(accepted) => {
+            assert!(!accepted.enabled().unwrap().is_empty());
+            let written = toml::to_string(&accepted).unwrap();
+            assert!(settings(&written).is_ok(), "{written}");
+        }
+        Err(error) => assert!(!error.to_string().is_empty()),
+    }
+}
+
+// The first byte says what the others are.
+#[cfg(fuzzing)]
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    static C: std::sync::LazyLock<Language> = std::sync::LazyLock::new(|| settings("").unwrap().language("c").unwrap());
+    let Some((kind, bytes)) = input.split_first() else { return };
+    match kind {
+        b'r' => request_body(bytes, &C),
+        b't' => message::<ToInit>(bytes, bytes.len() % 6),
+        b'f' => message::<FromInit>(bytes, bytes.len() % 6),
+        b'p' => podmans_json(bytes),
+        b'c' => configuration(&String::from_utf8_lossy(bytes)),
+        _ => {}
+    }
+});
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use proptest::sample::{Index, select};
+
+    use super::*;
+    use crate::job::{Ended, Usage};
+    use crate::language;
+    use crate::sandbox::protocol::{Enforced, MAX_MESSAGE, StageSpec};
+
+    /// One change of some bytes.
+    #[derive(Debug, Clone)]
+    enum Change {
+        Replace(Index, u8),
+        Insert(Index, Vec<u8>),
+        Remove(Index, usize),
+        Repeat(Index, usize),
+        Cut(Index),
+    }
+
+    impl Change {
+        fn any() -> impl Strategy<Value = Change> {
+            // What is a beginning or an end to JSON and TOML, beside anything else.
+            let byte = prop_oneof![any::<u8>(), select(b"{}[]\",:=\\\n.-0123456789eu".to_vec())];
+            let word = select(vec![
+                "null",
+                "true",
+                "-1",
+                "1e999",
+                "18446744073709551616",
+                "\\u0000",
+                "\\ud800",
+                "[[[[",
+                "{\"a\":",
+            ]);
+            prop_oneof![
+                (any::<Index>(), byte).prop_map(|(at, byte)| Change::Replace(at, byte)),
+                (any::<Index>(), vec(any::<u8>(), 1..8)).prop_map(|(at, bytes)| Change::Insert(at, bytes)),
+                (any::<Index>(), word).prop_map(|(at, word)| Change::Insert(at, word.into())),
+                (any::<Index>(), 1_usize..20).prop_map(|(at, length)| Change::Remove(at, length)),
+                (any::<Index>(), 1_usize..200).prop_map(|(at, length)| Change::Repeat(at, length)),
+                any::<Index>().prop_map(Change::Cut),
+            ]
+        }
+
+        fn apply(&self, bytes: &mut Vec<u8>) {
+            let place = |at: &Index| at.index(bytes.len() + 1);
+            match self {
+                Change::Replace(at, byte) if !bytes.is_empty() => {
+                    let at = at.index(bytes.len());
+                    bytes[at] = *byte;
+                }
+                Change::Replace(..) => {}
+                Change::Insert(at, new) => {
+                    let at = place(at);
+                    drop(bytes.splice(at..at, new.iter().copied()));
+                }
+                Change::Remove(at, length) => {
+                    let at = place(at);
+                    drop(bytes.drain(at..(at + length).min(bytes.len())));
+                }
+                Change::Repeat(at, length) => {
+                    let at = place(at);
+                    let part = bytes[at..(at + length).min(bytes.len())].repeat(3);
+                    drop(bytes.splice(at..at, part));
+                }
+                Change::Cut(at) => bytes.truncate(place(at)),
+            }
         }
     }
 
-    #[test]
-    fn messages_to_init(packet in bytes(to_init()), fds in 0_usize..6) {
-        receive::<ToInit>(&packet, fds)?;
+    /// Random bytes, or something valid with changes.
+    fn bytes(valid: Vec<Vec<u8>>) -> impl Strategy<Value = Vec<u8>> {
+        let changed = (select(valid), vec(Change::any(), 0..6)).prop_map(|(mut bytes, changes)| {
+            changes.iter().for_each(|change| change.apply(&mut bytes));
+            bytes
+        });
+        prop_oneof![1 => vec(any::<u8>(), 0..300), 6 => changed]
     }
 
-    #[test]
-    fn messages_from_init(packet in bytes(from_init()), fds in 0_usize..6) {
-        receive::<FromInit>(&packet, fds)?;
+    fn requests() -> Vec<Vec<u8>> {
+        let of = |text: &str| text.as_bytes().to_vec();
+        vec![
+            of(r#"{"code": "int main(void) { return 0; }"}"#),
+            of(r#"{"code":"\u00e4\ud83d\ude00","lang":"c","stdin":[1,2.5e3,null]}"#),
+        ]
     }
 
-    #[test]
-    fn packets_larger_than_any_message(length in MAX_MESSAGE - 8..MAX_MESSAGE + 8, fds in 0_usize..6) {
-        receive::<FromInit>(&vec![b'0'; length], fds)?;
+    fn to_init() -> Vec<Vec<u8>> {
+        let stage = StageSpec {
+            argv: vec!["./out".into(), "-x".into()],
+            env: vec![("HOME".into(), "/work".into())],
+            artifact: Some("out".into()),
+            time_us: 5_000_000,
+            cpu_time_us: 5_000_000,
+            memory: Some(1 << 24),
+            open_files: 256,
+            file_size: 1 << 26,
+            processes: 64,
+        };
+        let prepare = ToInit::Prepare { uid: 10_000, own_cgroup: true, files: vec!["main.c".into(), "a/b.h".into()] };
+        vec![
+            json(&prepare),
+            json(&ToInit::Stage(stage)),
+            json(&ToInit::Pack),
+            json(&ToInit::Signal(15)),
+            json(&ToInit::Kill),
+        ]
     }
 
-    #[test]
-    fn descriptors_as_many_as_the_kernel_passes(packet in bytes(to_init()), fds in 6_usize..=253) {
-        receive::<ToInit>(&packet, fds)?;
+    fn from_init() -> Vec<Vec<u8>> {
+        let ended = |ended| FromInit::StageEnded { ended, artifact: true, usage: Usage::default() };
+        vec![
+            json(&FromInit::Ready { version: protocol::VERSION, enforced: Enforced::default() }),
+            json(&FromInit::Prepared),
+            json(&FromInit::Packed),
+            json(&ended(Ended::Exited(3))),
+            json(&ended(Ended::NotStarted("no such file".into()))),
+            json(&FromInit::Failed("why".into())),
+        ]
     }
 
-    #[test]
-    fn podmans_json(text in bytes(vec![br#"{"host":{"cgroupVersion":"v2","cgroupControllers":["cpu","memory","pids"],
-        "ociRuntime":{"version":"crun version 1.8.1\ncommit"}},"store":{"graphDriverName":"overlay",
-        "graphStatus":{"Native Overlay Diff":"true"}},"version":{"Version":"4.3.1"}}"#.to_vec()])) {
-        let info = Info::parse(&text);
-        let known = info.cgroup_version == "v2";
-        prop_assert!(known || info.missing_controllers().len() == 3, "nothing is limited where it is not said");
+    proptest! {
+        #[test]
+        fn request_bodies(body in bytes(requests())) {
+            request_body(&body, &crate::config::tests::language("c"));
+        }
+
+        #[test]
+        fn messages_to_init(packet in bytes(to_init()), fds in 0_usize..6) {
+            message::<ToInit>(&packet, fds);
+        }
+
+        #[test]
+        fn messages_from_init(packet in bytes(from_init()), fds in 0_usize..6) {
+            message::<FromInit>(&packet, fds);
+        }
+
+        #[test]
+        fn packets_larger_than_any_message(length in MAX_MESSAGE - 8..MAX_MESSAGE + 8, fds in 0_usize..6) {
+            message::<FromInit>(&vec![b'0'; length], fds);
+        }
+
+        #[test]
+        fn descriptors_as_many_as_the_kernel_passes(packet in bytes(to_init()), fds in 6_usize..=253) {
+            message::<ToInit>(&packet, fds);
+        }
+
+        #[test]
+        fn what_podman_says_of_itself(text in bytes(vec![br#"{"host":{"cgroupVersion":"v2","cgroupControllers":["cpu","memory","pids"],
+            "ociRuntime":{"version":"crun version 1.8.1\ncommit"}},"store":{"graphDriverName":"overlay",
+            "graphStatus":{"Native Overlay Diff":"true"}},"version":{"Version":"4.3.1"}}"#.to_vec()])) {
+            podmans_json(&text);
+        }
     }
-}
 
-proptest! {
-    // Each is several layers of settings and the whole catalogue.
-    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases / 4, ..ProptestConfig::default() })]
+    proptest! {
+        // Each is several layers of settings and the whole catalogue.
+        #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases / 4, ..ProptestConfig::default() })]
 
-    #[test]
-    fn configurations(text in bytes(vec![
-        include_bytes!("defaults.toml").to_vec(),
-        language::CATALOGUE.as_bytes().to_vec(),
-        b"languages = [\"x\"]\n[language.x]\nimage = \"a/b:c\"\nsource = \"m\"\nrun = [\"x\"]\nhealth = { code = \"\", output = \"\" }\n\
-          [language.x.limits]\nmemory = \"64MiB\"\ncpus = 0.5\nrun_time = \"3s\"\n".to_vec(),
-    ])) {
-        let text = String::from_utf8_lossy(&text);
-        match Settings::from_layers("file", &text, &Overrides::default()) {
-            // What is accepted can be used, and written down again.
-            Ok(settings) => {
-                prop_assert!(!settings.enabled().unwrap().is_empty());
-                let written = toml::to_string(&settings).unwrap();
-                prop_assert!(Settings::from_layers("again", &written, &Overrides::default()).is_ok(), "{}", written);
-            }
-            Err(error) => prop_assert!(!error.to_string().is_empty()),
+        #[test]
+        fn configurations(text in bytes(vec![
+            include_bytes!("defaults.toml").to_vec(),
+            language::CATALOGUE.as_bytes().to_vec(),
+            b"languages = [\"x\"]\n[language.x]\nimage = \"a/b:c\"\nsource = \"m\"\nrun = [\"x\"]\nhealth = { code = \"\", output = \"\" }\n\
+              [language.x.limits]\nmemory = \"64MiB\"\ncpus = 0.5\nrun_time = \"3s\"\n".to_vec(),
+        ])) {
+            configuration(&String::from_utf8_lossy(&text));
         }
     }
 }

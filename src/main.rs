@@ -1,5 +1,8 @@
 //! coderunner compiles and runs code of strangers, each run in a fresh rootless container.
 
+// Built for libFuzzer it is what that drives, and nothing else of it is used.
+#![cfg_attr(fuzzing, no_main, allow(dead_code, unused_imports))]
+
 mod access;
 mod api;
 mod app;
@@ -9,7 +12,8 @@ mod cgroup;
 mod config;
 mod control;
 mod doctor;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
+#[allow(clippy::unwrap_used)]
 mod fuzz;
 mod image;
 mod instance;

@@ -12,7 +12,7 @@ mod page;
 mod piston;
 pub mod server;
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub use coderunner::Request;
 pub use piston::{Answer as PistonAnswer, place};
 
