@@ -444,12 +444,14 @@ impl ImageUpdater {
     }
 
     fn until_due(&self) -> Duration {
-        let updated = std::fs::metadata(&self.stamp).and_then(|meta| meta.modified()).unwrap_or_else(|_| {
+        let now = SystemTime::now();
+        // Where the clock was set back, from now on.
+        let noted = std::fs::metadata(&self.stamp).and_then(|meta| meta.modified()).ok().filter(|noted| *noted <= now);
+        let updated = noted.unwrap_or_else(|| {
             self.note_update();
-            SystemTime::now()
+            now
         });
-        // A clock that was set back counts from now.
-        let age = SystemTime::now().duration_since(updated).unwrap_or_default();
+        let age = now.duration_since(updated).unwrap_or_default();
         self.settings.interval.saturating_sub(age).max(Duration::from_secs(1))
     }
 

@@ -1,10 +1,11 @@
 //! Images: pulled where missing, replaced by new versions that work, kept where those do not.
 
 use std::collections::BTreeSet;
+use std::fs::{self, File};
 use std::panic::AssertUnwindSafe;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::client::Answer;
 use crate::harness::{Files, Options, Server, eventually, marked_seconds, output, wait_gone, wait_running};
@@ -385,6 +386,40 @@ fn new_versions_are_looked_for_from_time_to_time() {
         eventually("the new version is in use", || (server.run(VERSION).run_output == version_now).then_some(()));
     }
     image.wait_stored(&[&newest]);
+    server.stop();
+}
+
+#[test]
+fn updates_fall_due_by_the_clock_however_it_was_set() {
+    let registry = Registry::start();
+    let image = registry.image();
+    registry.push(&image, SHELL, &version("one"));
+    let (config, env) = (config(&image), registry.env());
+    let options = options(&config, &env);
+    let server = Server::start(options.clone());
+    assert_eq!(server.run(VERSION).run_output, "one");
+    let day = Duration::from_secs(24 * 3600);
+    let stamp = server.files().dir().join(format!("state/coderunner/{}.updated", server.instance));
+    let set_stamp = |time| File::options().write(true).open(&stamp).unwrap().set_modified(time).unwrap();
+
+    // The week was over while it did not run.
+    let files = server.crash();
+    let newest = registry.push(&image, SHELL, &version("two"));
+    set_stamp(SystemTime::now() - 8 * day);
+    let server = Server::launch_with(files, &options);
+    server.wait_ready();
+    eventually("the new version is in use", || (server.run(VERSION).run_output == "two").then_some(()));
+    image.wait_stored(&[&newest]);
+
+    // The clock was years ahead: the week begins now, not when it will be as late as that.
+    let files = server.crash();
+    set_stamp(SystemTime::now() + 1000 * day);
+    let server = Server::launch_with(files, &options);
+    eventually("another time of the last update", || {
+        (fs::metadata(&stamp).unwrap().modified().unwrap() <= SystemTime::now()).then_some(())
+    });
+    server.wait_ready();
+    assert_eq!(server.run(VERSION).run_output, "two");
     server.stop();
 }
 

@@ -1,7 +1,7 @@
 //! Programs that use up whatever there is. Where the kernel keeps a limit the answer names it; where it cannot, they are
 //! ended in time, and the answer says no more than that.
 
-use super::{attack, serve};
+use super::{attack, prints, serve};
 use crate::client::Answer;
 use crate::harness::code;
 
@@ -173,7 +173,6 @@ fn cpu_time_counts_whoever_burns_it(engine: &str) {
 }
 
 fn a_crash_leaves_no_core(engine: &str) {
-    let server = serve(engine, "c", "");
     // Not in a file, and not by a program of the host's either, which some kernels start for a limit of 0.
     let crash = r#"
         #include <dirent.h>
@@ -199,12 +198,10 @@ fn a_crash_leaves_no_core(engine: &str) {
             return 0;
         }
     "#;
-    assert_eq!(attack(&server, "c", &code(crash)), Answer::ran("1 1 -1\n2\n"));
-    server.stop();
+    prints(engine, "c", "", crash, "1 1 -1\n2\n");
 }
 
 fn timers_queues_and_descriptors_have_an_end(engine: &str) {
-    let server = serve(engine, "python", "[limits]\nopen_files = 64\nrun_time = \"60s\"");
     let probe = "
         import ctypes, errno, fcntl, os, resource, signal, socket
         libc = ctypes.CDLL(None, use_errno=True)
@@ -242,8 +239,7 @@ fn timers_queues_and_descriptors_have_an_end(engine: &str) {
         print()
     ";
     let printed = "timers True\nqueue -1\nlocked -1\nin flight True\nraised \n";
-    assert_eq!(attack(&server, "python", &code(probe)), Answer::ran(printed));
-    server.stop();
+    prints(engine, "python", "[limits]\nopen_files = 64\nrun_time = \"60s\"", probe, printed);
 }
 
 fn huge_arguments_and_environments_are_the_programs_own_trouble(engine: &str) {

@@ -1,8 +1,6 @@
 //! Each refusal of our own filter, tried from inside. Those of podman's are with the other walls.
 
-use super::serve;
-use crate::client::Answer;
-use crate::harness::code;
+use super::prints;
 
 on_each_engine! {
     no_socket_but_a_local_one
@@ -12,7 +10,6 @@ on_each_engine! {
 }
 
 fn no_socket_but_a_local_one(engine: &str) {
-    let server = serve(engine, "python", "");
     let families = "
         import errno, socket
         for call in socket.socket, socket.socketpair:
@@ -38,12 +35,10 @@ fn no_socket_but_a_local_one(engine: &str) {
         print(pipe.recv())
     ";
     let printed = "b'local'\nb'asyncio\\n'\nmultiprocessing\n";
-    assert_eq!(server.run(&code(families)), Answer::ran(printed));
-    server.stop();
+    prints(engine, "python", "", families, printed);
 }
 
 fn no_call_by_another_number(engine: &str) {
-    let server = serve(engine, "c", "");
     // The kernel knows the same calls by other numbers, for programs of 32 bits.
     let other = r#"
         #include <errno.h>
@@ -76,12 +71,10 @@ fn no_call_by_another_number(engine: &str) {
             return 0;
         }
     "#;
-    assert_eq!(server.run(&code(other)), Answer::ran("killed\n"));
-    server.stop();
+    prints(engine, "c", "", other, "killed\n");
 }
 
 fn nothing_of_the_whole_hosts_can_be_used_up_or_watched(engine: &str) {
-    let server = serve(engine, "python", "");
     let calls = "
         import ctypes, errno, os, platform
         libc = ctypes.CDLL(None, use_errno=True)
@@ -105,12 +98,10 @@ fn nothing_of_the_whole_hosts_can_be_used_up_or_watched(engine: &str) {
         except OSError as error:
             print(error.strerror)
     ";
-    assert_eq!(server.run(&code(calls)), Answer::ran("Permission denied\n"));
-    server.stop();
+    prints(engine, "python", "", calls, "Permission denied\n");
 }
 
 fn no_clone_makes_a_namespace(engine: &str) {
-    let server = serve(engine, "c", "");
     let clones = r#"
         #include <errno.h>
         #include <signal.h>
@@ -139,6 +130,5 @@ fn no_clone_makes_a_namespace(engine: &str) {
             return 0;
         }
     "#;
-    assert_eq!(server.run(&code(clones)), Answer::ran("end\n"));
-    server.stop();
+    prints(engine, "c", "", clones, "end\n");
 }

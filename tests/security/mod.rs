@@ -11,7 +11,7 @@ mod files;
 mod filter;
 
 use crate::client::Answer;
-use crate::harness::{Options, Server, marked_seconds};
+use crate::harness::{Options, Server, code, marked_seconds};
 
 /// A server with one place for the attack and one for its neighbour.
 fn serve(engine: &str, language: &str, config: &str) -> Server {
@@ -33,6 +33,14 @@ fn attack(server: &Server, language: &str, code: &str) -> Answer {
     assert_eq!(neighbour.reply().answer(), Answer::ran(printed), "beside {code}");
     assert_eq!(server.get("/healthz").status, 200);
     answer
+}
+
+/// Runs a program in a server of its own, which prints exactly this.
+#[track_caller]
+fn prints(engine: &str, language: &str, config: &str, program: &str, printed: &str) {
+    let server = serve(engine, language, config);
+    assert_eq!(attack(&server, language, &code(program)), Answer::ran(printed));
+    server.stop();
 }
 
 /// A program that forks, allocates, writes files and computes a little, and what it prints.
