@@ -13,7 +13,7 @@ pub fn html(api: &Value) -> String {
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <title>{title}: the API</title>\n<link rel=\"stylesheet\" href=\"docs.css\">\n\
+         <title>{title}: the API</title>\n<link rel=\"icon\" href=\"playground.svg\">\n<link rel=\"stylesheet\" href=\"docs.css\">\n\
          <main>\n<h1>{title}</h1>\n<p>{about}</p>\n\
          <p>For programs: <a href=\"openapi.json\">openapi.json</a>, version {version}.</p>\n\
          {operations}<h2 id=\"types\">Types</h2>\n{schemas}</main>\n</html>\n",

@@ -43,11 +43,11 @@
         gzip: include_bytes!("javascript-Z3XWVCAW.js.gz"),
     },
     Asset {
-        name: "playground-IE56YEKK.js",
+        name: "playground-66RYYSJS.js",
         content_type: "text/javascript; charset=utf-8",
         immutable: true,
-        plain: include_bytes!("playground-IE56YEKK.js"),
-        gzip: include_bytes!("playground-IE56YEKK.js.gz"),
+        plain: include_bytes!("playground-66RYYSJS.js"),
+        gzip: include_bytes!("playground-66RYYSJS.js.gz"),
     },
     Asset {
         name: "playground.html",

@@ -1,6 +1,6 @@
 // The playground: the page's elements, what they do, and what is remembered.
 import { Output } from "./ansi.js";
-import { ServerError, execute, runtimes, usage, verdict } from "./client.js";
+import { NoSocket, ServerError, converse, execute, runtimes, usage, verdict } from "./client.js";
 import { editor as makeEditor } from "./editor.js";
 import { EXAMPLES } from "./examples.js";
 import { pack, unpack } from "./share.js";
@@ -32,7 +32,7 @@ const store = {
 const output = new Output($("output"));
 const editor = makeEditor($("editor"), { change: changed, run });
 let language = "";
-/** The run that is going on: `{stop()}`. */
+/** The run that is going on: `{stop()}`, and `{type(text), end()}` while it can be typed to. */
 let running = null;
 
 // ---- colours
@@ -92,10 +92,15 @@ function summarize() {
   const parts = [];
   if ($("args").value.trim()) parts.push("arguments");
   if ($("stdin").value) parts.push("standard input");
+  if ($("live").checked) parts.push("typed while it runs");
   $("summary").textContent = parts.join(", ");
 }
 
 for (const id of ["stdin", "args"]) $(id).addEventListener("input", changed);
+$("live").onchange = () => {
+  store.set("live", $("live").checked);
+  summarize();
+};
 $("language").onchange = () => {
   store.set("language", $("language").value);
   if (location.hash) history.replaceState(null, "", location.pathname + location.search);
@@ -168,18 +173,24 @@ async function run() {
   if (running || !language) return;
   const started = performance.now();
   const seconds = () => `${((performance.now() - started) / 1000).toFixed(1)} s`;
-  const clock = setInterval(() => state("busy", "Running", seconds()), 100);
+  let phase = "Running";
+  const clock = setInterval(() => state("busy", phase, seconds()), 100);
   clear();
   $("output").dataset.empty = "";
-  state("busy", "Running");
-  say("Running");
+  state("busy", phase);
+  say(phase);
   const now = { ...program(), args: words($("args").value) };
   const leave = new AbortController();
   running = { stop: () => leave.abort() };
   busy(true);
+  const events = {
+    data: print,
+    queued: (position) => (phase = position ? `Waiting behind ${position}` : "Waiting"),
+    stage: (stage) => (phase = stage === "compile" ? "Compiling" : "Running"),
+  };
   let answer, failure;
   try {
-    answer = await execute(BASE, now, { data: print }, leave.signal);
+    answer = await ($("live").checked ? talk : execute)(BASE, now, events, leave.signal);
   } catch (error) {
     failure = error;
   }
@@ -198,6 +209,49 @@ async function run() {
   } else finish(answer);
   $("clear").disabled = false;
 }
+
+/** A run that is typed to; where there is no socket, a plain one. */
+async function talk(base, now, events, signal) {
+  const conversation = converse(base, now, events, signal);
+  Object.assign(running, conversation);
+  prompt(true);
+  try {
+    return await conversation.done;
+  } catch (error) {
+    if (!(error instanceof NoSocket)) throw error;
+    output.note("Nothing can be typed: no WebSocket comes through to the server.");
+    return execute(base, now, events, signal);
+  } finally {
+    prompt(false);
+  }
+}
+
+function prompt(on) {
+  const focus = $("prompt").contains(document.activeElement);
+  $("prompt").hidden = !on;
+  $("line").value = "";
+  if (on) $("line").focus();
+  else if (focus) $("run").disabled ? $("stop").focus() : $("run").focus();
+}
+
+function endInput() {
+  running?.end?.();
+  prompt(false);
+}
+
+$("prompt").onsubmit = (event) => {
+  event.preventDefault();
+  const line = `${$("line").value}\n`;
+  running?.type?.(line);
+  print("run", "echo", line);
+  $("line").value = "";
+};
+$("end").onclick = endInput;
+$("line").onkeydown = (event) => {
+  if (event.key !== "d" || !event.ctrlKey || $("line").value) return;
+  event.preventDefault();
+  endInput();
+};
 
 function finish(answer) {
   const { word, sentence } = verdict(answer);
@@ -281,6 +335,7 @@ addEventListener("hashchange", follow);
 
 async function start() {
   paint();
+  $("live").checked = store.get("live") === true;
   if (/Mac|iPhone|iPad/.test(navigator.platform)) $("shortcut").textContent = "⌘ ↵";
   $("output").dataset.empty = "Run shows here what the program prints.";
   let served;

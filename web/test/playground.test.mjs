@@ -105,6 +105,70 @@ test("standard input and arguments reach the program", async () => {
   await page.done();
 });
 
+test("output is shown as it is printed", async () => {
+  const page = await open();
+  await write(page, "bash", "echo first; sleep 3; echo last");
+  await page.click("#run");
+  await eventually("the first line", async () => (await output(page)) === "first\n");
+  assert.equal(await page.getAttribute("#verdict", "data-verdict"), "busy");
+  assert.equal(await ended(page), "Finished");
+  assert.equal(await output(page), "first\nlast\n");
+  await page.done();
+});
+
+test("a program can be typed to while it runs", async () => {
+  const page = await open();
+  await write(page, "bash", 'read -r a; read -r b; echo "hello $a and $b"; cat; printf "\\033[32mend"');
+  await page.click("summary");
+  await page.fill("#stdin", "the box\n");
+  await page.check("#live");
+  await page.keyboard.press("Control+Enter");
+  await page.waitForSelector("#line:focus");
+  await page.keyboard.type("<b>me</b>");
+  await page.keyboard.press("Enter");
+  await eventually("its answer", async () => (await output(page)).includes("hello the box and <b>me</b>\n"));
+  await page.keyboard.type("more");
+  await page.keyboard.press("Enter");
+  await eventually("what cat says", async () => (await output(page)).endsWith("more\nmore\n"));
+  await page.screenshot({ path: `${shots}typing.png` });
+  await page.setViewportSize({ width: 360, height: 740 });
+  await page.screenshot({ path: `${shots}typing-phone.png`, fullPage: true });
+  await page.keyboard.press("Control+d");
+  assert.equal(await ended(page), "Finished");
+  assert.equal(await page.textContent("#output .fg2"), "end");
+  assert.ok(await page.isHidden("#prompt"));
+  // Remembered; and Stop works here too.
+  await page.reload();
+  await ready(page);
+  await page.click("#run");
+  await page.waitForSelector("#prompt:not([hidden])");
+  await page.click("#stop");
+  assert.equal(await ended(page), "Stopped");
+  await page.done();
+});
+
+test("where no socket comes through, the program is run all the same", async () => {
+  const page = await open();
+  await page.evaluate(() => {
+    const Socket = WebSocket;
+    window.WebSocket = class extends Socket {
+      constructor() {
+        super(new URL("/nothing", location.href.replace("http", "ws")));
+      }
+    };
+  });
+  await write(page, "bash", "cat");
+  await page.click("summary");
+  await page.fill("#stdin", "from the box");
+  await page.check("#live");
+  await page.click("#run");
+  assert.equal(await ended(page), "Finished");
+  assert.match(await output(page), /Nothing can be typed.*from the box/s);
+  // The browser itself reports the refused socket.
+  page.faults.splice(0, page.faults.length, ...page.faults.filter((fault) => !fault.includes("WebSocket connection")));
+  await page.done();
+});
+
 test("Stop ends a run", async () => {
   const page = await open();
   await write(page, "python", 'import time\nfor n in range(1000):\n    print("tick", n)\n    time.sleep(0.1)\n');
@@ -332,6 +396,23 @@ for (const colorScheme of ["light", "dark"]) {
       await page.done();
     });
   }
+}
+
+for (const colorScheme of ["light", "dark"]) {
+  test(`the description of the API is legible and fits: ${colorScheme}`, async () => {
+    const page = await openPage(browser, `${server.base}docs`, { colorScheme, viewport: { width: 360, height: 740 } });
+    await page.screenshot({ path: `${shots}docs-${colorScheme}-phone.png` });
+    const width = await page.evaluate(() => document.documentElement.scrollWidth);
+    assert.ok(width <= 360, `${width} wide`);
+    await page.setViewportSize({ width: 1280, height: 760 });
+    await page.click("summary");
+    await page.screenshot({ path: `${shots}docs-${colorScheme}.png` });
+    await page.evaluate(axe);
+    const { violations } = await page.evaluate(() => axe.run());
+    assert.deepEqual(violations.map(({ id, nodes }) => `${id}: ${nodes.map(({ html }) => html).join(" ")}`), []);
+    assert.ok(page.requests.every((url) => url.startsWith(server.base)), page.requests.join(" "));
+    await page.done();
+  });
 }
 
 test("the toggle changes the colours, and is remembered", async () => {
