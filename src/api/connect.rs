@@ -9,7 +9,7 @@ use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use nix::sys::signal::Signal;
 use serde::Deserialize;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use warp::filters::BoxedFilter;
@@ -23,6 +23,7 @@ use super::error::ApiError;
 use super::live::{Teller, Told};
 use super::openapi::Refused;
 use super::piston::Request;
+use super::server::Place;
 use crate::caller::Caller;
 use crate::runner::Runner;
 use crate::sandbox::Live;
@@ -95,7 +96,8 @@ impl Over {
 pub fn routes(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<(Response,)> {
     let (runner, settings) = (Arc::clone(runner), Arc::clone(settings));
     let places = Arc::new(Semaphore::new(MAX_SOCKETS));
-    let socket = warp::path!("api" / "v2" / "connect").and(warp::ws()).map(move |upgrade: Ws| {
+    let path = warp::path!("api" / "v2" / "connect");
+    let socket = path.and(warp::ws()).and(warp::ext::optional()).map(move |upgrade: Ws, connection: Option<Place>| {
         let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
             return ApiError::Overloaded(format!("{MAX_SOCKETS} sockets are open")).into_response();
         };
@@ -105,8 +107,10 @@ pub fn routes(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<
         let (hand_over, socket) = oneshot::channel();
         let serving = Caller::pass_on(async move {
             if let Ok(socket) = socket.await {
-                serve(socket, runner, settings, place).await;
+                serve(socket, runner, settings).await;
             }
+            // The connection has ended for the server when this began; its place is taken until now.
+            drop((place, connection));
         });
         upgrade
             .on_upgrade(move |socket| {
@@ -115,7 +119,7 @@ pub fn routes(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<
             })
             .into_response()
     });
-    let other = warp::path!("api" / "v2" / "connect").and(warp::method()).map(|method| match method {
+    let other = path.and(warp::method()).map(|method| match method {
         Method::GET => ApiError::BadRequest("this path speaks WebSocket; open one".into()).into_response(),
         _ => ApiError::MethodNotAllowed("GET").into_response(),
     });
@@ -130,7 +134,7 @@ pub fn routes(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<
     get, path = "/api/v2/connect", operation_id = "connect",
     responses((status = 101, description = "The conversation begins"), Refused)
 )]
-async fn serve(socket: WebSocket, runner: Arc<Runner>, settings: Arc<ApiSettings>, _place: OwnedSemaphorePermit) {
+async fn serve(socket: WebSocket, runner: Arc<Runner>, settings: Arc<ApiSettings>) {
     let (mut sink, mut stream) = socket.split();
     let over = converse(&mut sink, &mut stream, &runner, &settings).await;
     if let Over::Failed(message) = &over {

@@ -13,12 +13,13 @@ use hyper::service::Service;
 use hyper_util::service::TowerToHyperService;
 use tracing::Instrument;
 use warp::filters::BoxedFilter;
-use warp::http::header::{AUTHORIZATION, HeaderMap};
+use warp::http::header::{AUTHORIZATION, HeaderMap, UPGRADE};
 use warp::http::{HeaderValue, Method, Request};
 use warp::reply::Response;
 use warp::{Filter, Rejection, Reply};
 
 use super::error::ApiError;
+use super::server::Place;
 use crate::access::{Credentials, Denied, Gate};
 use crate::caller::{Caller, Client};
 use crate::metrics;
@@ -57,10 +58,12 @@ pub struct Front {
 }
 
 impl Front {
-    /// Answers the requests of one connection, whose peer has this address.
+    /// Answers the requests of one connection, whose peer has this address. Those that become something else take its
+    /// place along.
     pub fn service(
         self: Arc<Front>,
         peer: Option<IpAddr>,
+        place: Place,
     ) -> impl Service<
         Request<Incoming>,
         Response = Response,
@@ -68,8 +71,11 @@ impl Front {
         Future = impl Future<Output = Result<Response, Infallible>> + Send,
     > {
         let routes = TowerToHyperService::new(warp::service(self.routes.clone()));
-        hyper::service::service_fn(move |request| {
+        hyper::service::service_fn(move |mut request: Request<Incoming>| {
             let (front, routes) = (Arc::clone(&self), routes.clone());
+            if request.headers().contains_key(UPGRADE) {
+                request.extensions_mut().insert(place.clone());
+            }
             async move { front.answer(request, peer, |request| routes.call(request)).await }
         })
     }

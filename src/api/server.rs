@@ -7,7 +7,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{setsockopt, sockopt::TcpUserTimeout};
 use std::sync::Arc;
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -36,6 +36,10 @@ const CLOSE_TIME: Duration = Duration::from_secs(2);
 /// with a socket that systemd holds its client need not notice a restart.
 const UNREAD_TIME: Duration = Duration::from_millis(250);
 
+/// A connection's place among all; it is taken as long as anybody holds it.
+#[derive(Debug, Clone)]
+pub struct Place(#[expect(dead_code, reason = "held")] Arc<Result<OwnedSemaphorePermit, AcquireError>>);
+
 /// Accepts until `stop`, then returns a future that ends when all connections have closed.
 pub async fn serve(
     listener: TcpListener,
@@ -53,7 +57,7 @@ pub async fn serve(
             () = stop.cancelled() => break,
         };
         let (stream, peer, place) = match accepted {
-            (Ok((stream, peer)), place) => (stream, peer, place),
+            (Ok((stream, peer)), place) => (stream, peer, Place(Arc::new(place))),
             (Err(error), _) => {
                 tracing::warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -63,7 +67,7 @@ pub async fn serve(
         // Answers are small, and the client waits for them.
         let _ = stream.set_nodelay(true);
         let _ = setsockopt(&stream, TcpUserTimeout, &UNTAKEN_TIME);
-        let service = Arc::clone(&front.borrow()).service(Some(peer.ip()));
+        let service = Arc::clone(&front.borrow()).service(Some(peer.ip()), place.clone());
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEADER_TIME)

@@ -185,6 +185,20 @@ fn a_client_that_leaves_frees_its_place() {
 }
 
 #[test]
+fn a_socket_keeps_the_place_of_its_connection() {
+    // Half of them are for connections.
+    let options = Options { languages: &["bash"], containers: 1, descriptors: Some(300), ..Options::default() };
+    let server = Server::start(options);
+    let sockets: Vec<Socket> = (0..150).map(|_| Socket::open(&server)).collect();
+    let late = server.begin_request("GET", "/healthz", &[], b"");
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(!late.has_begun(), "it has a place beside 150 sockets");
+    drop(sockets);
+    assert_eq!(late.reply().status, 200);
+    server.stop();
+}
+
+#[test]
 fn a_plain_run_can_be_watched() {
     let server = serve("containers = 1");
     let watch = |path: &str, body: &Value| {
