@@ -18,7 +18,7 @@ fn examples(language: &str, server: &Server) -> Vec<String> {
 
 #[test]
 fn its_examples_work() {
-    let server = Server::start(Options { languages: &["c", "python", "bash"], ..Options::default() });
+    let server = Server::start(Options { languages: &["c", "python", "bash"], containers: 3, ..Options::default() });
     eventually("every language is ready", || {
         let languages = server.get("/readyz").json()["languages"].clone();
         languages.as_object()?.values().all(|language| language["ready"] == true).then_some(())
