@@ -1,6 +1,6 @@
 //! The way of a job: memo, then one flight per key, then a sandbox from the pool, then the outcome.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -201,15 +201,15 @@ impl Runner {
     /// first is compiled; the others run what that made, each in a sandbox of its own. Where it cannot be carried there,
     /// each compiles for itself. Dropping the future ends all.
     pub async fn run_batch(&self, jobs: Vec<Job>, reuse: Reuse, tell: impl Fn(usize, Result<Answer, RunError>)) {
-        let mut left = VecDeque::new();
-        for (index, job) in jobs.into_iter().enumerate() {
+        let mut left = jobs.into_iter().enumerate();
+        let (first, job) = loop {
+            let Some((index, job)) = left.next() else { return };
             match self.remembered(&job, reuse) {
-                Ok(None) => left.push_back((index, job)),
+                Ok(None) => break (index, job),
                 Ok(Some(answer)) => tell(index, Ok(answer)),
                 Err(error) => tell(index, Err(error)),
             }
-        }
-        let Some((first, job)) = left.pop_front() else { return };
+        };
         let place = self.builds.try_acquire().ok();
         let (wanted, built) = oneshot::channel();
         let wanted = Wanted { most: place.as_ref().map_or(0, |_| MAX_BUILD), built: wanted };
@@ -219,14 +219,12 @@ impl Runner {
             Ok(built) = built => built,
             // It never got as far as being run, and no other would.
             result = &mut running => {
-                left.iter().for_each(|(index, _)| tell(*index, result.clone()));
+                left.for_each(|(index, _)| tell(index, result.clone()));
                 return tell(first, result);
             }
         };
         let others = stream::iter(left)
-            .map(async |(index, job)| {
-                (index, self.run_live(Job { built: built.clone(), ..job }, Live::default()).await)
-            })
+            .map(async |(index, job)| (index, self.run(Job { built: built.clone(), ..job }, reuse).await))
             .buffer_unordered(AT_ONCE - 1);
         let mut results = pin!(stream::select(stream::once(running).map(|result| (first, result)), others));
         while let Some((index, result)) = results.next().await {

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::client::Reply;
 use crate::harness::{Options, Server, eventually, marked_seconds, wait_gone, wait_running};
+use crate::leftovers::marked;
 
 on_each_engine! {
     what_is_compiled_once_runs_in_a_sandbox_for_each_input
@@ -136,6 +137,12 @@ fn each_input_has_a_verdict_and_passes_or_not() {
     let single = ran(&server.request("POST", "/api/v2/execute", &[JSON], single.to_string().as_bytes()));
     assert_eq!((&single["cached"], &single["run"]["stdout"]), (&json!(true), &json!("25 \n")), "{single}");
 
+    // Equal inputs are run once, twice at the most.
+    let equal = program("c", "int main(void) { return 0; }", json!(vec![json!({}); 100]));
+    let answer = ran(&post(&server, &[], &equal));
+    let times = answer["results"].as_array().unwrap().iter().map(|result| result["run"]["wall_time"].to_string());
+    assert!(answer["passed"] == true && times.collect::<HashSet<_>>().len() <= 2, "{answer}");
+
     let answer = ran(&post(&server, &[], &program("c", "int main(void) { return x; }", json!([{}, {"stdin": "1"}]))));
     assert!(answer["compile"]["stderr"].as_str().unwrap().contains('x'), "{answer}");
     for result in answer["results"].as_array().unwrap() {
@@ -170,7 +177,9 @@ fn a_client_that_leaves_ends_its_batch() {
         let inputs: Vec<Value> = marks.iter().map(|mark| json!({ "args": [mark] })).collect();
         let body = program("bash", "sleep $1", json!(inputs)).to_string();
         let batch = server.begin_request("POST", "/api/v2/batch", headers, body.as_bytes());
-        marks[..2].iter().for_each(|mark| wait_running(mark));
+        eventually("as many run as there are containers", || {
+            (marks.iter().filter(|mark| !marked(mark).is_empty()).count() == 2).then_some(())
+        });
         drop(batch);
         marks.iter().for_each(|mark| wait_gone(mark));
     }

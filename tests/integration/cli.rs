@@ -174,7 +174,12 @@ fn what_goes_on_is_shown_on_a_terminal_only() {
     let line = words.chain([path.to_str().unwrap()]).map(|word| format!("'{word}'")).collect::<Vec<_>>().join(" ");
     // A terminal of its own, whose output we read.
     let mut script = std::process::Command::new("script");
-    script.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => script.env(name, value),
+            None => script.env_remove(name),
+        };
+    }
     script.env_remove("NO_COLOR").env("TERM", "xterm").args(["-qec", &line, "/dev/null"]);
     let output = harness::output(&mut script, b"");
     let shown = text(&output.stdout);

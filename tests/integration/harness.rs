@@ -192,6 +192,14 @@ impl Server {
         });
     }
 
+    /// Waits until every language is ready; there have to be as many containers.
+    pub fn wait_each_ready(&self) {
+        eventually("every language is ready", || {
+            let languages = self.get("/readyz").json()["languages"].clone();
+            languages.as_object()?.values().all(|language| language["ready"] == true).then_some(())
+        });
+    }
+
     /// Runs code in the default language.
     pub fn run(&self, code: &str) -> Answer {
         self.begin(code).reply().answer()

@@ -8,11 +8,12 @@ const FUZZING: &str = "40";
 #[test]
 fn the_server_is_as_it_is_described() {
     let server = Server::start(Options { languages: &["bash", "c"], ..Options::default() });
+    server.wait_each_ready();
     let url = format!("http://{}/openapi.json", server.address);
     let schemathesis = format!("{}/python/bin/schemathesis", clients());
     let of_ours = ["--generation-deterministic", "--no-color", "--max-examples", "20"];
     // Which languages and limits there are is a matter of configuration: a request may be valid and yet be refused.
-    let but = ["--exclude-checks", "positive_data_acceptance", "--max-time", FUZZING];
+    let but = ["--exclude-checks", "positive_data_acceptance", "--max-time", FUZZING, "--request-timeout", "60"];
     let said = drive(&schemathesis, &[&["run", url.as_str()], &of_ours[..], &but].concat());
     assert!(said.contains("Tested: 8"), "{said}");
     assert!(!said.contains("unresolvable"), "{said}");

@@ -212,6 +212,7 @@ fn an_answer_of_before_says_so_and_can_be_refused() {
 #[test]
 fn aiopyston_works_unmodified() {
     let server = serve(&["python", "c"], "");
+    server.wait_each_ready();
     let script = server.files().dir().join("aiopyston.py");
     std::fs::write(&script, include_str!("clients/aiopyston.py")).unwrap();
     let url = format!("http://{}/api/v2/", server.address);
@@ -223,6 +224,7 @@ fn aiopyston_works_unmodified() {
 #[test]
 fn piston_client_works_unmodified() {
     let server = serve(&["python", "c"], "");
+    server.wait_each_ready();
     let script = server.files().dir().join("piston-client.mjs");
     std::fs::write(&script, include_str!("clients/piston-client.mjs")).unwrap();
     let url = format!("http://{}", server.address);

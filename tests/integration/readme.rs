@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::harness::{Options, Server, drive, eventually};
+use crate::harness::{Options, Server, drive};
 
 const README: &str = include_str!("../../README.md");
 
@@ -19,10 +19,7 @@ fn examples(language: &str, server: &Server) -> Vec<String> {
 #[test]
 fn its_examples_work() {
     let server = Server::start(Options { languages: &["c", "python", "bash"], containers: 3, ..Options::default() });
-    eventually("every language is ready", || {
-        let languages = server.get("/readyz").json()["languages"].clone();
-        languages.as_object()?.values().all(|language| language["ready"] == true).then_some(())
-    });
+    server.wait_each_ready();
     let shell = examples("console", &server);
     assert!(shell.len() >= 3, "{shell:?}");
     for block in &shell {
