@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use serde_json::json;
+
 use super::{attack, serve};
 use crate::harness::{PATIENCE, code};
 
@@ -10,6 +12,7 @@ on_each_engine! {
     no_source_keeps_the_compiler_busy_for_long
     the_compiler_is_confined_as_the_program_is
     what_the_compiler_leaves_is_run_as_a_program_or_not_at_all
+    what_the_compiler_leaves_for_other_sandboxes_leads_nowhere
 }
 
 /// A compiler that does what the source says.
@@ -116,5 +119,42 @@ fn what_the_compiler_leaves_is_run_as_a_program_or_not_at_all(engine: &str) {
     let daemon = "(trap '' TERM HUP; while :; do sleep 50; done) & setsid sleep 50 &\n\
                   printf '#!/bin/sh\\nps | grep -c [s]leep\\n' >out; chmod +x out";
     assert_eq!(run(daemon).run_output, "0\n");
+    server.stop();
+}
+
+fn what_the_compiler_leaves_for_other_sandboxes_leads_nowhere(engine: &str) {
+    let server = serve(engine, "made", SHELL);
+    // It is carried into the sandboxes of a batch, or made anew there where it cannot be.
+    for left in [
+        "ln -s /proc/1/environ x",
+        "ln -s /job d; ln -s / root; ln -s ../../../../run up; ln -s x x",
+        "mkfifo x",
+        "echo secret >x; chmod 0 x; mkdir locked; echo y >locked/y; chmod 0 locked",
+        "cp /bin/sh sh; chmod 6755 sh",
+        "ln out hard 2>/dev/null; echo x >x; ln x y",
+        "dd if=/dev/zero of=x bs=1 count=1 seek=60000000 2>/dev/null",
+        "n=0; while [ $n -lt 3000 ]; do : >f$n || break; n=$((n+1)); done",
+        "n=0; while [ $n -lt 300 ]; do mkdir d && cd d || break; n=$((n+1)); done",
+        "touch -- -rf '--checkpoint-action=exec=sh' '..x' \"$(printf 'new\\nline')\"; touch -d '1900-01-01' old",
+        "rm main.sh; mkdir main.sh",
+        "(while :; do echo >late; rm late; done) & sleep 50 &",
+    ] {
+        let script = format!(
+            "printf '#!/bin/sh\\necho made $1\\nid -u >&2\\n[ ! -u sh ] || ./sh -c \"id -u\" >&2\\n' >out\nchmod +x out\n{left}\ntrue\n"
+        );
+        let body = json!({
+            "language": "made", "version": "*", "files": [{"content": script}],
+            "inputs": [{"args": ["1"], "expected_output": "made 1"}, {"args": ["2"], "expected_output": "made 2"}],
+        });
+        let headers = [("Content-Type", "application/json")];
+        let reply = server.request("POST", "/api/v2/batch", &headers, body.to_string().as_bytes());
+        let answer = reply.json();
+        assert_eq!((reply.status, &answer["passed"]), (200, &json!(true)), "{left}: {answer}");
+        for result in answer["results"].as_array().unwrap() {
+            let users = result["run"]["stderr"].as_str().unwrap();
+            assert!(users.lines().all(|user| user != "0"), "{left}: {result}");
+        }
+    }
+    assert_eq!(attack(&server, "made", "printf '#!/bin/sh\\necho made\\n' >out; chmod +x out").run_output, "made\n");
     server.stop();
 }
