@@ -179,11 +179,7 @@ fn thousands_of_runs_leave_everything_as_it_was() {
                  disk = \"4MiB\"\ninodes = 200\nprocesses = 24",
         ..Options::default()
     });
-    eventually("every language is ready", || {
-        let body = server.get("/readyz").json();
-        let languages = body["languages"].as_object().unwrap();
-        languages.values().all(|language| language["ready"] == true).then_some(())
-    });
+    server.wait_each_ready();
     // Until buffers and tables have the size that they need.
     soak(&server, 0, (runs / 5).max(WIDTH * KINDS.len()));
     let (before, memory) = (at_rest(&server), memory_kib(&server));
