@@ -352,7 +352,9 @@ fn confine(
     // The kernel's first choice at the memory limit, before init.
     fs::write("/proc/self/oom_score_adj", "1000")?;
     for &(resource, value) in limits {
-        setrlimit(resource, value, value)?;
+        let higher =
+            |error| format!("{resource:?} cannot be {value}: {error}; the server's own may be lower (ulimit -Ha)");
+        setrlimit(resource, value, value).map_err(|error| io::Error::other(higher(error)))?;
     }
     setsid()?;
     setgroups(&[])?;

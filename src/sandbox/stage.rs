@@ -62,6 +62,11 @@ impl Sandbox {
                 message = self.channel.receive() => match message? {
                     Some(FromInit::Prepared) if !self.prepared => self.prepared = true,
                     Some(FromInit::StageEnded { ended, artifact, usage }) => break (ended, artifact, usage),
+                    Some(FromInit::Failed(reason)) if !self.prepared => {
+                        // Its image or directory may have been deleted while it waited.
+                        tracing::warn!(reason, "a sandbox is of no use any more");
+                        return Err(SandboxError::Lost);
+                    }
                     Some(FromInit::Failed(reason)) => return Err(SandboxError::Init(reason)),
                     Some(FromInit::Ready { .. } | FromInit::Prepared | FromInit::Packed) => {
                         return Err(SandboxError::Init("an answer to something else".into()));
