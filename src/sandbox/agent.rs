@@ -6,13 +6,16 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
+use nix::libc;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{dup2, dup3};
@@ -145,18 +148,27 @@ impl Third {
     }
 }
 
-/// The OCI runtime as it is started again and again.
+/// The OCI runtime as it is started again and again: a copy, or by its name where none can be had.
 struct Runtime(Option<File>);
 
 impl Runtime {
-    /// crun copies itself into a sealed file and starts anew from there, lest a container changes it. One that finds
-    /// itself in such a file does not, which saves a third of what a container costs.
+    /// Lest a container changes it, crun starts anew from a read-only mount or a copy of itself, with all its libraries
+    /// loaded again. One that finds itself in a sealed file does not.
     fn find() -> Runtime {
         let paths = std::env::var_os("PATH").unwrap_or_default();
         let program = std::env::split_paths(&paths).map(|dir| dir.join(RUNTIME)).find(|path| path.is_file());
         let copy = || -> std::io::Result<File> {
-            let mut copy: File = memfd_create(RUNTIME, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?.into();
-            std::io::copy(&mut File::open(program.ok_or(std::io::ErrorKind::NotFound)?)?, &mut copy)?;
+            let program = std::fs::read(program.ok_or(std::io::ErrorKind::NotFound)?)?;
+            let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+            // Kernels before 6.3 do not know the flag, and need none.
+            let executable = flags | MFdFlags::from_bits_retain(libc::MFD_EXEC);
+            let copy = memfd_create(RUNTIME, executable).or_else(|_| memfd_create(RUNTIME, flags))?;
+            let mut copy = File::from(copy);
+            // A script's interpreter would not find it, and a host may let no such file be executed.
+            if !program.starts_with(b"\x7fELF") || copy.metadata()?.mode() & 0o100 == 0 {
+                return Err(std::io::ErrorKind::Unsupported.into());
+            }
+            copy.write_all(&program)?;
             let seals = [SealFlag::F_SEAL_SEAL, SealFlag::F_SEAL_SHRINK, SealFlag::F_SEAL_GROW, SealFlag::F_SEAL_WRITE];
             fcntl(&copy, FcntlArg::F_ADD_SEALS(seals.into_iter().collect()))?;
             Ok(copy)
