@@ -39,12 +39,13 @@ impl Sandbox {
         })?;
         let Pipes { theirs, stdin, stdout, stderr } = pipes;
         drop(theirs);
-        if let Some(events) = &live.events {
-            let _ = events.send(Event::Started(stage));
+        let begin = || drop(live.events.as_ref().map(|events| events.send(Event::Started(stage))));
+        if self.prepared {
+            begin();
         }
         let (typed, typing) = match stage {
             Stage::Compile => (Bytes::new(), None),
-            Stage::Run => (job.stdin.clone(), live.stdin.take()),
+            Stage::Run => (job.stdin.clone(), live.stdin.as_mut()),
         };
         let feeding = feed(stdin, typed, typing);
         tokio::pin!(feeding);
@@ -60,7 +61,10 @@ impl Sandbox {
                 // nothing else from its turn, and is not endless.
                 biased;
                 message = self.channel.receive() => match message? {
-                    Some(FromInit::Prepared) if !self.prepared => self.prepared = true,
+                    Some(FromInit::Prepared) if !self.prepared => {
+                        self.prepared = true;
+                        begin();
+                    }
                     Some(FromInit::StageEnded { ended, artifact, usage }) => break (ended, artifact, usage),
                     Some(FromInit::Failed(reason)) if !self.prepared => {
                         // Its image or directory may have been deleted while it waited.
@@ -75,7 +79,8 @@ impl Sandbox {
                 },
                 () = self.gone.cancelled() => return Err(self.ended("its container has ended")),
                 () = tokio::time::sleep_until(deadline) => return Err(SandboxError::Silent(STAGE_GRACE)),
-                () = &mut feeding, if !fed => fed = true,
+                // Nothing that is typed goes to a sandbox that turns out to be lost.
+                () = &mut feeding, if self.prepared && !fed => fed = true,
                 Some(chunk) = out.next() => printed.take(Stream::Stdout, chunk),
                 Some(chunk) = err.next() => printed.take(Stream::Stderr, chunk),
                 Some(signal) = next_signal(&mut live.signals) => self.channel.send(&ToInit::Signal(signal), &[])?,
@@ -215,11 +220,11 @@ async fn next_signal(signals: &mut Option<mpsc::Receiver<i32>>) -> Option<i32> {
 }
 
 /// Writes what is to be read on stdin, then closes it. A program that does not read is no error.
-async fn feed(mut stdin: pipe::Sender, first: Bytes, typing: Option<mpsc::Receiver<Bytes>>) {
+async fn feed(mut stdin: pipe::Sender, first: Bytes, typing: Option<&mut mpsc::Receiver<Bytes>>) {
     if stdin.write_all(&first).await.is_err() {
         return;
     }
-    let Some(mut typing) = typing else { return };
+    let Some(typing) = typing else { return };
     while let Some(bytes) = typing.recv().await {
         if stdin.write_all(&bytes).await.is_err() {
             return;
