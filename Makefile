@@ -3,6 +3,7 @@ PREFIX = /usr/local
 DESTDIR =
 LANGUAGE = c
 LISTEN = 127.0.0.1:8080
+PROFILE = release
 CASES = 100000
 RUNS = 10000
 SECONDS = 600
@@ -18,7 +19,9 @@ endif
 endif
 
 HOST := $(or $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p'),$(shell uname -m)-unknown-linux-gnu)
-EXECUTABLE := $(or $(CARGO_TARGET_DIR),target)/$(HOST)/release/coderunner
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+# Cargo's directory of the profile dev has another name.
+EXECUTABLE := $(TARGET)/$(HOST)/$(PROFILE:dev=debug)/coderunner
 
 .PHONY: all help build run test fuzz libfuzzer soak test-web test-vm bench lint web images install uninstall deb tarball clean setup
 
@@ -27,8 +30,8 @@ all: build
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
 
-build: ## build the executable
-	cargo build --release --locked
+build: ## build the executable; PROFILE=release
+	cargo build --profile $(PROFILE) --locked
 
 setup: ## install what building, running and testing need
 	@packaging/dev/setup
@@ -60,13 +63,13 @@ test-web: ## test the playground page in a browser
 	@$(MAKE) --no-print-directory web/node_modules
 	cd web && node build.mjs --check
 	cargo build --locked
-	cd web && CODERUNNER_TEST_EXE=$(abspath $(or $(CARGO_TARGET_DIR),target))/$(HOST)/debug/coderunner npm test
+	cd web && CODERUNNER_TEST_EXE=$(abspath $(TARGET))/$(HOST)/debug/coderunner npm test
 
 fuzz: setup ## try malformed input; CASES=100000 of each kind
 	@PROPTEST_CASES=$(CASES) packaging/dev/cargo test --locked --bin coderunner -- fuzz::
 
 # The flags are those of cargo-fuzz but for its sanitizers, which need another compiler. What reaches new code is kept.
-FUZZ = $(or $(CARGO_TARGET_DIR),target)/fuzz
+FUZZ = $(TARGET)/fuzz
 COVERAGE = -Cpasses=sancov-module -Ccodegen-units=1 -Cdebug-assertions $(addprefix -Cllvm-args=-sanitizer-coverage-,\
 	level=4 inline-8bit-counters pc-table trace-compares)
 libfuzzer: setup ## the same, inputs chosen by the code that it reaches; SECONDS=600
@@ -81,16 +84,16 @@ soak: setup ## run good and hostile programs, RUNS=10000, and see that nothing g
 
 bench: setup ## measure; BENCH=long for longer
 	@packaging/images/build bash c gcc
-	@mkdir -p $(or $(CARGO_TARGET_DIR),target)/bench
+	@mkdir -p $(TARGET)/bench
 	@packaging/dev/cargo bench --locked --bench runs -- --json $(if $(filter long,$(BENCH)),--long) \
-		>$(or $(CARGO_TARGET_DIR),target)/bench/runs.json
+		>$(TARGET)/bench/runs.json
 
 lint: setup ## check the form of the code
 	cd web && sha256sum --check --quiet dist/sources.sha256
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 	shellcheck -x packaging/subids packaging/account $(addprefix packaging/deb/,postinst prerm postrm) \
-		$(addprefix tests/vm/,bootstrap guest image kernel run) packaging/images/build .ci/run \
+		$(addprefix tests/vm/,able bootstrap guest image kernel run) packaging/images/build .ci/run \
 		$(addprefix packaging/dev/,as-user cargo clients common run setup) web/test/serve
 
 images: setup ## build the local images of c, python, bash and gcc
@@ -105,6 +108,7 @@ define lay_out
 	install -d $(addprefix $(1)/lib/,systemd/system systemd/user sysusers.d tmpfiles.d coderunner) $(2)/etc/coderunner \
 		$(1)/share/man/man1 $(addprefix $(1)/share/,$(dir $(call completions,$(3))))
 	install -D -m 755 $(EXECUTABLE) $(1)/bin/coderunner
+	strip --strip-debug $(1)/bin/coderunner
 	$(EXECUTABLE) man $(1)/share/man/man1
 	$(EXECUTABLE) completions bash >$(1)/share/$(word 1,$(call completions,$(3)))
 	$(EXECUTABLE) completions fish >$(1)/share/$(word 2,$(call completions,$(3)))
@@ -140,18 +144,26 @@ endif
 	rm -f $(DESTDIR)$(PREFIX)/share/man/man1/coderunner.1 $(DESTDIR)$(PREFIX)/share/man/man1/coderunner-*.1
 	rm -rf $(addprefix $(DESTDIR)$(PREFIX)/lib/,coderunner systemd/system/coderunner.service.d)
 
-PACKAGE := target/package
+PACKAGE := $(TARGET)/package
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p;/^version/q' Cargo.toml)
-DEB = target/debian/coderunner_$(VERSION)-1_$(shell dpkg --print-architecture 2>/dev/null).deb
-ARCHIVE = target/coderunner-$(VERSION)-$(HOST).tar.gz
+ARCHITECTURE := $(shell dpkg --print-architecture 2>/dev/null)
+DEB = $(TARGET)/debian/coderunner_$(VERSION)-1_$(ARCHITECTURE).deb
+ARCHIVE = $(TARGET)/coderunner-$(VERSION)-$(HOST).tar.gz
 RELEASES = bookworm trixie
 
 deb: build ## make a Debian package in target/debian
-	@command -v cargo-deb >/dev/null || cargo install --locked cargo-deb
 	rm -rf $(PACKAGE)
 	$(call lay_out,$(PACKAGE)/usr,$(PACKAGE),/usr)
+	gzip -9n $(PACKAGE)/usr/share/man/man1/*
+	install -D -m 644 README.md $(PACKAGE)/usr/share/doc/coderunner/README.md
+	install -D -t $(PACKAGE)/DEBIAN $(addprefix packaging/deb/,postinst prerm postrm)
+	sed "s/VERSION/$(VERSION)-1/; s/ARCHITECTURE/$(ARCHITECTURE)/; s/SIZE/$$(du -sk --exclude=DEBIAN $(PACKAGE) | cut -f1)/" \
+		packaging/deb/control >$(PACKAGE)/DEBIAN/control
+	echo /etc/coderunner/coderunner.toml >$(PACKAGE)/DEBIAN/conffiles
+	cd $(PACKAGE) && find usr -type f -exec md5sum {} + >DEBIAN/md5sums
 	chmod -R u=rwX,go=rX $(PACKAGE)
-	cargo deb --locked --no-build --no-strip --output target/debian/
+	mkdir -p $(dir $(DEB))
+	dpkg-deb --root-owner-group --build $(PACKAGE) $(DEB)
 
 tarball: build ## make an archive of what `make install` lays out, in target
 	rm -rf $(PACKAGE)
