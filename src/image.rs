@@ -277,7 +277,10 @@ impl ImageUpdater {
             Some(id) => id,
             None => {
                 self.announce_all(languages, &Image::Missing("its image is being pulled".into()));
-                self.pull(name).await?
+                let id = self.pull(name).await?;
+                // What is kept of one that was deleted has the files of that.
+                self.engine.release(Some(&id)).await;
+                id
             }
         };
         self.announce_all(languages, &Image::Missing("its image is being checked".into()));

@@ -135,7 +135,8 @@ struct Lane {
     /// Its place in the configuration: the default language is served first.
     rank: usize,
     image: Image,
-    /// Counts the reloads that changed the language: what was begun before is not for it.
+    /// Counts the changes of the language and of its image: what was begun before is not for it, for an image that
+    /// was deleted and pulled again has the same id.
     generation: u64,
     ready: VecDeque<Sandbox>,
     making: usize,
@@ -233,8 +234,10 @@ impl Pool {
             lane.failures = 0;
             lane.retry_at = None;
             lane.last_error = None;
-            let given_up: Vec<Sandbox> = std::mem::take(&mut lane.ready).into();
-            state.closing += given_up.len();
+            lane.generation += 1;
+            let given_up = std::mem::take(&mut lane.ready);
+            let coming = given_up.len() + std::mem::take(&mut lane.making);
+            state.closing += coming;
             given_up
         };
         drop(given_up);
@@ -254,6 +257,7 @@ impl Pool {
                     Some(same) if same.language == *language => Lane { rank, ..same },
                     Some(mut other) => {
                         given_up.extend(std::mem::take(&mut other.ready));
+                        state.closing += other.making;
                         let image = match other.language.image == language.image {
                             true => other.image,
                             false => Image::Missing(NOT_LOOKED.into()),
@@ -265,7 +269,10 @@ impl Pool {
                 };
                 state.lanes.insert(language.name.clone(), lane);
             }
-            given_up.extend(before.into_values().flat_map(|lane| lane.ready));
+            for lane in before.into_values() {
+                given_up.extend(lane.ready);
+                state.closing += lane.making;
+            }
             for lane in state.lanes.values_mut() {
                 let (kept, beyond) =
                     std::mem::take(&mut lane.ready).into_iter().partition(|sandbox| sandbox.number < slots);
@@ -380,7 +387,7 @@ impl Shared {
     }
 
     /// What a start came to: a sandbox for the first who waits for it, or a failure.
-    fn arrived(&self, language: &str, generation: u64, image: &str, made: Result<Sandbox, SandboxError>) {
+    fn arrived(&self, language: &str, generation: u64, made: Result<Sandbox, SandboxError>) {
         // Sandboxes that nobody wants are dropped after the lock is.
         let mut unwanted = None;
         {
@@ -391,7 +398,7 @@ impl Shared {
             };
             lane.making -= 1;
             match made {
-                Ok(sandbox) if *draining || lane.image != Image::Ready(image.to_owned()) => {
+                Ok(sandbox) if *draining => {
                     *closing += 1;
                     unwanted = Some(sandbox);
                 }
@@ -439,14 +446,14 @@ async fn manage(shared: Arc<Shared>, mut given_back: mpsc::UnboundedReceiver<u32
                     lane.making += 1;
                     let generation = lane.generation;
                     let slot = Slot::new(number, shared.freed.clone());
-                    let spec = SandboxSpec { language: Arc::clone(&lane.language), image: image.clone(), slot };
+                    let spec = SandboxSpec { language: Arc::clone(&lane.language), image, slot };
                     let shared = Arc::clone(&shared);
                     tokio::spawn(async move {
                         let made = tokio::select! {
                             made = shared.engine.start(spec) => made,
                             () = shared.stop.cancelled() => return,
                         };
-                        shared.arrived(&name, generation, &image, made);
+                        shared.arrived(&name, generation, made);
                     });
                 }
                 Step::GiveUp(name) => {
