@@ -1,10 +1,14 @@
 //! What is asked for and what came of it: pure data, no I/O.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+
+/// Bytes that a file takes of its tmpfs at a time.
+const PAGE: usize = 4096;
 
 /// One file of a job, placed in the working directory before the first stage.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -107,6 +111,25 @@ impl Job {
             feed(limit.map(u64::to_le_bytes).as_ref().map_or(&[], |bytes| bytes));
         }
         JobKey(*hash.finalize().as_bytes())
+    }
+
+    /// Whether its files can be placed within its limits; if not, why.
+    pub fn has_room(&self) -> Result<(), String> {
+        let names = || self.files.iter().map(|file| file.name.as_str());
+        let parents: BTreeSet<&str> =
+            names().flat_map(|name| name.match_indices('/').map(|(at, _)| &name[..at])).collect();
+        // The working directory is one too.
+        let inodes = (self.files.len() + parents.len() + 1) as u64;
+        let bytes: usize = self.files.iter().map(|file| file.content.len().next_multiple_of(PAGE)).sum();
+        if inodes > self.limits.inodes {
+            let most = self.limits.inodes;
+            return Err(format!("the files are {inodes} with their directories, and at most {most} are allowed"));
+        }
+        if bytes as u64 > self.limits.directory_size() {
+            let most = self.limits.directory_size();
+            return Err(format!("the files take {bytes} bytes of a disk of {most}"));
+        }
+        Ok(())
     }
 }
 
@@ -583,6 +606,21 @@ pub(crate) mod tests {
             prop_assert_eq!(key(&a) == key(&b), a == b);
             prop_assert_eq!(key(&a), key(&a));
         }
+    }
+
+    #[test]
+    fn files_have_room_as_the_kernel_counts() {
+        let with = |names: &[&str], inodes, length: usize| {
+            let file = |name: &&str| SourceFile { name: (*name).into(), content: vec![b'x'; length].into() };
+            let mut job = Job { files: names.iter().map(file).collect(), ..job(b"") };
+            job.limits.inodes = inodes;
+            job.limits.disk = bytesize::ByteSize::kib(8);
+            job.has_room()
+        };
+        assert!(with(&["a", "b"], 3, 0).is_ok() && with(&["a", "b"], 2, 0).is_err());
+        assert!(with(&["a/b/c", "a/b/d"], 5, 0).is_ok() && with(&["a/b/c", "a/b/d"], 4, 0).is_err());
+        assert!(with(&["a", "b"], 9, 1).is_ok() && with(&["a", "b", "c"], 9, 1).is_err());
+        assert!(with(&["a"], 9, 8192).is_ok() && with(&["a"], 9, 8193).is_err());
     }
 
     #[test]

@@ -56,7 +56,9 @@ impl Request {
         if self.code.len() > source_limit {
             return Err(ApiError::TooLarge { what: "code", limit: source_limit });
         }
-        Ok(language.job(self.code.into(), Streams::Merged))
+        let job = language.job(self.code.into(), Streams::Merged);
+        job.has_room().map_err(ApiError::BadRequest)?;
+        Ok(job)
     }
 }
 

@@ -4,6 +4,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
+use serde_json::{Value, json};
 
 use crate::client::Answer;
 use crate::harness::{Options, Server, code};
@@ -25,6 +26,7 @@ on_each_engine! {
     memory_beyond_the_limit_is_refused_where_the_kernel_can
     full_disks_leave_memory_for_the_program
     disks_fill_up_to_their_size_and_are_empty_for_the_next
+    files_that_the_disk_has_no_room_for_are_refused
     programs_that_ignore_signals_or_stop_themselves_are_ended
     a_daemon_that_holds_the_streams_delays_nothing
 }
@@ -305,6 +307,28 @@ fn disks_fill_up_to_their_size_and_are_empty_for_the_next(engine: &str) {
             print(place, os.listdir(place))
     ";
     assert_eq!(server.run(&code(look)), Answer::ran("/work ['main.py']\n/tmp []\n/dev/shm []\n"));
+    server.stop();
+}
+
+fn files_that_the_disk_has_no_room_for_are_refused(engine: &str) {
+    let server = serve_on(engine, &["bash"], "[limits]\ndisk = \"64KiB\"\ninodes = 16");
+    let ask = |files: Vec<(String, String)>| {
+        let program = [("main.sh".to_owned(), "echo *; cat large | wc -c".to_owned())];
+        let file = |(name, content): (String, String)| json!({ "name": name, "content": content });
+        let files: Vec<Value> = program.into_iter().chain(files).map(file).collect();
+        let body = json!({ "language": "bash", "version": "*", "files": files }).to_string();
+        server.request("POST", "/api/v2/execute", &[("Content-Type", "application/json")], body.as_bytes())
+    };
+    // With the working directory, its program and the two directories.
+    let nested = |count: usize| (0..count).map(|number| (format!("a/b/{number}"), String::new())).collect();
+    let large = |size: usize| vec![("large".to_owned(), "x".repeat(size))];
+    assert_eq!(ask(nested(12)).json()["run"]["stdout"], "a main.sh\n0\n");
+    assert_eq!(ask(large(60 << 10)).json()["run"]["stdout"], "large main.sh\n61440\n");
+    for (files, words) in [(nested(13), "at most 16 are allowed"), (large((60 << 10) + 1), "a disk of 65536")] {
+        let reply = ask(files);
+        assert_eq!(reply.status, 400, "{reply:?}");
+        assert!(reply.message().contains(words), "{}", reply.message());
+    }
     server.stop();
 }
 

@@ -112,6 +112,7 @@ impl Request {
         };
         job.args = arguments(self.args.unwrap_or_default())?;
         job.stdin = self.stdin.unwrap_or_default().into();
+        job.has_room().map_err(bad)?;
         Ok((language, job))
     }
 }
