@@ -3,14 +3,18 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::panic::AssertUnwindSafe;
 use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tempfile::TempDir;
 
 use crate::client::{Answer, Reply};
-use crate::harness::{Files, Options, Server, eventually, marked_seconds, output, refused, wait_gone, wait_running};
+use crate::harness::{
+    Files, Options, Server, drive, eventually, marked_seconds, output, refused, wait_gone, wait_running,
+};
 use crate::leftovers::{self, podman};
 use crate::stand_in::StandIn;
 
@@ -277,6 +281,8 @@ on_each_engine! {
     a_ready_container_that_is_killed_harms_no_request
     a_container_that_is_killed_under_a_program_fails_that_request_alone
     a_server_killed_at_any_moment_leaves_nothing_after_its_next_end
+    a_job_directory_that_cannot_be_made_is_made_when_it_can
+    a_storage_that_is_read_only_for_a_while_is_used_again_after
 }
 
 fn a_ready_container_that_is_killed_harms_no_request(engine: &str) {
@@ -376,9 +382,9 @@ fn a_server_killed_at_any_moment_leaves_nothing_after_its_next_end(engine: &str)
     server.stop();
 }
 
-#[test]
-fn a_job_directory_that_cannot_be_made_is_made_when_it_can() {
-    let server = Server::start(Options { containers: 1, ..options("") });
+fn a_job_directory_that_cannot_be_made_is_made_when_it_can(engine: &str) {
+    let env = [("CODERUNNER_ENGINE", engine)];
+    let server = Server::start(Options { containers: 1, env: &env, ..options("") });
     let jobs = leftovers::runtime_dir(&server.instance).join("jobs");
     let set_mode = |mode| fs::set_permissions(&jobs, fs::Permissions::from_mode(mode)).unwrap();
     set_mode(0o500);
@@ -391,6 +397,102 @@ fn a_job_directory_that_cannot_be_made_is_made_when_it_can() {
     eventually("the server is ready again", || (server.get("/readyz").status == 200).then_some(()));
     assert_runs(&server, "after");
     server.stop();
+}
+
+/// A storage of podman's for one test, in a namespace of its own, where it can be made read-only.
+struct Storage {
+    dir: TempDir,
+}
+
+impl Storage {
+    /// One that holds the image of bash.
+    fn new() -> Storage {
+        let storage = Storage { dir: TempDir::with_prefix("coderunner-test-storage-").unwrap() };
+        for dir in ["run", "containers", "containers/storage"] {
+            fs::create_dir(storage.path(dir)).unwrap();
+            fs::set_permissions(storage.path(dir), fs::Permissions::from_mode(0o700)).unwrap();
+        }
+        let image = storage.path("image.tar");
+        podman(&["save", "--quiet", "--output", &image, "localhost/coderunner-bash"]);
+        // Before podman mounts anything in it.
+        storage.podman(&["unshare", "true"]);
+        storage.mount("bind");
+        storage.podman(&["load", "--quiet", "--input", &image]);
+        storage
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    /// What podman finds it by.
+    fn env(&self) -> [(&'static str, String); 2] {
+        [("XDG_RUNTIME_DIR", self.path("run")), ("XDG_DATA_HOME", self.path(""))]
+    }
+
+    fn podman(&self, args: &[&str]) -> String {
+        let env = self.env().map(|(name, value)| format!("{name}={value}"));
+        drive("env", &[&[env[0].as_str(), &env[1], "podman", "--log-level=error"], args].concat())
+    }
+
+    /// Does something in its namespace, without podman: that needs to write. Whether it was done.
+    fn inside(&self, command: &[&str]) -> bool {
+        let holder = fs::read_to_string(self.path("run/libpod/tmp/pause.pid")).unwrap();
+        let enter = ["--preserve-credentials", "--user", "--mount", "--target", holder.trim(), "--"];
+        output(Command::new("nsenter").args(enter).args(command), b"").status.success()
+    }
+
+    /// Mounts its directory on itself, or changes that mount, and what podman has mounted in it for itself.
+    fn mount(&self, options: &str) {
+        let script = "mount -o \"$2\" \"$1\" \"$1\" && {
+            ! grep -q \" $1/overlay \" /proc/self/mountinfo || mount -o \"$2\" \"$1/overlay\"
+        }";
+        let mount = ["sh", "-c", script, "sh", &self.path("containers/storage"), options];
+        // While somebody writes it cannot become read-only.
+        eventually(&format!("mounted {options}"), || self.inside(&mount).then_some(()));
+    }
+}
+
+impl Drop for Storage {
+    fn drop(&mut self) {
+        // Its files are other users', its namespace is held by a process. Also in a test that failed, so nothing here
+        // may panic.
+        let storage = self.path("containers/storage");
+        let _ = std::panic::catch_unwind(AssertUnwindSafe(|| {
+            self.inside(&["sh", "-c", "umount --lazy \"$1\"; rm -rf \"$1\"", "sh", &storage]);
+            self.podman(&["system", "migrate"]);
+        }));
+    }
+}
+
+fn a_storage_that_is_read_only_for_a_while_is_used_again_after(engine: &str) {
+    let storage = Storage::new();
+    let own = storage.env();
+    let env: Vec<(&str, &str)> =
+        own.iter().map(|(name, value)| (*name, value.as_str())).chain([("CODERUNNER_ENGINE", engine)]).collect();
+    let server = Server::start(Options { env: &env, ..options("") });
+    assert_runs(&server, "before");
+    if engine == "podman" {
+        // One that is cut short while it is made leaves processes of podman's behind.
+        eventually("both containers run", || (storage.podman(&["ps", "--quiet"]).lines().count() == 2).then_some(()));
+    }
+    storage.mount("remount,bind,ro");
+    // Copies of a container that is mounted already need nothing of it.
+    if engine == "podman" {
+        eventually("a refusal, once the ready containers are used up", || {
+            let reply = server.begin(&echo("during")).reply();
+            if reply.status == 200 { None } else { is_refused(&reply, "cannot be made").then_some(()) }
+        });
+        server.wait_log(&["ERROR", "read-only"]);
+        wait_refused(&server, "");
+    } else {
+        (0..4).for_each(|_| assert_runs(&server, "during"));
+    }
+    storage.mount("remount,bind,rw");
+    server.wait_ready();
+    (0..4).for_each(|_| assert_runs(&server, "after"));
+    server.stop();
+    assert_eq!(storage.podman(&["ps", "--all", "--quiet"]), "");
 }
 
 #[test]
@@ -417,7 +519,7 @@ fn a_runtime_directory_that_is_none_is_refused_with_a_way_out() {
             assert!(exit.stderr.contains(words), "{dir}: {exit}");
         }
     }
-    let odd = tempfile::TempDir::with_prefix("coderunner-test-a:b-").unwrap();
+    let odd = TempDir::with_prefix("coderunner-test-a:b-").unwrap();
     let env = [ENGINE, ("XDG_RUNTIME_DIR", odd.path().to_str().unwrap())];
     let exit = refused(Options { env: &env, ..options("") });
     assert_eq!(exit.status.code(), Some(1), "{exit}");
