@@ -267,13 +267,17 @@ impl Gate {
             .fold(None, |found, (name, known)| if hash.0 == known.0 { Some(Arc::clone(name)) } else { found })
     }
 
+    /// Whether this is the address of a proxy of ours.
+    pub fn trusts(&self, address: IpAddr) -> bool {
+        self.trusted.iter().any(|network| network.0.contains(&address.to_canonical()))
+    }
+
     /// The nearest address that none of our proxies has.
     fn address(&self, peer: IpAddr, forwarded: &[&str]) -> IpAddr {
-        let is_ours = |address: IpAddr| self.trusted.iter().any(|network| network.0.contains(&address.to_canonical()));
         let hops = forwarded.iter().rev().flat_map(|header| header.rsplit(',')).map(str::trim);
         let mut nearest = peer;
         for hop in hops {
-            if !is_ours(nearest) {
+            if !self.trusts(nearest) {
                 break;
             }
             // Whatever is before one that is no address cannot be believed.

@@ -1,17 +1,20 @@
 //! Connections: accepted within a bound, each with the configuration of its time, closed gracefully.
 
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_util::rt::{TokioIo, TokioTimer};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{setsockopt, sockopt::TcpUserTimeout};
-use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::front::Front;
+use crate::caller::Client;
 
 /// Connections at once, where there are descriptors for twice as many; further ones wait to be accepted.
 const MAX_CONNECTIONS: usize = 10_000;
@@ -36,9 +39,18 @@ const CLOSE_TIME: Duration = Duration::from_secs(2);
 /// with a socket that systemd holds its client need not notice a restart.
 const UNREAD_TIME: Duration = Duration::from_millis(250);
 
-/// A connection's place among all; it is taken as long as anybody holds it.
+/// A connection's place among all, and among those of its address; they are taken as long as anybody holds this.
 #[derive(Debug, Clone)]
-pub struct Place(#[expect(dead_code, reason = "held")] Arc<Result<OwnedSemaphorePermit, AcquireError>>);
+pub struct Place {
+    _among_all: Arc<Result<OwnedSemaphorePermit, AcquireError>>,
+    _of_address: Option<Arc<OwnedSemaphorePermit>>,
+}
+
+/// How many places each address has left: half of all, so that none keeps out all others.
+struct Shares {
+    places: usize,
+    left: HashMap<Client, Arc<Semaphore>>,
+}
 
 /// Accepts until `stop`, then returns a future that ends when all connections have closed.
 pub async fn serve(
@@ -47,7 +59,8 @@ pub async fn serve(
     stop: CancellationToken,
 ) -> impl Future<Output = ()> {
     let (closing, connections) = (CancellationToken::new(), TaskTracker::new());
-    let places = Arc::new(Semaphore::new(places()));
+    let count = places();
+    let (places, mut shares) = (Arc::new(Semaphore::new(count)), Shares::new(count));
     loop {
         let accepted = tokio::select! {
             accepted = async {
@@ -56,18 +69,31 @@ pub async fn serve(
             } => accepted,
             () = stop.cancelled() => break,
         };
-        let (stream, peer, place) = match accepted {
-            (Ok((stream, peer)), place) => (stream, peer, Place(Arc::new(place))),
+        let (stream, peer, among_all) = match accepted {
+            (Ok((stream, peer)), place) => (stream, peer.ip().to_canonical(), place),
             (Err(error), _) => {
                 tracing::warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
+        let front = Arc::clone(&front.borrow());
+        // Whoever comes through a proxy of ours is not alone behind its address.
+        let of_address = match peer.is_loopback() || front.gate.trusts(peer) {
+            true => None,
+            false => match shares.take(peer) {
+                Some(share) => Some(Arc::new(share)),
+                None => {
+                    tracing::debug!(%peer, "no more connections of one address");
+                    continue;
+                }
+            },
+        };
+        let place = Place { _among_all: Arc::new(among_all), _of_address: of_address };
         // Answers are small, and the client waits for them.
         let _ = stream.set_nodelay(true);
         let _ = setsockopt(&stream, TcpUserTimeout, &UNTAKEN_TIME);
-        let service = Arc::clone(&front.borrow()).service(Some(peer.ip()), place.clone());
+        let service = front.service(Some(peer), place.clone());
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEADER_TIME)
@@ -99,6 +125,22 @@ pub async fn serve(
     }
 }
 
+impl Shares {
+    fn new(places: usize) -> Shares {
+        Shares { places, left: HashMap::new() }
+    }
+
+    /// A place of this address, if it has one left.
+    fn take(&mut self, peer: IpAddr) -> Option<OwnedSemaphorePermit> {
+        let share = self.places.div_ceil(2);
+        if self.left.len() >= self.places {
+            self.left.retain(|_, left| left.available_permits() < share);
+        }
+        let left = self.left.entry(Client::at(peer)).or_insert_with(|| Arc::new(Semaphore::new(share)));
+        Arc::clone(left).try_acquire_owned().ok()
+    }
+}
+
 /// How many connections there may be. Descriptors are allowed as far as they can be, and half of them kept for all
 /// else: whoever floods the server with connections keeps it from no run.
 fn places() -> usize {
@@ -108,4 +150,30 @@ fn places() -> usize {
     });
     let half = allowed.map_or(MAX_CONNECTIONS, |allowed| usize::try_from(allowed / 2).unwrap_or(usize::MAX));
     half.clamp(1, MAX_CONNECTIONS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_address_takes_more_than_half_of_the_places() {
+        let mut shares = Shares::new(10);
+        let mut take = |address: &str| shares.take(address.parse().unwrap());
+        let mut held: Vec<_> = (0..5).filter_map(|_| take("192.0.2.1")).collect();
+        assert_eq!(held.len(), 5);
+        assert!(take("192.0.2.1").is_none() && take("::ffff:192.0.2.1").is_none());
+        assert!(take("192.0.2.2").is_some());
+        held.pop();
+        assert!(take("192.0.2.1").is_some(), "what is given back can be had again");
+    }
+
+    #[test]
+    fn addresses_that_have_left_are_forgotten() {
+        let mut shares = Shares::new(10);
+        let _stays = shares.take([192, 0, 2, 1].into());
+        (0..=255).for_each(|last| drop(shares.take([198, 51, 100, last].into())));
+        assert!(shares.left.len() <= 10);
+        assert!(shares.left.contains_key(&Client::at([192, 0, 2, 1].into())));
+    }
 }

@@ -2,6 +2,7 @@
 //! others are served meanwhile, and what they took comes back.
 
 use std::fs;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::json;
@@ -90,6 +91,37 @@ fn a_server_short_of_descriptors_keeps_enough_for_its_runs() {
     drop(crowd);
     assert_serves(&server);
     wait_given_back(&server, before);
+    server.stop();
+}
+
+/// An address of this machine's that is not loopback, if it has one.
+fn own_address() -> Option<IpAddr> {
+    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+    // That sends nothing.
+    socket.connect("198.51.100.1:9").ok()?;
+    Some(socket.local_addr().unwrap().ip())
+}
+
+#[test]
+fn one_address_has_half_of_the_places_at_most() {
+    let Some(own) = own_address() else {
+        eprintln!("not tried: this machine has no address but loopback");
+        return;
+    };
+    let server = Server::start(Options { descriptors: Some(300), ..options("listen = \"0.0.0.0:0\"") });
+    let before = descriptors(&server);
+    let from_afar = SocketAddr::new(own, server.address.port());
+    let crowd: Vec<Pending> = (0..200).map(|_| Pending::send(from_afar, b"")).collect();
+    let closed = || crowd.iter().filter(|one| one.has_begun()).count();
+    eventually("a quarter of the descriptors is taken", || (closed() == 200 - 75).then_some(()));
+    // From loopback there may be a proxy with many behind it.
+    let others: Vec<Pending> = (0..70).map(|_| Pending::send(server.address, b"")).collect();
+    assert_serves(&server);
+    assert_eq!(others.iter().filter(|one| one.has_begun()).count(), 0);
+    drop((crowd, others));
+    wait_given_back(&server, before);
+    let healthz = Pending::send(from_afar, head("GET", "/healthz", &[], 0).as_bytes());
+    assert_eq!(healthz.reply().status, 200);
     server.stop();
 }
 
