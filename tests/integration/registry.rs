@@ -180,6 +180,12 @@ fn build(name: &str, label: &str, base: &str, files: &[(&str, &str)]) -> String 
     let recipe = format!("FROM {base}\nLABEL {LABEL}={label}\nCOPY root /\n");
     fs::write(dir.path().join("Containerfile"), recipe).unwrap();
     let context = dir.path().to_str().unwrap();
-    let id = podman(&["build", "--quiet", "--layers=false", "--pull=never", "--tag", name, context]);
-    id.trim().to_owned()
+    let args = ["build", "--quiet", "--layers=false", "--pull=never", "--tag", name, context];
+    let built = eventually("podman builds an image", || {
+        let built = output(Command::new("podman").args(args), b"");
+        // It loses its way where another image is deleted meanwhile.
+        (!String::from_utf8_lossy(&built.stderr).contains("layer not known")).then_some(built)
+    });
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    String::from_utf8(built.stdout).unwrap().trim().to_owned()
 }
