@@ -45,7 +45,7 @@ test: setup ## run every test, with both engines
 	@packaging/dev/clients
 	@packaging/dev/cargo test --locked
 	@echo 'again, with the other engine:'
-	@CODERUNNER_TEST_ENGINE=podman packaging/dev/cargo test --locked --test integration -- --skip podman:: --skip crun::
+	@CODERUNNER_TEST_ENGINE=podman packaging/dev/cargo test --locked --test integration -- --skip podman:: --skip direct::
 
 # The page's packages are those of its lock file, and are asked for again only when that changes.
 web/node_modules: web/package-lock.json

@@ -71,7 +71,7 @@ impl Workshop {
             keepers: keepers.clone(),
             living: living.clone(),
         };
-        let engine = Chosen::new(settings.engine, podman.clone(), engine_settings, instance.crun_state());
+        let engine = Chosen::new(settings.engine, podman.clone(), engine_settings);
         let delegated = engine.limits_by_itself();
         let engine = Arc::new(Measured(Arc::new(engine)));
         Ok(Workshop { instance, podman, engine, delegated, keepers, living })

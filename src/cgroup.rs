@@ -1,6 +1,6 @@
 //! The part of the cgroup tree that was delegated to this server, for containers that it limits itself.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -48,17 +48,24 @@ impl Delegated {
         Ok(Delegated { path: Path::new("/").join(base) })
     }
 
-    /// The path of a container's cgroup, as OCI has it: from the root of the tree.
-    pub fn of(&self, name: &str) -> PathBuf {
-        self.path.join(name)
+    /// Makes a container's cgroup with these limits, by file, and returns its directory.
+    pub fn make(&self, name: &str, limits: &[(String, String)]) -> io::Result<File> {
+        let dir = self.dir().join(name);
+        let explain =
+            |error: io::Error, path: &Path| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+        fs::create_dir(&dir).map_err(|error| explain(error, &dir))?;
+        let made = limits.iter().try_for_each(|(file, value)| match fs::write(dir.join(file), value) {
+            // A kernel that does not account for swap.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && file == "memory.swap.max" => Ok(()),
+            written => written.map_err(|error| explain(error, &dir.join(file))),
+        });
+        let opened = made.and_then(|()| File::open(&dir).map_err(|error| explain(error, &dir)));
+        opened.inspect_err(|_| self.remove(name))
     }
 
     /// Removes a container's cgroup, if it is there and empty.
     pub fn remove(&self, name: &str) {
-        let dir = self.dir().join(name);
-        // The OCI runtime does it, unless it was killed.
-        let _ =
-            fs::remove_dir(dir.join("container")).and_then(|()| fs::remove_dir(&dir)).or_else(|_| fs::remove_dir(&dir));
+        let _ = fs::remove_dir(self.dir().join(name));
     }
 
     /// Removes the empty cgroups that an earlier server left.

@@ -59,10 +59,12 @@ pub enum ConfigError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum EngineKind {
-    /// crun where it works and limits can be kept that way, else podman.
+    /// Direct where it works and limits can be kept that way, else podman.
     Auto,
-    /// A template by podman, copies of it by crun.
-    Crun,
+    /// A template by podman, sandboxes by its configuration; once this was done by crun.
+    #[serde(alias = "crun")]
+    #[value(alias = "crun")]
+    Direct,
     /// `podman run` per sandbox.
     Podman,
 }
@@ -71,7 +73,7 @@ impl std::fmt::Display for EngineKind {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             EngineKind::Auto => "auto",
-            EngineKind::Crun => "crun",
+            EngineKind::Direct => "direct",
             EngineKind::Podman => "podman",
         })
     }
@@ -276,7 +278,7 @@ impl Settings {
         let size = |s: &ByteSize| s.to_string();
         let time = |t: &Duration| humantime::format_duration(*t).to_string();
         let seconds = Duration::from_secs;
-        // 150: crun makes a keyring per container, and kernel.keys.maxkeys allows a user 200.
+        // 150: podman has a keyring made per container, and kernel.keys.maxkeys allows a user 200.
         within("containers", self.containers, 1, 150, number)?;
         within("queue.length", self.queue.length, 0, 1_000_000, number)?;
         within("queue.wait", self.queue.wait, Duration::from_millis(1), seconds(3600), time)?;

@@ -118,11 +118,6 @@ impl Instance {
         self.dir.join("jobs")
     }
 
-    /// Where crun keeps its state.
-    pub fn crun_state(&self) -> PathBuf {
-        self.dir.join("crun")
-    }
-
     /// The socket on which a running server takes orders.
     pub fn control(&self) -> PathBuf {
         control_of(&self.dir)

@@ -75,20 +75,13 @@ pub enum ProcessError {
 #[derive(Debug, Clone)]
 pub struct Cmd {
     program: PathBuf,
-    /// The file that is executed, where that is not what the program's name leads to.
-    file: Option<PathBuf>,
     args: Vec<OsString>,
 }
 
 impl Cmd {
     /// A command with its arguments.
     pub fn new(program: &Path, args: impl IntoIterator<Item = impl Into<OsString>>) -> Cmd {
-        Cmd { program: program.to_owned(), file: None, args: args.into_iter().map(Into::into).collect() }
-    }
-
-    /// The same, of another file, under the program's name.
-    pub fn of_file(self, file: PathBuf) -> Cmd {
-        Cmd { file: Some(file), ..self }
+        Cmd { program: program.to_owned(), args: args.into_iter().map(Into::into).collect() }
     }
 
     /// Program and verb, for messages: the rest may be long.
@@ -98,8 +91,8 @@ impl Cmd {
     }
 
     fn command(&self) -> Command {
-        let mut command = Command::new(self.file.as_ref().unwrap_or(&self.program));
-        command.arg0(&self.program).args(&self.args);
+        let mut command = Command::new(&self.program);
+        command.args(&self.args);
         for name in NOT_INHERITED {
             command.env_remove(name);
         }
@@ -168,7 +161,6 @@ impl Cmd {
         let mut command = self.command();
         command.stdout(Stdio::null()).stderr(Stdio::piped());
         match passed {
-            Passed::Nothing => {}
             Passed::Stdin(fd) => drop(command.stdin(Stdio::from(fd))),
             Passed::Third(fd) => {
                 let mapping = vec![FdMapping { parent_fd: fd, child_fd: 3 }];
@@ -195,8 +187,6 @@ impl Cmd {
 
 /// A descriptor that a child gets besides stdout and stderr.
 pub enum Passed {
-    /// None.
-    Nothing,
     /// As its stdin.
     Stdin(OwnedFd),
     /// As its descriptor 3.

@@ -20,7 +20,7 @@ use crate::processes::memory;
 use crate::sandboxes::{self, wait_until_full};
 
 /// The engines that coderunner has, as `--engine` takes them.
-pub const ENGINES: [&str; 2] = ["podman", "crun"];
+pub const ENGINES: [&str; 2] = ["podman", "direct"];
 
 /// Containers of each server: the default of the settings.
 const CONTAINERS: usize = 10;

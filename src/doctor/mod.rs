@@ -24,7 +24,7 @@ use probe::{Tried, Wall};
 use walls::Trial;
 
 /// The engines, the one first that needs a cgroup of its own: that can only be taken before this process has children.
-const ENGINES: [EngineKind; 2] = [EngineKind::Crun, EngineKind::Podman];
+const ENGINES: [EngineKind; 2] = [EngineKind::Direct, EngineKind::Podman];
 
 /// For what no setting can cause.
 const OUR_FAULT: &str =
@@ -184,7 +184,7 @@ async fn examine(settings: &Settings, workshops: &[(EngineKind, anyhow::Result<W
             // The first one where it works, unless the other alone can limit.
             let can_limit = |enforced: Enforced| enforced.missing().is_empty();
             let taken = enforced.is_some_and(|enforced| can_limit(enforced) || !info.missing_controllers().is_empty());
-            in_use = if taken { EngineKind::Crun } else { EngineKind::Podman };
+            in_use = if taken { EngineKind::Direct } else { EngineKind::Podman };
         }
         for check in checks {
             report.add(if *engine == in_use { check } else { check.noted() }.of(*engine));
@@ -216,7 +216,7 @@ async fn engine_checks(workshop: &Workshop, engine: EngineKind, info: &Info) -> 
 fn of_wall(Tried { wall, holds, expected, seen }: Tried, engine: EngineKind, info: &Info) -> Check {
     let host_limits = info.missing_controllers().is_empty();
     let mend = match wall {
-        Wall::Memory | Wall::Processes | Wall::Cpu if engine == EngineKind::Crun && host_limits => {
+        Wall::Memory | Wall::Processes | Wall::Cpu if engine == EngineKind::Direct && host_limits => {
             "start it with a cgroup of its own: by the packaged unit, or \
              `systemd-run --user --scope --property=Delegate=yes coderunner …`"
         }

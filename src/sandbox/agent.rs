@@ -1,42 +1,40 @@
 //! A process of ours inside podman's user and mount namespace, entered once by `podman unshare`.
 //!
-//! Only in there images are mounted and the subordinate ids can be used. The server stays outside; it has the
-//! agent start the OCI runtime, each time with one descriptor, and hears when they have ended. When the server goes the
-//! agent waits for what it has started, which then ends too, and goes.
+//! Only in there images are mounted and the subordinate ids can be used. The server stays outside; it has the agent
+//! make sandboxes, and hears when they have ended. When the server goes their inits go, and the agent after them.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::File;
-use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
-use std::process::ExitCode;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
-use nix::libc;
+use futures_util::future::BoxFuture;
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::unistd::{dup2, dup3};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::SandboxError;
 use super::channel::Channel;
+use super::plan::Plan;
 use super::podman::Podman;
-use super::protocol::CHANNEL_FD;
-use crate::process::{Cmd, Passed, ProcessError, Running};
+use super::stamp::{Child, Mould, Own};
+use crate::process::{Passed, Running};
 
 /// The hidden verb that becomes the agent.
 pub const VERB: &str = "agent";
 
-/// The OCI runtime: what podman itself uses, found on the PATH.
-const RUNTIME: &str = "crun";
+/// What programs see as the command line of PID 1, with [`VERB`]: no path of the host's.
+const NAME: &str = "coderunner";
 
-/// Longest that what was started may take to end once the server has gone.
+/// Longest that sandboxes may take to end once the server has gone, before they are killed.
 const LAST_TIME: Duration = Duration::from_secs(10);
 
 /// From the server.
@@ -48,144 +46,145 @@ struct Order {
 
 #[derive(Debug, Serialize, Deserialize)]
 enum What {
-    /// Start the OCI runtime with these; the descriptor beside the order, if there is one, becomes the child's 3.
-    Start(Vec<String>),
-    /// Make an empty network namespace, its loopback down, and keep it.
-    Network,
+    /// Lay out what the sandboxes of a template share.
+    Prepare { template: String, plan: Box<Plan> },
+    /// Make one. Beside the order are init's end of its channel and, where it has one, its cgroup.
+    Stamp { template: String, job_dir: PathBuf, slot: u32 },
+    /// Kill what an order has made, and wait for its end.
+    Kill(u64),
+    /// Give a template up.
+    Forget(String),
 }
 
-/// From the agent: what became of an order. That of a command comes with its end and is empty, that of a network is
-/// the path by which a container joins it.
+/// From the agent: an order has been carried out; that of a sandbox when it has ended.
 #[derive(Debug, Serialize, Deserialize)]
 struct Done {
     id: u64,
-    result: Result<String, String>,
+    result: Result<(), String>,
 }
 
 /// The life of the agent.
 pub fn main() -> ExitCode {
-    let third = Third::reserve();
+    // Sandboxes are copies of this process: without anything that is not theirs.
+    if std::env::args_os().next().is_none_or(|name| name != NAME) || std::env::vars_os().next().is_some() {
+        let error = Command::new("/proc/self/exe").arg0(NAME).arg(VERB).env_clear().exec();
+        return failed(&error);
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let served = runtime.and_then(|runtime| {
-        // Where nobody is kept out, so that what is started needs no other place.
+        // Where nobody is kept out.
         std::env::set_current_dir("/")?;
         let channel = std::io::stdin().as_fd().try_clone_to_owned()?;
-        runtime.block_on(serve(channel, third?))
+        runtime.block_on(serve(channel))
     });
-    match served {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("coderunner agent: {error}; it is started by the server, not by hand");
-            ExitCode::FAILURE
-        }
-    }
+    served.map_or_else(|error| failed(&error), |()| ExitCode::SUCCESS)
 }
 
-async fn serve(channel: OwnedFd, mut third: Third) -> std::io::Result<()> {
+fn failed(error: &std::io::Error) -> ExitCode {
+    eprintln!("coderunner agent: {error}; it is started by the server, not by hand");
+    ExitCode::FAILURE
+}
+
+async fn serve(channel: OwnedFd) -> std::io::Result<()> {
     let channel = Arc::new(Channel::from_fd(channel)?);
-    let started = TaskTracker::new();
-    let runtime = Runtime::find();
-    // They go when this process does.
-    let mut networks = Vec::new();
+    let (mut workshop, children, sandboxes) = (Workshop::default(), TaskTracker::new(), Sandboxes::default());
     while let Some((Order { id, what }, fds)) = channel.receive_with_fds().await.map_err(std::io::Error::other)? {
+        let channel = Arc::clone(&channel);
         // The server may have gone.
-        let done = move |channel: &Channel, result| drop(channel.send(&Done { id, result }, &[]));
-        match what {
-            What::Start(args) => {
-                let child = third.spawn(&runtime.command(args), fds.into_iter().next());
-                let channel = Arc::clone(&channel);
-                started.spawn(async move {
-                    let result = match child {
-                        Ok(mut child) => child.end().await,
-                        Err(error) => Err(error.to_string()),
-                    };
-                    done(&channel, result.map(|()| String::new()));
+        let done = move |result| drop(channel.send(&Done { id, result }, &[]));
+        let made = match what {
+            What::Prepare { template, plan } => workshop.prepare(template, *plan),
+            What::Stamp { template, job_dir, slot } => workshop.stamp(&template, &job_dir, slot, fds),
+            What::Kill(order) => {
+                let sandboxes = Arc::clone(&sandboxes);
+                children.spawn(async move {
+                    kill(&sandboxes, order).await;
+                    done(Ok(()));
                 });
+                continue;
             }
-            What::Network => {
-                let made = network().map(|network| {
-                    let path = format!("/proc/{}/fd/{}", std::process::id(), network.as_raw_fd());
-                    networks.push(network);
-                    path
-                });
-                done(&channel, made.map_err(|error| format!("cannot make a network namespace: {error}")));
+            What::Forget(template) => {
+                workshop.moulds.remove(&template);
+                done(Ok(()));
+                continue;
             }
-        }
+        };
+        let mut child = match made {
+            Ok(child) => child,
+            Err(error) => {
+                done(Err(error.to_string()));
+                continue;
+            }
+        };
+        let life = Life::default();
+        sandboxes.lock().unwrap_or_else(PoisonError::into_inner).insert(id, life.clone());
+        let sandboxes = Arc::clone(&sandboxes);
+        children.spawn(async move {
+            let result = tokio::select! {
+                result = child.end() => result,
+                () = life.killed.cancelled() => {
+                    child.kill();
+                    child.end().await
+                }
+            };
+            sandboxes.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+            life.over.cancel();
+            done(result);
+        });
     }
-    started.close();
-    let _ = tokio::time::timeout(LAST_TIME, started.wait()).await;
+    children.close();
+    if timeout(LAST_TIME, children.wait()).await.is_err() {
+        sandboxes.lock().unwrap_or_else(PoisonError::into_inner).values().for_each(|life| life.killed.cancel());
+        let _ = timeout(LAST_TIME, children.wait()).await;
+    }
     Ok(())
 }
 
-/// Descriptor 3, to be lent to what is started: what is there is inherited. To put something there in the child takes code
-/// of ours between fork and exec, and for that a copy of our memory.
-struct Third {
-    nothing: File,
-    /// None where it was taken when we came.
-    kept: Option<OwnedFd>,
+/// By the order that made them.
+type Sandboxes = Arc<Mutex<HashMap<u64, Life>>>;
+
+#[derive(Clone, Default)]
+struct Life {
+    killed: CancellationToken,
+    over: CancellationToken,
 }
 
-impl Third {
-    /// To be called before anything else opens a descriptor.
-    fn reserve() -> std::io::Result<Third> {
-        let kept = OwnedFd::from(File::open("/dev/null")?);
-        Ok(Third { nothing: File::open("/dev/null")?, kept: Some(kept).filter(|fd| fd.as_raw_fd() == CHANNEL_FD) })
-    }
-
-    /// Starts a command, which finds `fd` there. Nothing else is started meanwhile: the agent has one thread.
-    fn spawn(&mut self, command: &Cmd, fd: Option<OwnedFd>) -> Result<Running, ProcessError> {
-        match (&mut self.kept, fd) {
-            (Some(kept), Some(fd)) => {
-                let lent = dup2(&fd, kept);
-                let started = command.spawn(Passed::Nothing);
-                lent.and_then(|()| dup3(&self.nothing, kept, OFlag::O_CLOEXEC))
-                    .map_err(|errno| ProcessError::Io { command: RUNTIME.into(), source: errno.into() })?;
-                started
-            }
-            (None, Some(fd)) => command.spawn(Passed::Third(fd)),
-            (_, None) => command.spawn(Passed::Nothing),
-        }
+async fn kill(sandboxes: &Sandboxes, order: u64) {
+    let life = sandboxes.lock().unwrap_or_else(PoisonError::into_inner).get(&order).cloned();
+    if let Some(life) = life {
+        life.killed.cancel();
+        life.over.cancelled().await;
     }
 }
 
-/// The OCI runtime as it is started again and again: a copy, or by its name where none can be had.
-struct Runtime(Option<File>);
+/// What sandboxes are made with.
+#[derive(Default)]
+struct Workshop {
+    moulds: HashMap<String, Mould>,
+    /// By slot: a sandbox at a time is in each.
+    networks: HashMap<u32, File>,
+}
 
-impl Runtime {
-    /// Lest a container changes it, crun starts anew from a read-only mount or a copy of itself, with all its libraries
-    /// loaded again. One that finds itself in a sealed file does not.
-    fn find() -> Runtime {
-        let paths = std::env::var_os("PATH").unwrap_or_default();
-        let program = std::env::split_paths(&paths).map(|dir| dir.join(RUNTIME)).find(|path| path.is_file());
-        let copy = || -> std::io::Result<File> {
-            let program = std::fs::read(program.ok_or(std::io::ErrorKind::NotFound)?)?;
-            let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-            // Kernels before 6.3 do not know the flag, and need none.
-            let executable = flags | MFdFlags::from_bits_retain(libc::MFD_EXEC);
-            let copy = memfd_create(RUNTIME, executable).or_else(|_| memfd_create(RUNTIME, flags))?;
-            let mut copy = File::from(copy);
-            // A script's interpreter would not find it, and a host may let no such file be executed.
-            if !program.starts_with(b"\x7fELF") || copy.metadata()?.mode() & 0o100 == 0 {
-                return Err(std::io::ErrorKind::Unsupported.into());
-            }
-            copy.write_all(&program)?;
-            let seals = [SealFlag::F_SEAL_SEAL, SealFlag::F_SEAL_SHRINK, SealFlag::F_SEAL_GROW, SealFlag::F_SEAL_WRITE];
-            fcntl(&copy, FcntlArg::F_ADD_SEALS(seals.into_iter().collect()))?;
-            Ok(copy)
+impl Workshop {
+    fn prepare(&mut self, template: String, plan: Plan) -> std::io::Result<Child> {
+        let (mould, child) = Mould::make(plan)?;
+        self.moulds.insert(template, mould);
+        Ok(child)
+    }
+
+    fn stamp(&mut self, template: &str, job_dir: &Path, slot: u32, fds: Vec<OwnedFd>) -> std::io::Result<Child> {
+        let mould = self.moulds.get(template).ok_or_else(|| std::io::Error::other("its template is gone"))?;
+        let network = match self.networks.entry(slot) {
+            Entry::Occupied(made) => made.into_mut(),
+            Entry::Vacant(place) => place.insert(network()?),
         };
-        Runtime(copy().ok())
-    }
-
-    fn command(&self, args: Vec<String>) -> Cmd {
-        let command = Cmd::new(Path::new(RUNTIME), args);
-        match &self.0 {
-            Some(copy) => command.of_file(format!("/proc/self/fd/{}", copy.as_raw_fd()).into()),
-            None => command,
-        }
+        let mut fds = fds.into_iter();
+        let channel = fds.next().ok_or_else(|| std::io::Error::other("an order without a channel"))?;
+        mould.stamp(Own { job_dir, network, cgroup: fds.next(), channel })
     }
 }
 
-/// A new network namespace: made by a thread of its own, which alone moves into it.
+/// A new network namespace, empty, its loopback down: made by a thread of its own, which alone moves into it.
 fn network() -> std::io::Result<File> {
     let make = || {
         unshare(CloneFlags::CLONE_NEWNET)?;
@@ -195,18 +194,16 @@ fn network() -> std::io::Result<File> {
     made.unwrap_or_else(|_| Err(std::io::Error::other("the thread that was to make it ended")))
 }
 
-/// Longest that making a network namespace may take: the kernel needs some ms, and more under load.
-const NETWORK_TIME: Duration = Duration::from_secs(10);
+/// Longest that laying out a template, or killing a sandbox, may take: the kernel needs some ms, and more under load.
+const ORDER_TIME: Duration = Duration::from_secs(10);
 
-type Waiting = Arc<Mutex<HashMap<u64, oneshot::Sender<Result<String, String>>>>>;
+type Waiting = Arc<Mutex<HashMap<u64, oneshot::Sender<Result<(), String>>>>>;
 
 /// The server's side of an agent.
 pub(super) struct Agent {
     channel: Arc<Channel>,
     waiting: Waiting,
     next: Mutex<u64>,
-    /// By slot: a container at a time is in each.
-    networks: tokio::sync::Mutex<HashMap<u32, String>>,
     _process: Running,
     reader: tokio::task::JoinHandle<()>,
 }
@@ -221,13 +218,13 @@ impl Agent {
         let reader = tokio::spawn(async move {
             while let Ok(Some(Done { id, result })) = heard.receive().await {
                 let waiter = answers.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
-                // Who started it may not care any more.
+                // Who ordered it may not care any more.
                 let _ = waiter.map(|waiter| waiter.send(result));
             }
             // Whoever still waits hears that nobody will tell him.
             answers.lock().unwrap_or_else(PoisonError::into_inner).clear();
         });
-        Ok(Agent { channel, waiting, next: Mutex::new(0), networks: Default::default(), _process: process, reader })
+        Ok(Agent { channel, waiting, next: Mutex::new(0), _process: process, reader })
     }
 
     /// Whether it has ended.
@@ -235,34 +232,38 @@ impl Agent {
         self.reader.is_finished() || self.channel.is_closed()
     }
 
-    /// Starts the OCI runtime inside; the future ends with it.
-    pub fn start(
-        &self,
-        args: Vec<String>,
-        fd: Option<OwnedFd>,
-    ) -> Result<impl Future<Output = Result<(), String>> + Send + use<>, SandboxError> {
-        let ended = self.order(What::Start(args), fd)?;
-        Ok(async move { ended.await.map(drop) })
+    /// Lays out what the sandboxes of a template share.
+    pub async fn prepare(&self, template: &str, plan: Plan) -> Result<(), SandboxError> {
+        let what = What::Prepare { template: template.into(), plan: Box::new(plan) };
+        in_time(self.order(what, &[])?.done).await.map_err(SandboxError::Agent)
     }
 
-    /// The path of a slot's network namespace, which is made when it is first asked for.
-    pub async fn network(&self, slot: u32) -> Result<String, SandboxError> {
-        let mut networks = self.networks.lock().await;
-        if let Some(path) = networks.get(&slot) {
-            return Ok(path.clone());
-        }
-        let made = timeout(NETWORK_TIME, self.order(What::Network, None)?).await;
-        let late = |_| Err(format!("no answer within {}", humantime::format_duration(NETWORK_TIME)));
-        let path = made.unwrap_or_else(late).map_err(SandboxError::Agent)?;
-        networks.insert(slot, path.clone());
-        Ok(path)
+    /// Gives up what [`Agent::prepare`] laid out; sandboxes keep theirs.
+    pub fn forget(&self, template: &str) {
+        // Where it has ended nothing is left.
+        let _ = self.order(What::Forget(template.into()), &[]);
     }
 
-    fn order(
+    /// Makes a sandbox; its end of the channel goes to its init.
+    pub fn stamp(
         &self,
-        what: What,
-        fd: Option<OwnedFd>,
-    ) -> Result<impl Future<Output = Result<String, String>> + Send + use<>, SandboxError> {
+        template: &str,
+        job_dir: &Path,
+        slot: u32,
+        channel: OwnedFd,
+        cgroup: Option<File>,
+    ) -> Result<Ordered, SandboxError> {
+        let what = What::Stamp { template: template.into(), job_dir: job_dir.into(), slot };
+        let fds: Vec<_> = std::iter::once(channel.as_fd()).chain(cgroup.iter().map(AsFd::as_fd)).collect();
+        self.order(what, &fds)
+    }
+
+    /// Kills the sandbox that an order made, and waits until it is gone.
+    pub async fn kill(&self, order: u64) -> Result<(), String> {
+        in_time(self.order(What::Kill(order), &[]).map_err(|error| error.to_string())?.done).await
+    }
+
+    fn order(&self, what: What, fds: &[BorrowedFd<'_>]) -> Result<Ordered, SandboxError> {
         let id = {
             let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
             *next += 1;
@@ -270,12 +271,24 @@ impl Agent {
         };
         let (waiter, done) = oneshot::channel();
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(id, waiter);
-        let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
-        let sent = self.channel.send(&Order { id, what }, &fds);
+        let sent = self.channel.send(&Order { id, what }, fds);
         if sent.is_err() || self.reader.is_finished() {
             self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
         }
         sent?;
-        Ok(async move { done.await.unwrap_or_else(|_| Err("it has ended".into())) })
+        Ok(Ordered { id, done: Box::pin(async move { done.await.unwrap_or_else(|_| Err("it has ended".into())) }) })
     }
+}
+
+/// What was ordered.
+pub(super) struct Ordered {
+    /// Its number.
+    pub id: u64,
+    /// Ends when it is done; that of a sandbox when it has ended.
+    pub done: BoxFuture<'static, Result<(), String>>,
+}
+
+async fn in_time(done: BoxFuture<'static, Result<(), String>>) -> Result<(), String> {
+    let late = |_| Err(format!("no answer within {}", humantime::format_duration(ORDER_TIME)));
+    timeout(ORDER_TIME, done).await.unwrap_or_else(late)
 }

@@ -1,12 +1,11 @@
 //! Which engine it is: the faster one where it works here and keeps limits as well as the other.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
 use tokio::sync::OnceCell;
 
-use super::crun::CrunEngine;
+use super::direct::DirectEngine;
 use super::keeper::EngineSettings;
 use super::podman::{Podman, PodmanEngine};
 use super::{Engine, Sandbox, SandboxError, SandboxSpec};
@@ -18,7 +17,6 @@ pub struct Chosen {
     kind: EngineKind,
     podman: Podman,
     settings: EngineSettings,
-    state: PathBuf,
     /// The reason where there is none.
     cgroup: Result<Delegated, String>,
     engine: OnceCell<Arc<dyn Engine>>,
@@ -26,12 +24,12 @@ pub struct Chosen {
 
 impl Chosen {
     /// Takes the delegated cgroup, which can only be done before this process has children.
-    pub fn new(kind: EngineKind, podman: Podman, settings: EngineSettings, state: PathBuf) -> Chosen {
+    pub fn new(kind: EngineKind, podman: Podman, settings: EngineSettings) -> Chosen {
         let cgroup = match kind {
             EngineKind::Podman => Err("the podman engine needs none".into()),
-            EngineKind::Auto | EngineKind::Crun => Delegated::take().map_err(|error| error.to_string()),
+            EngineKind::Auto | EngineKind::Direct => Delegated::take().map_err(|error| error.to_string()),
         };
-        Chosen { kind, podman, settings, state, cgroup, engine: OnceCell::new() }
+        Chosen { kind, podman, settings, cgroup, engine: OnceCell::new() }
     }
 
     /// Whether containers can be limited without podman's help.
@@ -39,11 +37,11 @@ impl Chosen {
         self.cgroup.is_ok()
     }
 
-    async fn engine(&self) -> Result<&Arc<dyn Engine>, SandboxError> {
-        self.engine.get_or_try_init(|| self.choose()).await
+    async fn engine(&self, first: &SandboxSpec) -> Result<&Arc<dyn Engine>, SandboxError> {
+        self.engine.get_or_try_init(|| self.choose(first)).await
     }
 
-    async fn choose(&self) -> Result<Arc<dyn Engine>, SandboxError> {
+    async fn choose(&self, first: &SandboxSpec) -> Result<Arc<dyn Engine>, SandboxError> {
         let podman = || Arc::new(PodmanEngine::new(self.podman.clone(), self.settings.clone()));
         if self.kind == EngineKind::Podman {
             return Ok(podman());
@@ -52,27 +50,28 @@ impl Chosen {
         let info = self.podman.info().await?;
         let cgroup = self.cgroup.as_ref().ok().cloned();
         let limited = cgroup.is_some();
-        let crun = CrunEngine::new(self.podman.clone(), self.settings.clone(), self.state.clone(), cgroup);
-        let against = match (crun.preflight().await, &self.cgroup) {
-            (Err(reason), _) => Some(reason),
+        let direct = DirectEngine::new(self.podman.clone(), self.settings.clone(), cgroup);
+        let against = match (direct.preflight(&first.language, &first.image).await?, &self.cgroup) {
+            (Some(reason), _) => Some(reason),
             // Where podman can keep limits, by the user's systemd, a faster engine that cannot is no gain.
-            (Ok(()), Err(reason)) if info.missing_controllers().is_empty() => {
+            (None, Err(reason)) if info.missing_controllers().is_empty() => {
                 Some(format!("its containers could not be limited: {reason}"))
             }
-            (Ok(()), _) => None,
+            (None, _) => None,
         };
         match against {
             Some(reason) if self.kind == EngineKind::Auto => {
-                tracing::info!(reason, "engine: podman, for crun cannot be used");
+                direct.release(None).await;
+                tracing::info!(reason, "engine: podman, for the direct one cannot be used");
                 Ok(podman())
             }
             Some(reason) => {
-                tracing::warn!(reason, "engine: crun, as configured, in spite of a reason against it");
-                Ok(Arc::new(crun))
+                tracing::warn!(reason, "engine: direct, as configured, in spite of a reason against it");
+                Ok(Arc::new(direct))
             }
             None => {
-                tracing::info!(limited, "engine: crun");
-                Ok(Arc::new(crun))
+                tracing::info!(limited, "engine: direct");
+                Ok(Arc::new(direct))
             }
         }
     }
@@ -80,7 +79,7 @@ impl Chosen {
 
 impl Engine for Chosen {
     fn start(&self, spec: SandboxSpec) -> BoxFuture<'_, Result<Sandbox, SandboxError>> {
-        Box::pin(async { self.engine().await?.start(spec).await })
+        Box::pin(async { self.engine(&spec).await?.start(spec).await })
     }
 
     fn release<'a>(&'a self, image: Option<&'a str>) -> BoxFuture<'a, ()> {

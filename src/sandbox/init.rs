@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr, OsString};
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -48,21 +48,33 @@ const WRITABLE: [&str; 3] = [WORK_DIR, "/tmp", "/dev/shm"];
 /// Where a cgroup v2 container sees its own counters.
 const CGROUP: &str = "/sys/fs/cgroup";
 
-/// Serves the channel until it closes.
+/// Variables, by name.
+pub type Environment = Vec<(OsString, OsString)>;
+
+/// Init as a program of its own, whose descriptor 3 is the channel.
 pub fn main() -> ExitCode {
-    // SAFETY: first thing in a process of one thread: descriptor 3 is the channel that the server passed,
-    // and nothing here has opened a descriptor that closing the others could take away.
-    let channel = unsafe {
-        libc::close_range(CHANNEL_FD as u32 + 1, u32::MAX, 0);
-        OwnedFd::from_raw_fd(CHANNEL_FD)
-    };
-    match Init::new(channel).and_then(Init::serve) {
+    // SAFETY: first thing in a process of one thread: it is what the server passed, and nobody else knows it.
+    let channel = unsafe { OwnedFd::from_raw_fd(CHANNEL_FD) };
+    match live(channel, std::env::vars_os().collect()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("coderunner init: {error}; it is started by the server, not by hand");
             ExitCode::FAILURE
         }
     }
+}
+
+/// Serves the channel until it closes. `environment` is what the image sets, and podman for it. Whatever else this process
+/// has open goes: what is left of another life must not be used after this.
+pub fn live(channel: OwnedFd, environment: Environment) -> io::Result<()> {
+    let kept = channel.as_raw_fd().cast_unsigned();
+    for (first, last) in [(3, kept - 1), (kept + 1, u32::MAX)] {
+        if first <= last {
+            // SAFETY: what is closed is used no more, as our callers promise.
+            unsafe { libc::close_range(first, last, 0) };
+        }
+    }
+    Init::new(channel, environment)?.serve()
 }
 
 struct Init {
@@ -72,10 +84,12 @@ struct Init {
     /// Ready before there is a job.
     filters: [BpfProgram; 2],
     ids: Option<(Uid, Gid)>,
+    /// What every program gets.
+    environment: Environment,
 }
 
 impl Init {
-    fn new(channel: OwnedFd) -> io::Result<Init> {
+    fn new(channel: OwnedFd, environment: Environment) -> io::Result<Init> {
         nix::fcntl::fcntl(&channel, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
         // Nobody reads our memory or descriptors through /proc/1.
         nix::sys::prctl::set_dumpable(false)?;
@@ -83,7 +97,11 @@ impl Init {
         mask.add(Signal::SIGCHLD);
         mask.thread_block()?;
         let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-        Ok(Init { channel, children, cgroup: Cgroup { own: true }, filters: seccomp::filters()?, ids: None })
+        let (cgroup, filters) = (Cgroup { own: true }, seccomp::filters()?);
+        // podman's own marks are not the image's.
+        let environment =
+            environment.into_iter().filter(|(name, _)| name != "container" && name != "HOSTNAME" && name != "TERM");
+        Ok(Init { channel, children, cgroup, filters, ids: None, environment: environment.collect() })
     }
 
     fn serve(mut self) -> io::Result<()> {
@@ -311,7 +329,7 @@ fn open_to_all(place: &Path) -> io::Result<()> {
 /// The child shares our memory until it is the program, as with vfork: a copy of it would cost as much as all else. So
 /// it must leave nothing behind that we do not expect, and we stand still meanwhile.
 fn spawn(spec: &StageSpec, pipes: &[OwnedFd; 3], ids: (Uid, Gid), init: &Init) -> io::Result<Pid> {
-    let program = Program::new(spec)?;
+    let program = Program::new(spec, &init.environment)?;
     let limits = resource_limits(spec, init.cgroup.enforced().processes);
     let mut stack = vec![0; CHILD_STACK];
     let mut failure = None;
@@ -375,9 +393,9 @@ struct Program {
 }
 
 impl Program {
-    fn new(spec: &StageSpec) -> io::Result<Program> {
+    fn new(spec: &StageSpec, environment: &Environment) -> io::Result<Program> {
         let name = spec.argv.first().ok_or(Errno::ENOENT)?;
-        let mut env: BTreeMap<OsString, OsString> = image_environment().collect();
+        let mut env: BTreeMap<OsString, OsString> = environment.iter().cloned().collect();
         env.insert("HOME".into(), WORK_DIR.into());
         env.extend(spec.env.iter().map(|(name, value)| (name.into(), value.into())));
         let path = env.get(OsStr::new("PATH")).cloned().unwrap_or_else(|| DEFAULT_PATH.into());
@@ -420,7 +438,7 @@ const DEFAULT_PATH: &str = "/bin:/usr/bin";
 
 /// Sets every signal to its default, also 32 and 33: a C library keeps these for itself, lets nobody set them, and
 /// leaves them ignored in what it spawns.
-fn default_signals() {
+pub(super) fn default_signals() {
     // The kernel's structure, whose zeros are the default action without flags.
     let default = [0_u64; 4];
     for signal in 1..=64_i32 {
@@ -428,11 +446,6 @@ fn default_signals() {
         // should.
         unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), std::ptr::null::<u64>(), 8_usize) };
     }
-}
-
-/// What the image (and podman for it) set, without podman's own marks.
-fn image_environment() -> impl Iterator<Item = (OsString, OsString)> {
-    std::env::vars_os().filter(|(name, _)| name != "container" && name != "HOSTNAME" && name != "TERM")
 }
 
 fn resource_limits(spec: &StageSpec, pids_limited: bool) -> Vec<(Resource, u64)> {

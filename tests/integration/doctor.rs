@@ -95,7 +95,7 @@ fn doctor(options: &Options, flags: &[&str]) -> Output {
 }
 
 fn assert_nothing_left(instance: &str, started: Instant) {
-    for engine in ["podman", "crun"] {
+    for engine in ["podman", "direct"] {
         leftovers::assert_none(&format!("{instance}-doctor-{engine}"), started);
         let tag = blake3::hash(format!("{instance}-doctor-{engine}").as_bytes()).to_hex()[..12].to_owned();
         let images = leftovers::list(&["images", "--format", "{{.Repository}}:{{.Tag}}"]);
@@ -121,7 +121,7 @@ fn everything_is_tried_and_what_fails_can_be_mended(engine: &str) {
         assert_eq!(check.status, if unkept.contains(&name) { "fail" } else { "ok" }, "{check:?}");
     }
     assert_eq!(report.not_well(engine), unkept);
-    let other = if engine == "podman" { "crun" } else { "podman" };
+    let other = if engine == "podman" { "direct" } else { "podman" };
     for name in WALLS {
         let check = report.check(Some(other), name);
         assert_ne!(check.status, "fail", "the other engine is not in use: {check:?}");
@@ -141,13 +141,18 @@ fn walls_that_are_missing_are_told(engine: &str) {
     let options = Options { languages: &["bash"], config: &config, ..Options::default() };
     let report = Report::of(&doctor(&options, &["--json"]));
     assert!(!report.ok);
-    let mut missing = vec![("read-only root", "/ is not read-only"), ("masked paths", "can be read")];
-    // Sandboxes of the other engine get their network elsewhere.
-    if engine == "podman" {
-        // Sockets are seen on the host's network, unless another test has the port already.
-        missing.extend([("network", "interface"), ("neighbour", "")]);
+    if engine == "direct" {
+        let check = report.check(Some(engine), "sandbox");
+        assert!(check.status == "fail" && check.seen.contains("a root that can be written to"), "{check:?}");
+        return;
     }
-    for (name, seen) in missing {
+    for (name, seen) in [
+        ("read-only root", "/ is not read-only"),
+        ("masked paths", "can be read"),
+        // Sockets are seen on the host's network, unless another test has the port already.
+        ("network", "interface"),
+        ("neighbour", ""),
+    ] {
         let check = report.check(Some(engine), name);
         assert!(check.status == "fail" && check.seen.contains(seen), "{check:?}");
     }
@@ -208,7 +213,7 @@ fn a_doctor_that_is_interrupted_leaves_nothing() {
     let files = Files::new(&options);
     let mut command = files.command("doctor", &options);
     let mut child = command.stdout(std::process::Stdio::null()).spawn().unwrap();
-    let instance = format!("{}-doctor-crun", files.instance);
+    let instance = format!("{}-doctor-direct", files.instance);
     eventually("a container of its own", || (!leftovers::containers(&instance).is_empty()).then_some(()));
     kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
     let status = eventually("its end", || child.try_wait().unwrap());

@@ -240,7 +240,7 @@ fn inside(server: &Server) -> Vec<Pid> {
             .iter()
             .filter_map(|file| file.strip_prefix("/proc/")?.strip_suffix("/mountinfo")?.parse().ok())
             .map(Pid::from_raw)
-            .filter(|pid| command_line(*pid).starts_with("/run/coderunner-init"))
+            .filter(|pid| leftovers::is_init(*pid))
             .collect();
         (!pids.is_empty()).then_some(pids)
     })
@@ -263,16 +263,6 @@ fn of_the_container(server: &Server, program: &str) -> Vec<Pid> {
     lines.iter().filter(of).filter(|line| line.contains(&container)).map(|line| pid(line)).collect()
 }
 
-/// What waits for the end of each container of the crun engine, and holds its channel until then.
-fn crun(server: &Server) -> Vec<Pid> {
-    let lines = leftovers::processes(&server.instance);
-    lines.iter().filter(|line| line.split_whitespace().nth(1) == Some("crun")).map(|line| pid(line)).collect()
-}
-
-fn command_line(pid: Pid) -> String {
-    String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default()).into_owned()
-}
-
 fn pid(text: &str) -> Pid {
     Pid::from_raw(text.split_whitespace().next().unwrap().parse().unwrap())
 }
@@ -289,11 +279,10 @@ fn a_ready_container_that_is_killed_harms_no_request(engine: &str) {
     let env = [("CODERUNNER_ENGINE", engine)];
     let server = Server::start(Options { containers: 1, env: &env, ..options("") });
     for killing in Killing::of(engine) {
-        let mut holders = inside(&server);
-        holders.extend(crun(&server));
+        let inits = inside(&server);
         killing.kill(&server);
-        if !killing.is_sudden() || engine == "crun" {
-            holders.into_iter().for_each(wait_dead);
+        if !killing.is_sudden() || engine == "direct" {
+            inits.into_iter().for_each(wait_dead);
         }
         assert_runs(&server, "unharmed");
         assert_runs(&server, "unharmed");
@@ -330,7 +319,7 @@ fn a_container_that_is_killed_under_a_program_fails_that_request_alone(engine: &
 
 #[test]
 fn a_template_that_is_removed_by_hand_is_made_anew() {
-    let env = [("CODERUNNER_ENGINE", "crun")];
+    let env = [("CODERUNNER_ENGINE", "direct")];
     let server = Server::start(Options { env: &env, ..options("") });
     assert_runs(&server, "before");
     let remove = |names: Vec<String>| {

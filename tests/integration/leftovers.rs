@@ -59,7 +59,12 @@ pub fn agents(server: Pid) -> Vec<Pid> {
         pid(status.lines().find_map(|line| line.strip_prefix("PPid:"))?)
     };
     let ours = |of: &Pid| std::iter::successors(Some(*of), parent).any(|of| of == server);
-    marked(" agent ").iter().filter_map(|line| pid(line)).filter(ours).collect()
+    marked(" agent ").iter().filter_map(|line| pid(line)).filter(ours).filter(|of| !is_init(*of)).collect()
+}
+
+/// Whether a process is the init of a sandbox.
+pub fn is_init(pid: Pid) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == "coderunner-init")
 }
 
 fn command_lines(wanted: impl Fn(&str) -> bool) -> Vec<String> {

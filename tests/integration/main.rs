@@ -8,8 +8,8 @@ macro_rules! on_each_engine {
         mod podman {
             $(#[test] fn $test() { super::$test("podman"); })*
         }
-        mod crun {
-            $(#[test] fn $test() { super::$test("crun"); })*
+        mod direct {
+            $(#[test] fn $test() { super::$test("direct"); })*
         }
     };
 }

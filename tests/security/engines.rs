@@ -1,4 +1,4 @@
-//! The containers of both engines, compared from inside, point by point: whatever podman's keeps from a program, crun's
+//! The containers of both engines, compared from inside, point by point: whatever podman's keeps from a program, the direct one
 //! keeps from it too.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,6 +28,7 @@ struct Seen {
     devices: BTreeSet<String>,
     /// Settings of the kernel that are the container's own.
     sysctls: BTreeMap<String, String>,
+    init_command: Vec<String>,
     /// Whatever must be the same.
     same: Value,
 }
@@ -69,8 +70,9 @@ const LOOK: &str = r"
         'uid_map': read('/proc/self/uid_map'), 'gid_map': read('/proc/self/gid_map'),
         'devices': devices,
         'sysctls': {name: read('/proc/sys/' + name) for name in own},
+        'init_command': read('/proc/1/cmdline').strip('\0').split('\0'),
         'same': [os.getcwd(), os.umask(0), os.getsid(0) == os.getpid(), os.nice(0), os.sched_getscheduler(0),
-                 read('/proc/self/oom_score_adj'), read('/proc/1/oom_score_adj'), read('/proc/1/cmdline'),
+                 read('/proc/self/oom_score_adj'), read('/proc/1/oom_score_adj'),
                  read('/proc/self/cgroup'), read('/proc/self/attr/current'), sorted(os.listdir('/'))],
     }))
 ";
@@ -91,10 +93,12 @@ fn beyond(mask: &str, other: &str) -> u64 {
 
 #[test]
 fn both_engines_make_the_same_walls() {
-    let (podman, crun) = (look("podman"), look("crun"));
-    for (which, of_podman, of_crun) in [("program", &podman.status, &crun.status), ("init", &podman.init, &crun.init)] {
+    let (podman, direct) = (look("podman"), look("direct"));
+    for (which, of_podman, of_direct) in
+        [("program", &podman.status, &direct.status), ("init", &podman.init, &direct.init)]
+    {
         for (name, value) in of_podman {
-            let (here, what) = (&of_crun[name], format!("{name} of {which}"));
+            let (here, what) = (&of_direct[name], format!("{name} of {which}"));
             match name.as_str() {
                 name if name.starts_with("Cap") => assert_eq!(beyond(here, value), 0, "{what}: {here}, {value}"),
                 // One filter may do the work of two, but none is missing: the calls themselves are compared below.
@@ -109,7 +113,7 @@ fn both_engines_make_the_same_walls() {
     assert_eq!(podman.status["NoNewPrivs"], "1");
     assert_eq!(podman.status["Seccomp"], "2");
 
-    for (name, seen) in [("podman", &podman), ("crun", &crun)] {
+    for (name, seen) in [("podman", &podman), ("direct", &direct)] {
         for kind in ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"] {
             let host = fs::read_link(format!("/proc/self/ns/{kind}")).unwrap();
             assert_ne!(seen.namespaces[kind], host.to_str().unwrap(), "the {kind} namespace of {name}");
@@ -124,8 +128,8 @@ fn both_engines_make_the_same_walls() {
         assert!(seen.mounts["/"].options.contains("ro"), "{name}");
     }
 
-    for (place, here) in &crun.mounts {
-        let there = podman.mounts.get(place).unwrap_or_else(|| panic!("{place} is mounted by crun alone: {here:?}"));
+    for (place, here) in &direct.mounts {
+        let there = podman.mounts.get(place).unwrap_or_else(|| panic!("{place} is mounted by direct alone: {here:?}"));
         assert_eq!(here.kind, there.kind, "{place}");
         for restriction in ["ro", "nosuid", "nodev", "noexec"] {
             let lost = there.options.contains(restriction) && !here.options.contains(restriction);
@@ -135,20 +139,22 @@ fn both_engines_make_the_same_walls() {
     let kept = |place: &&String| place.starts_with("/proc/") || place.starts_with("/sys/");
     for place in podman.mounts.keys().filter(kept) {
         let masked = podman.mounts[place].masked;
-        let here = crun.mounts.get(place).unwrap_or_else(|| panic!("{place} is covered by podman alone"));
+        let here = direct.mounts.get(place).unwrap_or_else(|| panic!("{place} is covered by podman alone"));
         assert!(here.masked >= masked, "{place} is masked by podman alone");
     }
 
     for (name, limit) in &podman.rlimits {
-        let here = crun.rlimits[name];
+        let here = direct.rlimits[name];
         assert!(*limit == -1 || (0..=*limit).contains(&here), "{name}: {here}, {limit}");
     }
-    assert_eq!(crun.environ, podman.environ);
-    assert_eq!((crun.uid_map, crun.gid_map), (podman.uid_map, podman.gid_map));
-    let more: Vec<_> = crun.devices.difference(&podman.devices).collect();
+    assert_eq!(direct.environ, podman.environ);
+    assert_eq!((direct.uid_map, direct.gid_map), (podman.uid_map, podman.gid_map));
+    let more: Vec<_> = direct.devices.difference(&podman.devices).collect();
     assert!(more.is_empty(), "{more:?}");
-    assert_eq!(crun.sysctls, podman.sysctls);
-    assert_eq!(crun.same, podman.same);
+    assert_eq!(direct.sysctls, podman.sysctls);
+    assert_eq!(direct.same, podman.same);
+    assert_eq!(podman.init_command, ["/run/coderunner-init", "init"]);
+    assert_eq!(direct.init_command, ["coderunner", "agent"]);
 }
 
 /// Tries each call of the kernel with arguments that none takes, in a process of its own, and prints how it failed.
@@ -178,8 +184,8 @@ const CALLS: &str = r#"
 "#;
 
 #[test]
-fn crun_allows_no_system_call_that_podman_refuses() {
-    let [podman, crun] = ["podman", "crun"].map(|engine| {
+fn direct_allows_no_system_call_that_podman_refuses() {
+    let [podman, direct] = ["podman", "direct"].map(|engine| {
         let server = serve(engine, "c", "");
         let answer = server.run(&code(CALLS));
         server.stop();
@@ -193,7 +199,7 @@ fn crun_allows_no_system_call_that_podman_refuses() {
     });
     let refused = |how: &i32| [nix::libc::EPERM, nix::libc::ENOSYS].contains(how);
     for (call, how) in podman.iter().filter(|(_, how)| refused(how)) {
-        assert!(refused(&crun[call]), "call {call}: {} by crun, {how} by podman", crun[call]);
+        assert!(refused(&direct[call]), "call {call}: {} by direct, {how} by podman", direct[call]);
     }
     let count = |calls: &BTreeMap<u32, i32>| calls.values().filter(|how| refused(how)).count();
     assert!(count(&podman) > 100, "{podman:?}");
