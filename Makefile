@@ -144,26 +144,18 @@ endif
 	rm -f $(DESTDIR)$(PREFIX)/share/man/man1/coderunner.1 $(DESTDIR)$(PREFIX)/share/man/man1/coderunner-*.1
 	rm -rf $(addprefix $(DESTDIR)$(PREFIX)/lib/,coderunner systemd/system/coderunner.service.d)
 
-PACKAGE := $(TARGET)/package
+PACKAGE := target/package
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p;/^version/q' Cargo.toml)
-ARCHITECTURE := $(shell dpkg --print-architecture 2>/dev/null)
-DEB = $(TARGET)/debian/coderunner_$(VERSION)-1_$(ARCHITECTURE).deb
-ARCHIVE = $(TARGET)/coderunner-$(VERSION)-$(HOST).tar.gz
+DEB = target/debian/coderunner_$(VERSION)-1_$(shell dpkg --print-architecture 2>/dev/null).deb
+ARCHIVE = target/coderunner-$(VERSION)-$(HOST).tar.gz
 RELEASES = bookworm trixie
 
 deb: build ## make a Debian package in target/debian
+	@command -v cargo-deb >/dev/null || cargo install --locked --debug cargo-deb
 	rm -rf $(PACKAGE)
 	$(call lay_out,$(PACKAGE)/usr,$(PACKAGE),/usr)
-	gzip -9n $(PACKAGE)/usr/share/man/man1/*
-	install -D -m 644 README.md $(PACKAGE)/usr/share/doc/coderunner/README.md
-	install -D -t $(PACKAGE)/DEBIAN $(addprefix packaging/deb/,postinst prerm postrm)
-	sed "s/VERSION/$(VERSION)-1/; s/ARCHITECTURE/$(ARCHITECTURE)/; s/SIZE/$$(du -sk --exclude=DEBIAN $(PACKAGE) | cut -f1)/" \
-		packaging/deb/control >$(PACKAGE)/DEBIAN/control
-	echo /etc/coderunner/coderunner.toml >$(PACKAGE)/DEBIAN/conffiles
-	cd $(PACKAGE) && find usr -type f -exec md5sum {} + >DEBIAN/md5sums
 	chmod -R u=rwX,go=rX $(PACKAGE)
-	mkdir -p $(dir $(DEB))
-	dpkg-deb --root-owner-group --build $(PACKAGE) $(DEB)
+	cargo deb --locked --no-build --no-strip --output target/debian/
 
 tarball: build ## make an archive of what `make install` lays out, in target
 	rm -rf $(PACKAGE)
