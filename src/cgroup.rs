@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 /// Where cgroup v2 is mounted.
@@ -54,12 +55,14 @@ impl Delegated {
         let explain =
             |error: io::Error, path: &Path| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
         fs::create_dir(&dir).map_err(|error| explain(error, &dir))?;
-        let made = limits.iter().try_for_each(|(file, value)| match fs::write(dir.join(file), value) {
+        // Programs may read what they used, whatever the server's umask.
+        let open = fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)).map_err(|error| explain(error, &dir));
+        let set = limits.iter().try_for_each(|(file, value)| match fs::write(dir.join(file), value) {
             // A kernel that does not account for swap.
             Err(error) if error.kind() == io::ErrorKind::NotFound && file == "memory.swap.max" => Ok(()),
             written => written.map_err(|error| explain(error, &dir.join(file))),
         });
-        let opened = made.and_then(|()| File::open(&dir).map_err(|error| explain(error, &dir)));
+        let opened = open.and(set).and_then(|()| File::open(&dir).map_err(|error| explain(error, &dir)));
         opened.inspect_err(|_| self.remove(name))
     }
 

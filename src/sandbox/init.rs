@@ -55,7 +55,8 @@ pub type Environment = Vec<(OsString, OsString)>;
 pub fn main() -> ExitCode {
     // SAFETY: first thing in a process of one thread: it is what the server passed, and nobody else knows it.
     let channel = unsafe { OwnedFd::from_raw_fd(CHANNEL_FD) };
-    match live(channel, std::env::vars_os().collect()) {
+    let lived = seccomp::filters().and_then(|filters| live(channel, std::env::vars_os().collect(), filters));
+    match lived {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("coderunner init: {error}; it is started by the server, not by hand");
@@ -64,9 +65,9 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Serves the channel until it closes. `environment` is what the image sets, and podman for it. Whatever else this process
-/// has open goes: what is left of another life must not be used after this.
-pub fn live(channel: OwnedFd, environment: Environment) -> io::Result<()> {
+/// Serves the channel until it closes. `environment` is what the image sets, and podman for it; `filters` are those of
+/// [`seccomp::filters`]. Whatever else this process has open goes: what is left of another life must not be used after this.
+pub fn live(channel: OwnedFd, environment: Environment, filters: [BpfProgram; 2]) -> io::Result<()> {
     let kept = channel.as_raw_fd().cast_unsigned();
     for (first, last) in [(3, kept - 1), (kept + 1, u32::MAX)] {
         if first <= last {
@@ -74,7 +75,7 @@ pub fn live(channel: OwnedFd, environment: Environment) -> io::Result<()> {
             unsafe { libc::close_range(first, last, 0) };
         }
     }
-    Init::new(channel, environment)?.serve()
+    Init::new(channel, environment, filters)?.serve()
 }
 
 struct Init {
@@ -89,7 +90,7 @@ struct Init {
 }
 
 impl Init {
-    fn new(channel: OwnedFd, environment: Environment) -> io::Result<Init> {
+    fn new(channel: OwnedFd, environment: Environment, filters: [BpfProgram; 2]) -> io::Result<Init> {
         nix::fcntl::fcntl(&channel, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
         // Nobody reads our memory or descriptors through /proc/1.
         nix::sys::prctl::set_dumpable(false)?;
@@ -97,7 +98,7 @@ impl Init {
         mask.add(Signal::SIGCHLD);
         mask.thread_block()?;
         let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-        let (cgroup, filters) = (Cgroup { own: true }, seccomp::filters()?);
+        let cgroup = Cgroup { own: true };
         // podman's own marks are not the image's.
         let environment =
             environment.into_iter().filter(|(name, _)| name != "container" && name != "HOSTNAME" && name != "TERM");

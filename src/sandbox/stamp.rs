@@ -23,7 +23,7 @@ use nix::sys::stat::{Mode, umask};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{Gid, Pid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, pivot_root, setgroups, sethostname, setsid};
 use oci_spec::runtime::PosixRlimitType;
-use rustix::fs::CWD;
+use rustix::fs::{CWD, statvfs};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
     fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, mount_remount, move_mount, open_tree,
@@ -35,8 +35,8 @@ use rustix::thread::{
 use seccompiler::{BpfProgram, sock_filter};
 use tokio::io::unix::AsyncFd;
 
-use super::init;
 use super::plan::{DEV, Kind, Place, Plan, What};
+use super::{init, seccomp};
 
 /// The devices that every container has.
 const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
@@ -49,6 +49,9 @@ const LINKS: [(&str, &str); 5] = [
     ("stderr", "/proc/self/fd/2"),
     ("ptmx", "pts/ptmx"),
 ];
+
+/// Among the flags of a [`Place`].
+const READ_ONLY: u32 = MountAttrFlags::MOUNT_ATTR_RDONLY.bits();
 
 /// Hides a file.
 const NULL: &str = "/dev/null";
@@ -65,7 +68,10 @@ const SAID: usize = 4096;
 /// What all sandboxes of a plan share.
 pub struct Mould {
     plan: Plan,
+    /// podman's, for init.
     filter: BpfProgram,
+    /// Ours, for programs.
+    filters: [BpfProgram; 2],
     /// The namespace with its mounts.
     mounts: File,
 }
@@ -92,12 +98,13 @@ impl Mould {
         let child = Child::spawn(namespaces, None, || {
             drop(go.take());
             // Until the other copy of it is dropped.
-            (&wait).read_exact(&mut [0]).or_else(|_| lay_out(&plan))
+            let _ = (&wait).read(&mut [0]);
+            lay_out(&plan)
         })?;
         let mounts = File::open(format!("/proc/{}/ns/mnt", child.pid))?;
         drop(go);
         let filter = plan.filter.iter().map(|&(code, jt, jf, k)| sock_filter { code, jt, jf, k }).collect();
-        Ok((Mould { plan, filter, mounts }, child))
+        Ok((Mould { plan, filter, filters: seccomp::filters()?, mounts }, child))
     }
 
     /// Makes a sandbox. The rest is told by its init.
@@ -108,7 +115,7 @@ impl Mould {
         Child::spawn(namespaces, cgroup, || {
             self.furnish(&own)?;
             self.give_up()?;
-            init::live(own.channel, environment(&self.plan))
+            init::live(own.channel, environment(&self.plan), self.filters.clone())
         })
     }
 
@@ -204,24 +211,26 @@ fn lay_out(plan: &Plan) -> io::Result<()> {
         if place.at == Path::new(DEV) {
             for (name, device) in DEVICES.into_iter().zip(&devices) {
                 let path = place.at.join(name);
-                let flags = MountFlags::BIND | MountFlags::NOSUID | MountFlags::NOEXEC;
-                let mounted = || move_to(device, &path).and_then(|()| mount_remount(&path, flags, ""));
+                let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
+                let mounted = || move_to(device, &path).and_then(|()| restrict(&path, flags));
                 at(path.display(), File::create(&path).and_then(|_| Ok(mounted()?)))?;
             }
             LINKS.into_iter().try_for_each(|(name, target)| symlink(target, place.at.join(name)))?;
         }
     }
     cover(plan, |path| !is_of_processes(path))?;
-    let closed = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID;
-    at("the image", mount_remount("/", closed | MountFlags::NODEV, ""))?;
-    at(DEV, mount_remount(DEV, closed | MountFlags::NOEXEC, ""))
+    let closed = MountFlags::RDONLY | MountFlags::NOSUID;
+    at("the image", restrict(Path::new("/"), closed | MountFlags::NODEV))?;
+    at(DEV, restrict(Path::new(DEV), closed | MountFlags::NOEXEC))
 }
 
 /// What a mould has at a place; `None` where each sandbox brings its own. A /proc it needs too, or there could be no other.
 fn make(place: &Place) -> io::Result<Option<File>> {
     match &place.what {
         What::New(kind, parameters) if !place.is_own() || *kind == Kind::Proc => {
-            at(kind.name(), new(*kind, parameters, place.flags)).map(Some)
+            // Others are mounted below it first.
+            let flags = if place.at == Path::new(DEV) { place.flags & !READ_ONLY } else { place.flags };
+            at(kind.name(), new(*kind, parameters, flags)).map(Some)
         }
         What::Bound(source) => at(source.display(), bound(source)).map(Some),
         What::New(..) | What::Job => Ok(None),
@@ -251,11 +260,18 @@ fn attach(made: &File, place: &Place) -> io::Result<()> {
         // With these from the start.
         What::New(..) => Ok(()),
         What::Bound(_) | What::Job => {
-            // These flags have the same numbers in both. The last two may be the source's, and then have to stay.
             let flags = MountFlags::from_bits_truncate(place.flags) | MountFlags::NOSUID | MountFlags::NODEV;
-            at(place.at.display(), mount_remount(&place.at, MountFlags::BIND | flags, ""))
+            at(place.at.display(), restrict(&place.at, flags))
         }
     }
+}
+
+/// Adds to the flags that a mount has: those that the host gave it have to stay.
+fn restrict(path: &Path, flags: MountFlags) -> rustix::io::Result<()> {
+    // The four have the same numbers everywhere.
+    let four = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    let held = u32::try_from(statvfs(path)?.f_flag.bits()).unwrap_or(0);
+    mount_remount(path, MountFlags::BIND | flags | (MountFlags::from_bits_truncate(held) & four), "")
 }
 
 /// Sees that there is something to mount on.
@@ -294,6 +310,8 @@ fn cover(plan: &Plan, is_meant: impl Fn(&Path) -> bool) -> io::Result<()> {
         at(path.display(), cover.and_then(|cover| move_to(&cover, path)))?;
         if is_dir {
             empty = Some(path);
+        } else {
+            at(path.display(), restrict(path, MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NOEXEC))?;
         }
     }
     for path in plan.readonly.iter().filter(|path| is_meant(path)) {
@@ -302,9 +320,8 @@ fn cover(plan: &Plan, is_meant: impl Fn(&Path) -> bool) -> io::Result<()> {
             Err(rustix::io::Errno::NOENT) => continue,
             opened => File::from(at(path.display(), opened)?),
         };
-        let noexec = if is_of_processes(path) { MountFlags::NOEXEC } else { MountFlags::empty() };
-        let closed = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | noexec;
-        at(path.display(), move_to(&tree, path).and_then(|()| mount_remount(path, closed, "")))?;
+        let closed = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
+        at(path.display(), move_to(&tree, path).and_then(|()| restrict(path, closed)))?;
     }
     Ok(())
 }
