@@ -455,6 +455,13 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn the_direct_engine_is_known_by_its_former_name() {
+        assert_eq!(load("engine = \"crun\"").unwrap().engine, EngineKind::Direct);
+        assert_eq!(load("engine = \"direct\"").unwrap().engine, EngineKind::Direct);
+        assert!(<EngineKind as clap::ValueEnum>::from_str("crun", false).is_ok());
+    }
+
+    #[test]
     fn the_defaults_are_those_of_the_readme() {
         let settings = load("").unwrap();
         assert_eq!(settings.listen.to_string(), "127.0.0.1:8080");
