@@ -25,7 +25,7 @@ use super::SandboxError;
 use super::channel::Channel;
 use super::plan::Plan;
 use super::podman::Podman;
-use super::stamp::{Child, Mould, Own};
+use super::stamp::{Child, Mould, Own, rehearse};
 use crate::process::{Passed, Running};
 
 /// The hidden verb that becomes the agent.
@@ -46,6 +46,8 @@ struct Order {
 
 #[derive(Debug, Serialize, Deserialize)]
 enum What {
+    /// Try whether sandboxes can be made at all.
+    Rehearse,
     /// Lay out what the sandboxes of a template share.
     Prepare { template: String, plan: Box<Plan> },
     /// Make one. Beside the order are init's end of its channel and, where it has one, its cgroup.
@@ -93,6 +95,7 @@ async fn serve(channel: OwnedFd) -> std::io::Result<()> {
         // The server may have gone.
         let done = move |result| drop(channel.send(&Done { id, result }, &[]));
         let made = match what {
+            What::Rehearse => rehearse(),
             What::Prepare { template, plan } => workshop.prepare(template, *plan),
             What::Stamp { template, job_dir, slot } => workshop.stamp(&template, &job_dir, slot, fds),
             What::Kill(order) => {
@@ -230,6 +233,11 @@ impl Agent {
     /// Whether it has ended.
     pub fn is_gone(&self) -> bool {
         self.reader.is_finished() || self.channel.is_closed()
+    }
+
+    /// Whether the kernel lets sandboxes be made here: why not.
+    pub async fn rehearse(&self) -> Result<(), SandboxError> {
+        in_time(self.order(What::Rehearse, &[])?.done).await.map_err(SandboxError::Agent)
     }
 
     /// Lays out what the sandboxes of a template share.

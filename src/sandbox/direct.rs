@@ -105,13 +105,16 @@ impl DirectEngine {
         }
     }
 
-    /// Whether this way works here, tried with what is to be made first: the reason if not. Fails where podman does, which
-    /// says nothing about this way.
+    /// Whether this way works here, tried with what is to be made first: the reason if not. Fails where that is no
+    /// reason, as with a full disk or a podman that does not work.
     pub async fn preflight(&self, language: &Arc<Language>, image: &str) -> Result<Option<String>, SandboxError> {
         let agent = self.agent().await?;
+        if let Err(error) = agent.rehearse().await {
+            return Ok(Some(error.to_string()));
+        }
         match self.template(&agent, language, image).await {
             Ok(_) => Ok(None),
-            Err(error @ (SandboxError::NotMade { .. } | SandboxError::Agent(_))) => Ok(Some(error.to_string())),
+            Err(error @ SandboxError::NotMade { .. }) => Ok(Some(error.to_string())),
             Err(error) => Err(error),
         }
     }
@@ -195,10 +198,12 @@ impl DirectEngine {
             mark: Some(mark),
         };
         let config = self.podman.create(&name, podman::walls(&name, &self.settings, language, image)).await?;
+        let spec = Spec::load(&config).map_err(|error| SandboxError::Io {
+            what: "cannot read podman's configuration of a template",
+            source: std::io::Error::other(error),
+        })?;
         let not_made = |reason| SandboxError::NotMade { language: language.name.clone(), reason };
-        let spec = Spec::load(&config)
-            .map_err(|error| not_made(format!("cannot read podman's {}: {error}", config.display())))?;
-        let plan = Plan::of(&for_sandboxes(spec, language).map_err(not_made)?, self.cgroup.is_some());
+        let plan = for_sandboxes(spec, language).and_then(|spec| Plan::of(&spec, self.cgroup.is_some()));
         let plan = plan.map_err(not_made)?;
         template.limits = plan.limits.clone();
         agent.prepare(&name, plan).await?;

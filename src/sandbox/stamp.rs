@@ -9,7 +9,7 @@ use std::fmt::Display;
 use std::fs::{self, File};
 use std::io::{self, PipeReader, Read};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
@@ -74,6 +74,8 @@ pub struct Mould {
     filters: [BpfProgram; 2],
     /// The namespace with its mounts.
     mounts: File,
+    /// By which podman's mount of the image is known: it goes with the template, which somebody may delete.
+    device: u64,
 }
 
 /// What is a sandbox's own.
@@ -103,8 +105,9 @@ impl Mould {
         })?;
         let mounts = File::open(format!("/proc/{}/ns/mnt", child.pid))?;
         drop(go);
+        let device = fs::metadata(&plan.root)?.dev();
         let filter = plan.filter.iter().map(|&(code, jt, jf, k)| sock_filter { code, jt, jf, k }).collect();
-        Ok((Mould { plan, filter, filters: seccomp::filters()?, mounts }, child))
+        Ok((Mould { plan, filter, filters: seccomp::filters()?, mounts, device }, child))
     }
 
     /// Makes a sandbox. The rest is told by its init.
@@ -122,6 +125,9 @@ impl Mould {
     /// Takes this process to a place of its own.
     fn furnish(&self, own: &Own<'_>) -> io::Result<()> {
         let plan = &self.plan;
+        if fs::metadata(&plan.root).map_or(true, |root| root.dev() != self.device) {
+            return Err(io::Error::other("its template or image was deleted"));
+        }
         let job = at("the job directory", bound(own.job_dir))?;
         at("its network", setns(own.network, CloneFlags::CLONE_NEWNET))?;
         at("its mounts", setns(&self.mounts, CloneFlags::CLONE_NEWNS))?;
@@ -180,6 +186,17 @@ impl Mould {
         set_name(NAME)?;
         seccompiler::apply_filter(&self.filter).map_err(io::Error::other)
     }
+}
+
+/// Tries what the kernel may refuse, whatever the image.
+pub fn rehearse() -> io::Result<Child> {
+    Child::spawn(libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWNET, None, || {
+        at("mounts", mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC))?;
+        for kind in [Kind::Proc, Kind::Sysfs, Kind::Tmpfs, Kind::Devpts] {
+            at(kind.name(), new(kind, &[], 0))?;
+        }
+        at(NULL, bound(Path::new(NULL))).map(drop)
+    })
 }
 
 /// Makes a mount namespace of the image and of what is the same in all sandboxes of a plan.
