@@ -11,6 +11,7 @@ pub struct Processes(BTreeMap<u32, Process>);
 /// One of them.
 pub struct Process {
     parent: u32,
+    name: String,
     command_line: Vec<u8>,
     /// CPU time of it and of the children that it reaped, in clock ticks.
     pub ticks: u64,
@@ -20,8 +21,10 @@ impl Process {
     fn read(id: u32) -> Option<Process> {
         let stat = read_to_string(format!("/proc/{id}/stat")).ok()?;
         // The name in parentheses may hold anything.
-        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        let (name, fields) = stat.rsplit_once(')')?;
+        let fields: Vec<&str> = fields.split_whitespace().collect();
         Some(Process {
+            name: name.split_once('(')?.1.to_owned(),
             parent: fields.get(1)?.parse().ok()?,
             command_line: read(format!("/proc/{id}/cmdline")).ok()?,
             // utime, stime, cutime, cstime
@@ -36,8 +39,7 @@ impl Process {
 
     /// Whether it is the init of a sandbox.
     pub fn is_init(&self) -> bool {
-        let mut args = self.command_line.split(|&byte| byte == 0);
-        args.next().is_some_and(|program| program.ends_with(b"coderunner-init")) && args.next() == Some(b"init")
+        self.name == "coderunner-init"
     }
 }
 
