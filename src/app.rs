@@ -28,7 +28,7 @@ use crate::sandbox::keeper::EngineSettings;
 use crate::sandbox::podman::Podman;
 use crate::sandbox::pool::{Image, Pool, Status};
 use crate::sandbox::reaper::{self, Living};
-use crate::sandbox::{Engine, HEALTH_SLOT, SandboxError};
+use crate::sandbox::{Engine, SandboxError};
 use crate::service;
 use crate::shutdown::{self, Phases};
 
@@ -293,7 +293,6 @@ fn updater(
         languages,
         settings: settings.update,
         stamp: state_dir()?.join(format!("{}.updated", workshop.instance.name)),
-        slot: HEALTH_SLOT,
         checking: Mutex::default(),
         announce: Box::new(announce),
         ailing: Box::new(ailing),

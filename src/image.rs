@@ -14,13 +14,12 @@ use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::UpdateSettings;
-use crate::job::Streams;
 use crate::language::Language;
 use crate::metrics;
 use crate::process::ProcessError;
 use crate::sandbox::podman::Podman;
 use crate::sandbox::pool::Image;
-use crate::sandbox::{Engine, Live, SandboxError, SandboxSpec, Slot};
+use crate::sandbox::{Engine, SandboxError, health};
 
 /// Our names of the images in use, one per instance and public name.
 const CURRENT: &str = "localhost/coderunner-current";
@@ -145,8 +144,6 @@ pub struct ImageUpdater {
     pub settings: UpdateSettings,
     /// A file whose time is that of the last update.
     pub stamp: PathBuf,
-    /// Slot of the health programs' sandboxes: none of the pool's.
-    pub slot: u32,
     /// Held while a health program runs: there is one slot for them.
     pub checking: Mutex<()>,
     /// Is told the image of a language whenever it changes.
@@ -345,18 +342,7 @@ impl ImageUpdater {
     async fn try_out(&self, id: &str, languages: &[Arc<Language>]) -> Result<(), ImageError> {
         let _one_at_a_time = self.checking.lock().await;
         for language in languages {
-            let (free, mut freed) = mpsc::unbounded_channel();
-            let spec =
-                SandboxSpec { language: Arc::clone(language), image: id.to_owned(), slot: Slot::new(self.slot, free) };
-            let job = language.job(language.health.code.clone().into(), Streams::Merged);
-            let outcome = match self.engine.start(spec).await {
-                Ok(sandbox) => sandbox.run(language, &job, &mut Live::default()).await,
-                Err(error) => Err(error),
-            };
-            // Until the container is gone its image cannot be deleted, nor its slot, and with it the uid, used again.
-            let _ = freed.recv().await;
-            let outcome = outcome?;
-            if let Some(failure) = language.health.failure(&outcome) {
+            if let Some(failure) = health::check(&*self.engine, language, id).await? {
                 return Err(ImageError::Unhealthy { language: language.name.clone(), failure });
             }
         }

@@ -17,7 +17,7 @@ use crate::job::{Job, JobKey, Outcome};
 use crate::language::Language;
 use crate::metrics;
 use crate::sandbox::pool::{Pool, PoolError};
-use crate::sandbox::{Live, SandboxError, Wanted};
+use crate::sandbox::{LOST_SANDBOXES, Live, SandboxError, Wanted};
 
 /// What a request is given.
 #[derive(Debug, Clone)]
@@ -281,9 +281,6 @@ impl Runner {
 fn client() -> Client {
     Caller::current().map(|caller| caller.client).unwrap_or_default()
 }
-
-/// Sandboxes that may turn out to have been killed while they waited, before a job is given up.
-const LOST_SANDBOXES: usize = 3;
 
 /// A job in a sandbox of its own; also tells the image that it ran on.
 async fn execute(

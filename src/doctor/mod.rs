@@ -5,8 +5,6 @@ mod host;
 pub mod probe;
 mod walls;
 
-use std::sync::Arc;
-
 use anyhow::Context;
 use serde::Serialize;
 use tokio::sync::mpsc;
@@ -14,11 +12,9 @@ use tokio::sync::mpsc;
 use crate::app::Workshop;
 use crate::config::{EngineKind, Settings};
 use crate::image;
-use crate::job::{Streams, Verdict};
-use crate::language::Language;
 use crate::sandbox::podman::Info;
 use crate::sandbox::protocol::Enforced;
-use crate::sandbox::{HEALTH_SLOT, Live, SandboxError, SandboxSpec, Slot};
+use crate::sandbox::{SandboxError, health};
 use crate::shutdown::{self, Phases};
 use probe::{Tried, Wall};
 use walls::Trial;
@@ -254,10 +250,13 @@ async fn languages(settings: &Settings, workshop: &Workshop, report: &mut Report
         let check = |seen: String| Check::new(format!("language {}", language.name), "its health program runs", seen);
         let image = workshop.podman.image_id(&language.image).await;
         report.add(match image {
-            Ok(Some(image)) => match health(workshop, &language, image).await {
-                Ok(()) => check("it does".into()),
-                Err(reason) => check(reason).or(false, format!("podman pull {}, or another image", language.image)),
-            },
+            Ok(Some(image)) => {
+                let checked = health::check(&*workshop.engine, &language, &image).await;
+                match checked.unwrap_or_else(|error| Some(error.to_string())) {
+                    None => check("it does".into()),
+                    Some(why) => check(why).or(false, format!("podman pull {}, or another image", language.image)),
+                }
+            }
             Ok(None) if image::is_local(&language.image) => {
                 let mend =
                     format!("build it: a name under localhost/ is never pulled: podman build -t {} …", language.image);
@@ -269,19 +268,5 @@ async fn languages(settings: &Settings, workshop: &Workshop, report: &mut Report
                 .noted(),
             Err(error) => check(error.to_string()).or(false, "podman image ls"),
         });
-    }
-}
-
-async fn health(workshop: &Workshop, language: &Arc<Language>, image: String) -> Result<(), String> {
-    let slot = Slot::new(HEALTH_SLOT, mpsc::unbounded_channel().0);
-    let spec = SandboxSpec { language: Arc::clone(language), image, slot };
-    let sandbox = workshop.engine.start(spec).await.map_err(|error| error.to_string())?;
-    let job = language.job(language.health.code.clone().into(), Streams::Merged);
-    let outcome = sandbox.run(language, &job, &mut Live::default()).await.map_err(|error| error.to_string())?;
-    let last = outcome.run.as_ref().or(outcome.compile.as_ref());
-    let printed = last.map(|stage| stage.output.text()).unwrap_or_default();
-    match outcome.verdict() == Verdict::Ok && printed == language.health.output {
-        true => Ok(()),
-        false => Err(format!("it ended with {:?} and printed {printed:?}", outcome.verdict())),
     }
 }

@@ -22,7 +22,7 @@ use super::plan::{Limits, Plan};
 use super::podman::{self, Podman, WRITABLE};
 use super::protocol::JOB_DIR;
 use super::reaper::Mark;
-use super::{Engine, Sandbox, SandboxError, SandboxSpec};
+use super::{Engine, Sandbox, SandboxError, SandboxSpec, forgotten};
 use crate::cgroup::Delegated;
 use crate::language::Language;
 
@@ -214,7 +214,7 @@ impl DirectEngine {
 
     fn name(&self, kind: &str) -> String {
         let number = self.made.fetch_add(1, Ordering::Relaxed);
-        format!("coderunner-{}-{}-{kind}-{number}", self.settings.instance, std::process::id())
+        forgotten::name(&self.settings.instance, kind, number)
     }
 }
 

@@ -30,7 +30,7 @@ use nix::unistd::{
 use seccompiler::BpfProgram;
 
 use super::protocol::{self, CHANNEL_FD, Enforced, FromInit, JOB_DIR, StageSpec, ToInit, VERSION, WORK_DIR};
-use super::seccomp;
+use super::{at, seccomp};
 use crate::job::{Ended, Usage};
 
 /// Longest that killed processes may take to die; they can be stuck in the kernel, and then the container goes.
@@ -146,17 +146,18 @@ impl Init {
     /// Copies the files into the working directory as the programs' uid, so that they own them.
     fn prepare(&mut self, uid: u32, files: &[String]) -> io::Result<()> {
         self.ids = Some((Uid::from_raw(uid), Gid::from_raw(uid)));
-        WRITABLE.iter().try_for_each(|place| open_to_all(Path::new(place)))?;
+        WRITABLE.iter().try_for_each(|place| at(place, open_to_all(Path::new(place))))?;
         // A tmpfs that anyone can write to, where cgroups are v1; else this fails, and need not be.
         let _ = fs::set_permissions(CGROUP, fs::Permissions::from_mode(0o755));
         let mut contents = Vec::with_capacity(files.len());
         for name in files {
-            contents.push((Path::new(WORK_DIR).join(name), fs::read(Path::new(JOB_DIR).join(name))?));
+            let source = Path::new(JOB_DIR).join(name);
+            contents.push((Path::new(WORK_DIR).join(name), at(source.display(), fs::read(&source))?));
         }
         self.as_programs(|| {
             contents.iter().try_for_each(|(path, content)| {
                 path.parent().map_or(Ok(()), fs::create_dir_all)?;
-                fs::write(path, content)
+                at(path.display(), fs::write(path, content))
             })
         })
     }

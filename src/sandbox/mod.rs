@@ -9,6 +9,8 @@ pub mod auto;
 mod build;
 mod channel;
 pub mod direct;
+mod forgotten;
+pub mod health;
 pub mod init;
 pub mod keeper;
 mod plan;
@@ -22,6 +24,8 @@ mod seccomp;
 mod stage;
 mod stamp;
 
+use std::fmt::Display;
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,8 +57,11 @@ const UIDS: u32 = 200;
 /// user share podman's user namespace, and what the kernel counts per uid.
 const RANGES: u32 = 250;
 
-/// Slot of the sandboxes in which new images are checked: beyond any number of containers that can be set.
+/// Slot of the sandboxes in which images are checked: beyond any number of containers that can be set.
 pub const HEALTH_SLOT: u32 = UIDS - 1;
+
+/// Sandboxes that may turn out to have been killed while they waited, before a job is given up.
+pub const LOST_SANDBOXES: usize = 3;
 
 /// How long after its time limit a stage's end may reach us, killing and reaping included.
 const STAGE_GRACE: Duration = Duration::from_secs(7);
@@ -287,4 +294,12 @@ impl Sandbox {
             })
             .map_err(SandboxError::io("cannot write the sources to the job directory"))
     }
+}
+
+/// An error that names what it is of.
+fn at<T, E: Into<io::Error>>(what: impl Display, result: Result<T, E>) -> io::Result<T> {
+    result.map_err(|error| {
+        let error = error.into();
+        io::Error::new(error.kind(), format!("{what}: {error}"))
+    })
 }

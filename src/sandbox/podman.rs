@@ -12,7 +12,7 @@ use tokio::sync::Mutex;
 use super::channel::Channel;
 use super::keeper::{EngineSettings, Started};
 use super::protocol::{JOB_DIR, WORK_DIR};
-use super::{Engine, LABEL, LABEL_INSTANCE, LABEL_LANGUAGE, Sandbox, SandboxError, SandboxSpec};
+use super::{Engine, LABEL, LABEL_INSTANCE, LABEL_LANGUAGE, Sandbox, SandboxError, SandboxSpec, forgotten};
 use crate::language::Language;
 use crate::process::{Cmd, Passed, ProcessError};
 
@@ -126,13 +126,17 @@ impl Podman {
         Ok(String::from_utf8_lossy(&self.verb(args).await?).trim().to_owned())
     }
 
-    /// Names of all containers of an instance, whatever their state.
+    /// Names of all containers of an instance, whatever their state, and whether or not podman still knows them.
     pub async fn list(&self, instance: &str) -> Result<Vec<String>, ProcessError> {
         let filter = format!("label={LABEL_INSTANCE}={instance}");
         let ours = format!("label={LABEL}=1");
         let names =
             self.text(&["ps", "--all", "--format", "{{.Names}}", "--filter", &ours, "--filter", &filter]).await?;
-        Ok(names.lines().map(str::to_owned).collect())
+        let mut names: Vec<String> = names.lines().map(str::to_owned).collect();
+        names.extend(forgotten::monitored(instance));
+        names.sort_unstable();
+        names.dedup();
+        Ok(names)
     }
 
     /// Removes containers with their volumes, running or not; those that are not there are no error.
@@ -142,7 +146,9 @@ impl Podman {
         }
         let fixed = ["rm", "--force", "--volumes", "--ignore", "--time", "0", "--"];
         let args = fixed.into_iter().chain(names.iter().map(String::as_str));
-        self.verb(args).await.map(drop)
+        let removed = self.verb(args).await;
+        forgotten::kill(names);
+        removed.map(drop)
     }
 
     /// Removes a container; a failure is for the log, and for the next sweep.
@@ -260,7 +266,7 @@ impl PodmanEngine {
         let SandboxSpec { language, image, slot } = spec;
         let job_dir = self.settings.job_directory()?;
         let number = self.made.fetch_add(1, Ordering::Relaxed);
-        let name = format!("coderunner-{}-{}-{number}", self.settings.instance, std::process::id());
+        let name = forgotten::name(&self.settings.instance, "box", number);
         let mark = self.settings.living.mark(&name);
         let args = run_args(&name, &self.settings, &language, &image, job_dir.path());
         let (channel, theirs) = Channel::pair()?;

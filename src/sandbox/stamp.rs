@@ -5,7 +5,6 @@
 //! that init does not need, and is init.
 
 use std::ffi::CStr;
-use std::fmt::Display;
 use std::fs::{self, File};
 use std::io::{self, PipeReader, Read};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -36,7 +35,7 @@ use seccompiler::{BpfProgram, sock_filter};
 use tokio::io::unix::AsyncFd;
 
 use super::plan::{DEV, Kind, Place, Plan, What};
-use super::{init, seccomp};
+use super::{at, init, seccomp};
 
 /// The devices that every container has.
 const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
@@ -371,14 +370,6 @@ fn resource(of: PosixRlimitType) -> Resource {
         PosixRlimitType::RlimitRtprio => Resource::RLIMIT_RTPRIO,
         PosixRlimitType::RlimitRttime => Resource::RLIMIT_RTTIME,
     }
-}
-
-/// An error that names what it is of.
-fn at<T, E: Into<io::Error>>(what: impl Display, result: Result<T, E>) -> io::Result<T> {
-    result.map_err(|error| {
-        let error = error.into();
-        io::Error::new(error.kind(), format!("{what}: {error}"))
-    })
 }
 
 /// A copy of this process, until it has ended.

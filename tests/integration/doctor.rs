@@ -203,7 +203,8 @@ fn images_that_are_missing_are_told_with_a_way_to_get_them() {
         let check = report.check(None, name);
         assert!(check.status == status && check.mend.as_ref().unwrap().contains(mend), "{check:?}");
     }
-    assert_eq!(report.check(None, "language python").status, "ok");
+    let check = report.check(None, "language python");
+    assert_eq!(check.status, "ok", "{check:?}");
 }
 
 #[test]

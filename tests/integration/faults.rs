@@ -119,6 +119,28 @@ fn a_podman_whose_processes_were_killed_is_made_to_begin_anew() {
 }
 
 #[test]
+fn what_podman_forgets_of_a_container_that_it_could_not_make_is_ended() {
+    // As where its image is deleted meanwhile: no record, but a monitor that waits for a process in namespaces of its own.
+    let forgets = StandIn::new(
+        "[ \"$1\" = run ] && [ -e forgetful ] || exit 0
+        for arg do case $arg in --name=*) name=${arg#*=} ;; esac done
+        setsid bash -c 'exec -a conmon unshare --user --pid --fork sh -c \"sleep 10000\" -n $0' \"$name\" &
+        while ! pgrep -f \"sleep 10000 -n $name\" >>monitors; do sleep 0.1; done
+        exit 126",
+    );
+    let server = Server::start(Options { containers: 1, path: Some(forgets.dir()), ..options("") });
+    forgets.put("forgetful");
+    assert_runs(&server, "the last one");
+    server.wait_log(&["no sandbox; trying again", "126"]);
+    forgets.take("forgetful");
+    eventually("the server is ready again", || (server.get("/readyz").status == 200).then_some(()));
+    let left = format!("sleep 10000 -n coderunner-{}-", server.instance);
+    eventually("it is ended", || leftovers::marked(&left).is_empty().then_some(()));
+    assert!(fs::read_to_string(forgets.dir().join("monitors")).unwrap().lines().count() > 0);
+    server.stop();
+}
+
+#[test]
 fn a_slow_podman_delays_answers_and_fails_none() {
     let slow = StandIn::new("sleep 2");
     let server = Server::start(options(&slow.config()));
@@ -322,26 +344,20 @@ fn a_template_that_is_removed_by_hand_is_made_anew() {
     let env = [("CODERUNNER_ENGINE", "direct")];
     let server = Server::start(Options { env: &env, ..options("") });
     assert_runs(&server, "before");
-    let remove = |names: Vec<String>| {
-        for name in names {
-            // One may have gone by itself.
-            let _ = output(Command::new("podman").args(["rm", "--force", "--time", "0", "--", &name]), b"");
-        }
-    };
-    let orders: [&dyn Fn(); 2] = [&|| remove(server.containers()), &|| drop(podman(&["system", "migrate"]))];
-    for order in orders {
-        let running = server.begin(&format!("sleep 1; {}", echo("during")));
-        order();
-        // This one may be ended by it.
-        let reply = running.reply();
-        assert!([200, 500, 503].contains(&reply.status), "{reply:?}");
-        eventually("answers again", || {
-            let reply = server.begin(&echo("after")).reply();
-            (reply.status == 200).then(|| assert_eq!(reply.answer(), Answer::ran("after\n")))
-        });
-        (0..4).for_each(|_| assert_runs(&server, "well"));
-        assert_eq!(server.get("/readyz").status, 200);
+    let running = server.begin(&format!("sleep 1; {}", echo("during")));
+    for name in server.containers() {
+        // One may have gone by itself.
+        let _ = output(Command::new("podman").args(["rm", "--force", "--time", "0", "--", &name]), b"");
     }
+    // This one may be ended by it.
+    let reply = running.reply();
+    assert!([200, 500, 503].contains(&reply.status), "{reply:?}");
+    eventually("answers again", || {
+        let reply = server.begin(&echo("after")).reply();
+        (reply.status == 200).then(|| assert_eq!(reply.answer(), Answer::ran("after\n")))
+    });
+    (0..4).for_each(|_| assert_runs(&server, "well"));
+    assert_eq!(server.get("/readyz").status, 200);
     server.stop();
 }
 
