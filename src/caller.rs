@@ -1,5 +1,6 @@
 //! On whose behalf something is done: known to all that a request does itself, like the span of its log lines.
 
+use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
@@ -35,6 +36,16 @@ impl Client {
             IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64)),
             address => address,
         })
+    }
+}
+
+impl fmt::Display for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Client::Key(name) => f.write_str(name),
+            Client::Address(address) => address.fmt(f),
+            Client::Ourselves => f.write_str("unknown"),
+        }
     }
 }
 

@@ -147,12 +147,7 @@ impl Drop for Seen {
     fn drop(&mut self) {
         let took = self.began.elapsed();
         metrics::request(self.route, self.code, took);
-        let client = match &self.client {
-            Client::Key(name) => name.to_string(),
-            Client::Address(address) => address.to_string(),
-            Client::Ourselves => "unknown".into(),
-        };
-        tracing::debug!(route = self.route, code = self.code, took = ?took, client, "answered");
+        tracing::debug!(route = self.route, code = self.code, took = ?took, client = %self.client, "answered");
     }
 }
 

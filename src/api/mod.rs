@@ -108,12 +108,13 @@ pub fn routes(
         .or(other_method)
         .unify();
     // Boxed, a pointer: each request takes a copy of all that may come next.
-    let all = front::refusals().or(run.boxed()).unify().or(rest.boxed()).unify().recover(refuse).unify().boxed();
+    let all = front::refusals().or(run).unify().or(rest.boxed()).unify().recover(refuse).unify().boxed();
     // Inside, so that a page can read refusals; and outside, for those of its origin.
     own_page().and(all.clone()).or(all.with(cors)).recover(refuse).map(Reply::into_response).boxed()
 }
 
-/// Passes what the server's own page asks: browsers name its origin too, which need not be among those that may call.
+/// Passes what no page asks, and what the server's own page does: browsers name its origin too, which need not be among
+/// those that may call.
 fn own_page() -> impl Filter<Extract = (), Error = Rejection> + Clone {
     let header = warp::header::optional::<String>;
     header("sec-fetch-site")
@@ -123,7 +124,7 @@ fn own_page() -> impl Filter<Extract = (), Error = Rejection> + Clone {
             // Plain HTTP has no Sec-Fetch-Site, a proxy may have changed Host.
             let same =
                 origin.as_deref().and_then(|origin| origin.split_once("://")).map(|(_, rest)| rest) == host.as_deref();
-            match site.as_deref() == Some("same-origin") || (origin.is_some() && same) {
+            match origin.is_none() || site.as_deref() == Some("same-origin") || same {
                 true => Ok(()),
                 false => Err(warp::reject::not_found()),
             }
