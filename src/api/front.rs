@@ -147,7 +147,7 @@ impl Drop for Seen {
     fn drop(&mut self) {
         let took = self.began.elapsed();
         metrics::request(self.route, self.code, took);
-        tracing::debug!(route = self.route, code = self.code, took = ?took, client = %self.client, "answered");
+        tracing::debug!(route = self.route, code = self.code, took = ?took, client = self.client.to_string(), "answered");
     }
 }
 
