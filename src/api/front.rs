@@ -14,7 +14,7 @@ use hyper_util::service::TowerToHyperService;
 use tracing::Instrument;
 use warp::filters::BoxedFilter;
 use warp::http::header::{AUTHORIZATION, HeaderMap, UPGRADE};
-use warp::http::{HeaderValue, Method, Request};
+use warp::http::{HeaderName, HeaderValue, Method, Request};
 use warp::reply::Response;
 use warp::{Filter, Rejection, Reply};
 
@@ -25,7 +25,11 @@ use crate::caller::{Caller, Client};
 use crate::metrics;
 
 /// Header of a request's id, the client's own or ours.
-const REQUEST_ID: &str = "x-request-id";
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Headers without names in the `http` crate.
+const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
 /// Longest id that is taken from a client.
 const ID_LENGTH: usize = 64;
@@ -92,8 +96,7 @@ impl Front {
         let began = Instant::now();
         let id: Arc<str> = sane_id(request.headers()).map_or_else(|| new_id().into(), Arc::from);
         let client = self.gate.client(&credentials(request.headers(), peer));
-        let span =
-            tracing::info_span!("request", id = &*id, trace = tracing::field::Empty, parent = tracing::field::Empty);
+        let span = tracing::info_span!("request", %id, trace = tracing::field::Empty, parent = tracing::field::Empty);
         if let Some((trace, parent)) = trace_context(request.headers()) {
             span.record("trace", trace).record("parent", parent);
         }
@@ -156,7 +159,7 @@ fn route(path: &str) -> &'static str {
     ROUTES.into_iter().find(|known| *known == path).unwrap_or("other")
 }
 
-fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+fn text(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
     headers.get(name).and_then(|value| value.to_str().ok())
 }
 
@@ -164,9 +167,9 @@ fn credentials(headers: &HeaderMap, peer: Option<IpAddr>) -> Credentials<'_> {
     Credentials {
         peer,
         // One that is no text stands for an address that is none.
-        forwarded: headers.get_all("x-forwarded-for").iter().map(|value| value.to_str().unwrap_or_default()).collect(),
-        authorization: text(headers, AUTHORIZATION.as_str()),
-        key: text(headers, "x-api-key"),
+        forwarded: headers.get_all(FORWARDED_FOR).iter().map(|value| value.to_str().unwrap_or_default()).collect(),
+        authorization: text(headers, AUTHORIZATION),
+        key: text(headers, API_KEY),
     }
 }
 
@@ -191,7 +194,7 @@ fn trace_context(headers: &HeaderMap) -> Option<(&str, &str)> {
         text.len() == length && text.bytes().all(|c| c.is_ascii_digit() || (b'a'..=b'f').contains(&c))
     };
     let id = |text: &str, length| hex(text, length) && text.bytes().any(|c| c != b'0');
-    let mut values = headers.get_all("traceparent").iter();
+    let mut values = headers.get_all(TRACEPARENT).iter();
     let (Some(value), None) = (values.next(), values.next()) else { return None };
     let mut parts = value.to_str().ok()?.split('-');
     let (version, trace, parent, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
@@ -204,10 +207,10 @@ fn trace_context(headers: &HeaderMap) -> Option<(&str, &str)> {
 mod tests {
     use super::*;
 
-    fn headers(name: &'static str, values: &[&str]) -> HeaderMap {
+    fn headers(name: HeaderName, values: &[&str]) -> HeaderMap {
         let mut headers = HeaderMap::new();
         for value in values {
-            headers.append(name, HeaderValue::from_str(value).unwrap());
+            headers.append(&name, HeaderValue::from_str(value).unwrap());
         }
         headers
     }
@@ -229,7 +232,7 @@ mod tests {
         let valid = format!("00-{trace}-{parent}-01");
         let later = format!("cc-{trace}-{parent}-01-what-ever");
         for value in [&valid, &later] {
-            assert_eq!(trace_context(&headers("traceparent", &[value])), Some((trace, parent)));
+            assert_eq!(trace_context(&headers(TRACEPARENT, &[value])), Some((trace, parent)));
         }
         for wrong in [
             String::new(),
@@ -242,9 +245,9 @@ mod tests {
             format!("00-{trace}0-{parent}-01"),
             format!("00-{trace}-{parent}-zz"),
         ] {
-            assert_eq!(trace_context(&headers("traceparent", &[&wrong])), None, "{wrong}");
+            assert_eq!(trace_context(&headers(TRACEPARENT, &[&wrong])), None, "{wrong}");
         }
-        assert_eq!(trace_context(&headers("traceparent", &[&valid, &valid])), None, "two are none");
+        assert_eq!(trace_context(&headers(TRACEPARENT, &[&valid, &valid])), None, "two are none");
     }
 
     #[test]
