@@ -164,7 +164,10 @@ tarball: build ## make an archive of what `make install` lays out, in target
 	tar -C $(PACKAGE) --owner=0 --group=0 --sort=name -czf $(ARCHIVE) usr etc
 
 test-vm: deb tarball ## install and test the package on Debian 12 and 13 in virtual machines; RELEASES="bookworm trixie"
-	@for release in $(RELEASES); do tests/vm/run $$release $(DEB) $(ARCHIVE) || exit; done
+	@$(MAKE) --no-print-directory -j $(words $(RELEASES)) $(addprefix vm-,$(RELEASES))
+
+vm-%:
+	@tests/vm/run $* $(DEB) $(ARCHIVE)
 
 clean: ## remove what was built
 	cargo clean
