@@ -7,12 +7,14 @@ use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair};
+use oci_spec::runtime::Spec;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::api::Request;
 use crate::config::{Overrides, Settings};
 use crate::language::Language;
+use crate::sandbox::plan::Plan;
 use crate::sandbox::podman::Info;
 use crate::sandbox::protocol::{self, FromInit, ToInit};
 
@@ -69,6 +71,22 @@ fn podmans_json(text: &[u8]) {
     assert!(known || info.missing_controllers().len() == 3, "nothing is limited where it is not said");
 }
 
+/// What podman wrote for a container; what is accepted of it has the walls that must be there.
+fn oci_configuration(text: &[u8]) {
+    let Ok(spec) = serde_json::from_slice::<Spec>(text) else { return };
+    for own_cgroup in [true, false] {
+        match Plan::of(&spec, own_cgroup) {
+            Ok(plan) => {
+                assert!(plan.root.is_absolute() && plan.mounts.iter().all(|place| place.at.is_absolute()));
+                assert!(plan.sysctls.keys().all(|setting| setting.starts_with("/proc/sys")));
+                assert_eq!(spec.process().as_ref().and_then(|process| process.no_new_privileges()), Some(true));
+                assert!(!plan.filter.is_empty(), "a seccomp filter");
+            }
+            Err(why) => assert!(!why.is_empty()),
+        }
+    }
+}
+
 fn configuration(text: &str) {
     match settings(text) {
         // What is accepted can be used, and written down again.
@@ -91,6 +109,7 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
         b't' => message::<ToInit>(bytes, bytes.len() % 6),
         b'f' => message::<FromInit>(bytes, bytes.len() % 6),
         b'p' => podmans_json(bytes),
+        b'o' => oci_configuration(bytes),
         b'c' => configuration(&String::from_utf8_lossy(bytes)),
         _ => {}
     }
@@ -105,6 +124,7 @@ mod tests {
     use super::*;
     use crate::job::{Ended, Usage};
     use crate::language;
+    use crate::sandbox::plan;
     use crate::sandbox::protocol::{Enforced, MAX_MESSAGE, StageSpec};
 
     /// One change of some bytes.
@@ -250,6 +270,11 @@ mod tests {
             "ociRuntime":{"version":"crun version 1.8.1\ncommit"}},"store":{"graphDriverName":"overlay",
             "graphStatus":{"Native Overlay Diff":"true"}},"version":{"Version":"4.3.1"}}"#.to_vec()])) {
             podmans_json(&text);
+        }
+
+        #[test]
+        fn what_podman_writes_for_the_runtime(text in bytes(vec![plan::tests::SPEC.into()])) {
+            oci_configuration(&text);
         }
     }
 

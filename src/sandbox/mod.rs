@@ -13,7 +13,7 @@ mod forgotten;
 pub mod health;
 pub mod init;
 pub mod keeper;
-mod plan;
+pub mod plan;
 pub mod podman;
 pub mod pool;
 mod profile;

@@ -3,7 +3,7 @@
 //! podman's word is law: whatever it asks for that is not known here is refused, never left out.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime::{Capability, LinuxNamespaceType, LinuxResources, Mount, PosixRlimitType, Spec};
 use rustix::mount::MountAttrFlags;
@@ -169,7 +169,7 @@ impl Plan {
         let [bounding, effective, permitted] = sets.map(|set| set.iter().flatten().copied().collect::<Vec<_>>());
         let held = bounding.iter().filter(|one| effective.contains(one) && permitted.contains(one));
         let seccomp = linux.seccomp().as_ref().ok_or_else(|| missing("seccomp profile"))?;
-        Ok(Plan {
+        let plan = Plan {
             root: root.path().clone(),
             mounts,
             masked,
@@ -178,7 +178,9 @@ impl Plan {
                 .sysctl()
                 .iter()
                 .flatten()
-                .map(|(name, value)| (Path::new("/proc/sys").join(name.replace('.', "/")), value.clone()))
+                .map(|(name, value)| {
+                    (Path::new("/proc/sys").join(name.replace('.', "/").trim_start_matches('/')), value.clone())
+                })
                 .collect(),
             hostname: spec.hostname().clone().unwrap_or_default(),
             environment: process.env().clone().unwrap_or_default(),
@@ -195,8 +197,24 @@ impl Plan {
             filter: profile::compiled(seccomp)
                 .ok_or_else(|| "podman's seccomp profile is not a list of what is allowed".to_owned())?,
             limits: limits(linux.resources().as_ref())?,
-        })
+        };
+        if let Some(path) = plan.paths().find(|path| !is_plain(path)) {
+            return unknown(&format!("the path {}, which is not from the root on", path.display()));
+        }
+        Ok(plan)
     }
+
+    /// Those in a sandbox, and that of its root.
+    fn paths(&self) -> impl Iterator<Item = &Path> {
+        let places = self.mounts.iter().map(|place| &place.at);
+        let lists = [&self.masked, &self.readonly].into_iter().flatten();
+        places.chain(lists).chain(self.sysctls.keys()).chain([&self.root]).map(PathBuf::as_path)
+    }
+}
+
+/// Whether a path says where it is, and no other way than straight.
+fn is_plain(path: &Path) -> bool {
+    path.is_absolute() && !path.components().any(|part| part == Component::ParentDir)
 }
 
 /// The namespaces that a sandbox has.
@@ -305,11 +323,11 @@ fn limits(resources: Option<&LinuxResources>) -> Result<Limits, String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
 
     /// As podman 4.3 wrote it, shortened.
-    const SPEC: &str = r#"{
+    pub const SPEC: &str = r#"{
         "ociVersion": "1.0.2-dev",
         "process": {"user": {"uid": 0, "gid": 0, "umask": 18, "additionalGids": [0]}, "args": ["/run/coderunner-init", "init"],
             "env": ["PATH=/bin"], "cwd": "/", "noNewPrivileges": true,
@@ -365,7 +383,7 @@ mod tests {
 
     #[test]
     fn what_is_not_known_is_refused() {
-        let changes: [(&str, &str, serde_json::Value, &str); 13] = [
+        let changes: [(&str, &str, serde_json::Value, &str); 15] = [
             ("/root", "readonly", false.into(), "a root that can be written to"),
             ("/process", "noNewPrivileges", false.into(), "new privileges"),
             ("/process", "selinuxLabel", "container_t".into(), "SELinux"),
@@ -382,6 +400,8 @@ mod tests {
             ("/linux/namespaces/0", "path", "/proc/1/ns/pid".into(), "no pid namespace"),
             ("/linux/namespaces/0", "type", "user".into(), "no pid namespace"),
             ("/linux/seccomp", "defaultAction", "SCMP_ACT_ALLOW".into(), "seccomp"),
+            ("/mounts/4", "destination", "/tmp/../etc".into(), "/tmp/../etc"),
+            ("/root", "path", "image".into(), "the path image"),
             ("/mounts/1", "type", "overlay".into(), "overlay mounted at /dev"),
             ("/mounts/4", "options", serde_json::json!(["tmpcopyup"]), "tmpcopyup"),
         ];
