@@ -4,7 +4,6 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 
 use nix::unistd::getuid;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -45,16 +44,16 @@ pub fn kill(names: &[String]) {
 fn processes(is_meant: impl Fn(&str) -> bool) -> HashMap<String, Pid> {
     let (mut monitors, mut children) = (HashMap::new(), Vec::new());
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let path = entry.path();
         let number = entry.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw);
-        let Some(pid) = number.filter(|_| entry.metadata().is_ok_and(|meta| meta.uid() == getuid().as_raw())) else {
+        let status = fs::read_to_string(entry.path().join("status")).unwrap_or_default();
+        let Some(pid) = number.filter(|_| is_ours(&status)) else { continue };
+        if let Some(parent) = parent_outside(&status) {
+            children.push((parent, pid));
             continue;
-        };
-        let line = fs::read(path.join("cmdline")).unwrap_or_default();
+        }
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         if let Some(name) = monitored_name(&String::from_utf8_lossy(&line)).filter(|name| is_meant(name)) {
             monitors.insert(pid, name.to_owned());
-        } else if let Some(parent) = parent_outside(&fs::read_to_string(path.join("status")).unwrap_or_default()) {
-            children.push((parent, pid));
         }
     }
     children.into_iter().filter_map(|(parent, pid)| Some((monitors.remove(&parent)?, pid))).collect()
@@ -68,11 +67,21 @@ fn monitored_name(line: &str) -> Option<&str> {
     words.next()
 }
 
-/// Of the `status` of a container's first process, its parent, which is outside.
+/// The words of a line of a process's `status`.
+fn words<'a>(status: &'a str, name: &str) -> impl Iterator<Item = &'a str> {
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    line.unwrap_or_default().split_whitespace()
+}
+
+/// Whether a process is this user's. Its directory in `/proc` need not be: it is root's where others may not look inside.
+fn is_ours(status: &str) -> bool {
+    words(status, "Uid").next() == Some(&getuid().to_string())
+}
+
+/// Of a container's first process, its parent, which is outside.
 fn parent_outside(status: &str) -> Option<Pid> {
-    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-    let is_first = field("NSpid")?.split_whitespace().skip(1).last() == Some("1");
-    field("PPid").filter(|_| is_first)?.trim().parse().ok().and_then(Pid::from_raw)
+    let is_first = words(status, "NSpid").skip(1).last() == Some("1");
+    words(status, "PPid").next().filter(|_| is_first)?.parse().ok().and_then(Pid::from_raw)
 }
 
 #[cfg(test)]
@@ -99,6 +108,13 @@ mod tests {
         assert_eq!(monitored_name("/usr/bin/conmon\0-c\0id\0"), None);
         assert_eq!(monitored_name("grep\0conmon\0-n\0name\0"), None);
         assert_eq!(monitored_name(""), None);
+    }
+
+    #[test]
+    fn the_status_says_whose_a_process_is() {
+        let own = getuid().as_raw();
+        assert!(is_ours(&format!("Name:\tcrun\nUid:\t{own}\t0\t0\t0\n")));
+        assert!(!is_ours(&format!("Name:\tcrun\nUid:\t{}\t{own}\n", own + 1)) && !is_ours(""));
     }
 
     #[test]

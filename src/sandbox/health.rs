@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 
-use super::{Engine, HEALTH_SLOT, LOST_SANDBOXES, Live, Sandbox, SandboxError, SandboxSpec, Slot};
+use super::{Engine, HEALTH_SLOT, LOST_SANDBOXES, Live, SandboxError, SandboxSpec, Slot};
 use crate::job::{Outcome, Streams};
 use crate::language::Language;
 
@@ -26,9 +26,8 @@ async fn run(engine: &dyn Engine, language: &Arc<Language>, image: &str) -> Resu
     let spec =
         SandboxSpec { language: Arc::clone(language), image: image.to_owned(), slot: Slot::new(HEALTH_SLOT, free) };
     let job = language.job(language.health.code.clone().into(), Streams::Merged);
-    let run = async |sandbox: Sandbox| sandbox.run(language, &job, &mut Live::default()).await;
     let outcome = match engine.start(spec).await {
-        Ok(sandbox) => run(sandbox).await,
+        Ok(sandbox) => sandbox.run(language, &job, &mut Live::default()).await,
         Err(error) => Err(error),
     };
     // Until the container is gone its image cannot be deleted, nor its slot, and with it the uid, used again.

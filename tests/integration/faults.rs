@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use crate::client::{Answer, Reply};
+use crate::client::{Answer, Pending, Reply};
 use crate::harness::{
     Files, Options, Server, drive, eventually, marked_seconds, output, refused, wait_gone, wait_running,
 };
@@ -294,6 +294,7 @@ on_each_engine! {
     a_container_that_is_killed_under_a_program_fails_that_request_alone
     a_server_killed_at_any_moment_leaves_nothing_after_its_next_end
     a_job_directory_that_cannot_be_made_is_made_when_it_can
+    a_podman_that_is_told_to_begin_anew_is_used_on
     a_storage_that_is_read_only_for_a_while_is_used_again_after
 }
 
@@ -349,16 +350,20 @@ fn a_template_that_is_removed_by_hand_is_made_anew() {
         // One may have gone by itself.
         let _ = output(Command::new("podman").args(["rm", "--force", "--time", "0", "--", &name]), b"");
     }
-    // This one may be ended by it.
+    answers_again(&server, running);
+    server.stop();
+}
+
+/// All is well again after something that may have ended what runs.
+fn answers_again(server: &Server, running: Pending) {
     let reply = running.reply();
     assert!([200, 500, 503].contains(&reply.status), "{reply:?}");
     eventually("answers again", || {
         let reply = server.begin(&echo("after")).reply();
         (reply.status == 200).then(|| assert_eq!(reply.answer(), Answer::ran("after\n")))
     });
-    (0..4).for_each(|_| assert_runs(&server, "well"));
+    (0..4).for_each(|_| assert_runs(server, "well"));
     assert_eq!(server.get("/readyz").status, 200);
-    server.stop();
 }
 
 /// How often a server is killed: `CODERUNNER_TEST_KILLS`, for a long night.
@@ -470,17 +475,30 @@ impl Drop for Storage {
     }
 }
 
-fn a_storage_that_is_read_only_for_a_while_is_used_again_after(engine: &str) {
-    let storage = Storage::new();
+/// A server that uses this storage.
+fn serve_in(storage: &Storage, engine: &str) -> Server {
     let own = storage.env();
     let env: Vec<(&str, &str)> =
         own.iter().map(|(name, value)| (*name, value.as_str())).chain([("CODERUNNER_ENGINE", engine)]).collect();
-    let server = Server::start(Options { env: &env, ..options("") });
+    Server::start(Options { env: &env, ..options("") })
+}
+
+fn a_podman_that_is_told_to_begin_anew_is_used_on(engine: &str) {
+    let storage = Storage::new();
+    let server = serve_in(&storage, engine);
     assert_runs(&server, "before");
-    if engine == "podman" {
-        // One that is cut short while it is made leaves processes of podman's behind.
-        eventually("both containers run", || (storage.podman(&["ps", "--quiet"]).lines().count() == 2).then_some(()));
-    }
+    let running = server.begin(&format!("sleep 1; {}", echo("during")));
+    storage.podman(&["system", "migrate"]);
+    answers_again(&server, running);
+    server.stop();
+    assert_eq!(storage.podman(&["ps", "--all", "--quiet"]), "");
+}
+
+fn a_storage_that_is_read_only_for_a_while_is_used_again_after(engine: &str) {
+    let storage = Storage::new();
+    let server = serve_in(&storage, engine);
+    assert_runs(&server, "before");
+    // In the middle of making the next one, with podman.
     storage.mount("remount,bind,ro");
     // Copies of a container that is mounted already need nothing of it.
     if engine == "podman" {
