@@ -1,12 +1,15 @@
 //! podman: its argument vectors, its JSON, and the engine that makes each sandbox by `podman run`.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::BoxFuture;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use tokio::sync::Mutex;
 
 use super::channel::Channel;
@@ -14,10 +17,13 @@ use super::keeper::{EngineSettings, Started};
 use super::protocol::{JOB_DIR, WORK_DIR};
 use super::{Engine, LABEL, LABEL_INSTANCE, LABEL_LANGUAGE, Sandbox, SandboxError, SandboxSpec, forgotten};
 use crate::language::Language;
-use crate::process::{Cmd, Passed, ProcessError};
+use crate::process::{Cmd, Passed, ProcessError, xdg_runtime_dir};
 
 /// Longest that a quick verb (ps, rm, inspect, tag) may take: podman waits for its locks under load.
 const VERB_TIME: Duration = Duration::from_secs(30);
+
+/// Time between two looks whether a lock is free: a fraction of what a verb takes.
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// Where the executable is mounted in a sandbox.
 pub const INIT: &str = "/run/coderunner-init";
@@ -122,6 +128,14 @@ impl Podman {
         })
     }
 
+    /// Runs a quick verb that changes names of images. podman before 4.8 loses names where two do so at once
+    /// (https://github.com/containers/common/pull/1700): of a user's servers one does at a time.
+    async fn rename(&self, args: &[&str]) -> Result<(), ProcessError> {
+        // With a newer podman all is well also where it cannot be had.
+        let _one_at_a_time = renaming().await;
+        self.verb(args).await.map(drop)
+    }
+
     async fn text(&self, args: &[&str]) -> Result<String, ProcessError> {
         Ok(String::from_utf8_lossy(&self.verb(args).await?).trim().to_owned())
     }
@@ -189,17 +203,17 @@ impl Podman {
 
     /// Gives an image a further name.
     pub async fn tag(&self, id: &str, name: &str) -> Result<(), ProcessError> {
-        self.text(&["tag", "--", id, name]).await.map(drop)
+        self.rename(&["tag", "--", id, name]).await
     }
 
     /// Takes a name from an image.
     pub async fn untag(&self, id: &str, name: &str) -> Result<(), ProcessError> {
-        self.text(&["untag", "--", id, name]).await.map(drop)
+        self.rename(&["untag", "--", id, name]).await
     }
 
     /// Removes an image unless a container or a name still uses it.
     pub async fn remove_image(&self, id: &str) -> Result<(), ProcessError> {
-        self.text(&["rmi", "--", id]).await.map(drop)
+        self.rename(&["rmi", "--", id]).await
     }
 
     /// When an image was built.
@@ -246,6 +260,20 @@ impl Podman {
     /// What podman says of itself and the host.
     pub async fn info(&self) -> Result<Info, ProcessError> {
         self.verb(["info", "--format", "json"]).await.map(|json| Info::parse(&json))
+    }
+}
+
+/// A lock that all servers of this user have in common: on the directory of their runtime directories, so that no file stays.
+async fn renaming() -> Option<Flock<File>> {
+    let deadline = Instant::now() + VERB_TIME;
+    let mut directory = File::open(xdg_runtime_dir()).ok()?;
+    loop {
+        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Some(lock),
+            Err((unlocked, Errno::EWOULDBLOCK)) if Instant::now() < deadline => directory = unlocked,
+            Err(_) => return None,
+        }
+        tokio::time::sleep(LOCK_PAUSE).await;
     }
 }
 

@@ -107,6 +107,19 @@ fn a_missing_image_is_pulled_while_other_languages_work() {
 }
 
 #[test]
+fn servers_that_start_at_once_keep_their_names_of_an_image() {
+    let options = Options { languages: &["bash"], containers: 1, ..Options::default() };
+    let servers: Vec<Server> = (0..6).map(|_| Server::launch(options.clone())).collect();
+    for server in &servers {
+        server.wait_ready();
+    }
+    for server in &servers {
+        assert_eq!(leftovers::image_names(&server.instance).len(), 1, "podman before 4.8 loses names");
+    }
+    servers.into_iter().for_each(Server::stop);
+}
+
+#[test]
 fn a_missing_image_that_cannot_be_pulled_is_tried_again() {
     let registry = Registry::start();
     let image = registry.image();

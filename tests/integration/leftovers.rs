@@ -171,12 +171,20 @@ fn loose_volumes(age: Duration) -> Vec<String> {
     all.iter().filter_map(|line| young(line)).collect()
 }
 
-/// Takes away the names under which the instance keeps its images: it will not come back.
+/// Takes away the names under which the instance keeps its images: it will not come back. While no server changes names:
+/// podman before 4.8 would lose some.
 fn remove_image_names(instance: &str) {
-    let tag = blake3::hash(instance.as_bytes()).to_hex()[..12].to_owned();
-    let names = list(&["images", "--format", "{{.Repository}}:{{.Tag}}"]);
-    let ours = ["current", "old"].map(|kind| format!("localhost/coderunner-{kind}:{tag}-"));
-    for name in names.iter().filter(|name| ours.iter().any(|prefix| name.starts_with(prefix))) {
-        let _ = output(Command::new("podman").args(["rmi", "--", name]), b"");
+    for name in image_names(instance) {
+        let directory = std::env::var_os("XDG_RUNTIME_DIR").unwrap();
+        let _ = output(Command::new("flock").arg(directory).args(["podman", "rmi", "--", &name]), b"");
     }
+}
+
+/// The names under which the instance keeps its images.
+pub fn image_names(instance: &str) -> Vec<String> {
+    let tag = blake3::hash(instance.as_bytes()).to_hex()[..12].to_owned();
+    let ours = ["current", "old"].map(|kind| format!("localhost/coderunner-{kind}:{tag}-"));
+    let mut names = list(&["images", "--format", "{{.Repository}}:{{.Tag}}"]);
+    names.retain(|name| ours.iter().any(|prefix| name.starts_with(prefix)));
+    names
 }
