@@ -108,8 +108,14 @@ fn a_missing_image_is_pulled_while_other_languages_work() {
 
 #[test]
 fn servers_that_start_at_once_keep_their_names_of_an_image() {
-    let options = Options { languages: &["bash"], containers: 1, ..Options::default() };
-    let servers: Vec<Server> = (0..6).map(|_| Server::launch(options.clone())).collect();
+    // Whoever comes to give a name waits a second for the others to be as far.
+    let gathers = StandIn::new(
+        "[ \"$1\" = tag ] || exit 0
+        echo x >>come; waited=0
+        while [ $(wc -l <come) -lt 4 ] && [ $waited -lt 10 ]; do sleep 0.1; waited=$((waited + 1)); done",
+    );
+    let options = Options { languages: &["bash"], containers: 1, path: Some(gathers.dir()), ..Options::default() };
+    let servers: Vec<Server> = (0..4).map(|_| Server::launch(options.clone())).collect();
     for server in &servers {
         server.wait_ready();
     }
