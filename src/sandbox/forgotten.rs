@@ -29,10 +29,11 @@ pub fn monitored(instance: &str) -> Vec<String> {
 
 /// Kills the processes that are left of these containers. Their monitors end with them.
 pub fn kill(names: &[String]) {
-    for pid in processes(|name| names.iter().any(|one| one == name)).into_values() {
+    let left = || processes(|name| names.iter().any(|one| one == name)).into_values();
+    for pid in left() {
         let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else { continue };
         // The number may have become another's before it was opened.
-        if processes(|name| names.iter().any(|one| one == name)).values().any(|one| *one == pid) {
+        if left().any(|one| one == pid) {
             // Gone already is as good.
             let _ = pidfd_send_signal(process, Signal::KILL);
         }
