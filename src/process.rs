@@ -71,6 +71,13 @@ pub enum ProcessError {
     },
 }
 
+impl ProcessError {
+    /// Whether the command failed and said this.
+    pub fn tells(&self, what: &str) -> bool {
+        matches!(self, ProcessError::Failed { message, .. } if message.contains(what))
+    }
+}
+
 /// A command: an argument vector, never a shell string.
 #[derive(Debug, Clone)]
 pub struct Cmd {

@@ -34,6 +34,17 @@ pub(super) const WRITABLE: [(&str, &str); 3] = [(WORK_DIR, "exec"), ("/tmp", "ex
 /// What podman says when its own process that holds the user namespace was killed, and all containers with it.
 const NAMESPACE_LOST: &str = "invalid internal status";
 
+/// What podman says when it came upon an image that another process is making or deleting, even where it was asked
+/// about a different one (https://github.com/containers/podman/issues/12582). Of one that is not there it says
+/// "image not known" alone.
+const HALF_MADE: &str = "image with ID";
+
+/// How often a verb is tried that comes upon such an image: the other process needs milliseconds.
+const HALF_MADE_TRIES: u32 = 10;
+
+/// Time between two of these tries.
+const HALF_MADE_PAUSE: Duration = Duration::from_millis(100);
+
 /// The podman of this user, one function per verb.
 #[derive(Debug, Clone)]
 pub struct Podman {
@@ -107,21 +118,22 @@ impl Podman {
     /// refuses every verb until it is told to begin anew: that is done here.
     async fn verb(&self, args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Vec<u8>, ProcessError> {
         let cmd = self.cmd(args);
-        let is_lost = |result: &Result<_, ProcessError>| matches!(result, Err(ProcessError::Failed { message, .. }) if message.contains(NAMESPACE_LOST));
-        let first = cmd.output(VERB_TIME).await;
+        let is_lost =
+            |result: &Result<_, ProcessError>| result.as_ref().is_err_and(|error| error.tells(NAMESPACE_LOST));
+        let first = settled(&cmd).await;
         if !is_lost(&first) {
             return first;
         }
         let _one_at_a_time = self.mending.lock().await;
         // Another may have mended it while we waited, and containers may run again: these would be stopped.
-        let again = cmd.output(VERB_TIME).await;
+        let again = settled(&cmd).await;
         if !is_lost(&again) {
             return again;
         }
         tracing::warn!("podman's process was killed, and all containers with it: podman begins anew");
         // It fails over the containers that it finds dead, after it has done what is needed.
         let migrated = self.cmd(["system", "migrate"]).output(VERB_TIME).await;
-        cmd.output(VERB_TIME).await.inspect_err(|_| {
+        settled(&cmd).await.inspect_err(|_| {
             if let Err(error) = migrated {
                 tracing::error!(%error, "podman cannot begin anew");
             }
@@ -130,7 +142,7 @@ impl Podman {
 
     /// Runs a quick verb that changes names of images. podman before 4.8 loses names where two do so at once
     /// (https://github.com/containers/common/pull/1700): of a user's servers one does at a time.
-    async fn rename(&self, args: &[&str]) -> Result<(), ProcessError> {
+    async fn rename(&self, args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<(), ProcessError> {
         // With a newer podman all is well also where it cannot be had.
         let _one_at_a_time = renaming().await;
         self.verb(args).await.map(drop)
@@ -198,22 +210,22 @@ impl Podman {
     /// Makes an image of this name from an archive of files.
     pub async fn import(&self, archive: &Path, name: &str) -> Result<(), ProcessError> {
         let fixed = ["import", "--quiet", "--"].map(OsString::from);
-        self.verb(fixed.into_iter().chain([archive.into(), name.into()])).await.map(drop)
+        self.rename(fixed.into_iter().chain([archive.into(), name.into()])).await
     }
 
     /// Gives an image a further name.
     pub async fn tag(&self, id: &str, name: &str) -> Result<(), ProcessError> {
-        self.rename(&["tag", "--", id, name]).await
+        self.rename(["tag", "--", id, name]).await
     }
 
     /// Takes a name from an image.
     pub async fn untag(&self, id: &str, name: &str) -> Result<(), ProcessError> {
-        self.rename(&["untag", "--", id, name]).await
+        self.rename(["untag", "--", id, name]).await
     }
 
     /// Removes an image unless a container or a name still uses it.
     pub async fn remove_image(&self, id: &str) -> Result<(), ProcessError> {
-        self.rename(&["rmi", "--", id]).await
+        self.rename(["rmi", "--", id]).await
     }
 
     /// When an image was built.
@@ -261,6 +273,17 @@ impl Podman {
     pub async fn info(&self) -> Result<Info, ProcessError> {
         self.verb(["info", "--format", "json"]).await.map(|json| Info::parse(&json))
     }
+}
+
+/// Runs a quick verb, again where it came upon an image that is half made.
+async fn settled(cmd: &Cmd) -> Result<Vec<u8>, ProcessError> {
+    for _ in 1..HALF_MADE_TRIES {
+        match cmd.output(VERB_TIME).await {
+            Err(error) if error.tells(HALF_MADE) => tokio::time::sleep(HALF_MADE_PAUSE).await,
+            other => return other,
+        }
+    }
+    cmd.output(VERB_TIME).await
 }
 
 /// A lock that all servers of this user have in common: on the directory of their runtime directories, so that no file stays.

@@ -119,6 +119,25 @@ fn a_podman_whose_processes_were_killed_is_made_to_begin_anew() {
 }
 
 #[test]
+fn a_podman_that_comes_upon_half_made_images_is_asked_again() {
+    // Each verb once, with what podman 4.3 says while another process makes or deletes an image.
+    let stumbles = StandIn::new(
+        "case $1 in image | images | tag | untag | rmi | create | init | container | ps | rm) ;; *) exit 0 ;; esac
+        asked=asked-$(echo \"$*\" | cksum | tr -d ' ')
+        [ ! -e \"$asked\" ] || exit 0
+        : >\"$asked\"
+        echo 'Error: locating item named \"manifest\" for image with ID \"0f\": file does not exist' >&2; exit 125",
+    );
+    let server = Server::start(options(&stumbles.config()));
+    assert_runs(&server, "after");
+    let log = server.log();
+    assert!(!log.contains("image with ID"), "{log}");
+    server.stop();
+    let asked = fs::read_dir(stumbles.dir()).unwrap().count() - 1;
+    assert!(asked > 3, "each is asked again: {asked}");
+}
+
+#[test]
 fn what_podman_forgets_of_a_container_that_it_could_not_make_is_ended() {
     // As where its image is deleted meanwhile: no record, but a monitor that waits for a process in namespaces of its own.
     let forgets = StandIn::new(
