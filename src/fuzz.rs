@@ -3,17 +3,21 @@
 //! `make test` and, longer, `make fuzz` try bytes that are random, or those of something valid with a few changes. `make
 //! libfuzzer` has libFuzzer choose them by the code that they reach.
 
+use std::collections::BTreeSet;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
 
 use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair};
 use oci_spec::runtime::Spec;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::api::Request;
+use crate::api::connect::Said;
+use crate::api::{batch, coderunner, piston};
 use crate::config::{Overrides, Settings};
-use crate::language::Language;
+use crate::job::{Job, Limits};
+use crate::language::{self, Language};
 use crate::sandbox::plan::Plan;
 use crate::sandbox::podman::Info;
 use crate::sandbox::protocol::{self, FromInit, ToInit};
@@ -29,13 +33,36 @@ fn json(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(value).unwrap()
 }
 
-fn request_body(body: &[u8], language: &Language) {
-    if let Ok(request) = serde_json::from_slice::<Request>(body)
-        && let Ok(job) = request.into_job(language, SOURCE_LIMIT)
-    {
-        assert!(job.files[0].content.len() <= SOURCE_LIMIT);
-        assert_eq!(job.files[0].name, language.source);
+/// A body, or a message, of each request that there is; a job that one stands for keeps its bounds.
+fn request(body: &[u8], languages: &[Arc<Language>]) {
+    fn read<T: DeserializeOwned>(body: &[u8]) -> Option<T> {
+        serde_json::from_slice(body).ok()
     }
+    let code = read::<coderunner::Request>(body).and_then(|asked| asked.into_job(&languages[0], SOURCE_LIMIT).ok());
+    let program = |asked: piston::Request| asked.into_job(languages, SOURCE_LIMIT).ok().map(|(_, job)| job);
+    let executed = read(body).and_then(program);
+    let said = match read(body) {
+        Some(Said::Init(asked)) => program(*asked),
+        _ => None,
+    };
+    let batch = read::<batch::Request>(body).and_then(|asked| asked.into_batch(languages, SOURCE_LIMIT).ok());
+    let jobs = code.into_iter().chain(executed).chain(said).chain(batch.into_iter().flat_map(|batch| batch.jobs));
+    jobs.for_each(|job| bounded(&job, languages));
+}
+
+fn bounded(job: &Job, languages: &[Arc<Language>]) {
+    let language = language::named(languages, &job.language).unwrap();
+    let (sent, most) = (job.files.iter().filter(|file| !language.files.contains_key(&file.name)), &language.limits);
+    assert!(sent.map(|file| file.content.len()).sum::<usize>() <= SOURCE_LIMIT);
+    assert_eq!(job.files[0].name, language.source);
+    let names: BTreeSet<&str> = job.files.iter().map(|file| file.name.as_str()).collect();
+    assert!(names.len() == job.files.len() && names.iter().all(|name| language::is_file_name(name)), "{names:?}");
+    assert!(job.args.iter().all(|arg| !arg.contains('\0')));
+    let Limits { output, compile_time, compile_cpu_time, run_time, run_cpu_time, .. } = job.limits;
+    assert!(output <= most.output && compile_time <= most.compile_time && run_time <= most.run_time);
+    assert!(compile_cpu_time <= most.compile_cpu_time && run_cpu_time <= most.run_cpu_time);
+    let memory = [job.memory.compile, job.memory.run];
+    assert!(memory.into_iter().flatten().all(|bytes| bytes > 0 && bytes < most.memory.as_u64()));
 }
 
 /// Sends a packet with descriptors beside it and receives it. Whatever it is, all descriptors are closed, and what is
@@ -102,10 +129,11 @@ fn configuration(text: &str) {
 // The first byte says what the others are.
 #[cfg(fuzzing)]
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
-    static C: std::sync::LazyLock<Language> = std::sync::LazyLock::new(|| settings("").unwrap().language("c").unwrap());
+    static C: std::sync::LazyLock<[Arc<Language>; 1]> =
+        std::sync::LazyLock::new(|| [Arc::new(settings("").unwrap().language("c").unwrap())]);
     let Some((kind, bytes)) = input.split_first() else { return };
     match kind {
-        b'r' => request_body(bytes, &C),
+        b'r' => request(bytes, &*C),
         b't' => message::<ToInit>(bytes, bytes.len() % 6),
         b'f' => message::<FromInit>(bytes, bytes.len() % 6),
         b'p' => podmans_json(bytes),
@@ -202,6 +230,14 @@ mod tests {
         vec![
             of(r#"{"code": "int main(void) { return 0; }"}"#),
             of(r#"{"code":"\u00e4\ud83d\ude00","lang":"c","stdin":[1,2.5e3,null]}"#),
+            of(
+                r#"{"language":"c","version":">=1","files":[{"content":"int"},{"name":"a/b.h","content":"aGk","encoding":"base64"}],
+                "stdin":"1","args":["-x"],"run_timeout":500.5,"compile_cpu_time":1,"run_memory_limit":1048576}"#,
+            ),
+            of(r#"{"type":"init","language":"c","files":[{"content":"6869","encoding":"hex"}],"run_memory_limit":-1}"#),
+            of(r#"{"type":"data","stream":"stdin","data":"x"}"#),
+            of(r#"{"language":"c","files":[{"content":"int"}],"stdin":"1",
+                "inputs":[{"stdin":"2","expected_output":"4"},{"args":["x"]},{}]}"#),
         ]
     }
 
@@ -241,8 +277,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn request_bodies(body in bytes(requests())) {
-            request_body(&body, &crate::config::tests::language("c"));
+        fn requests_of_each_kind(body in bytes(requests())) {
+            request(&body, &[Arc::new(crate::config::tests::language("c"))]);
         }
 
         #[test]

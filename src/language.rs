@@ -1,6 +1,7 @@
 //! Languages are data: an image, files, and the commands of two stages.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use figment::value::Dict;
@@ -109,6 +110,11 @@ pub struct LanguageError {
     allowed: &'static str,
 }
 
+/// The language of this name or alias.
+pub fn named<'a>(languages: &'a [Arc<Language>], name: &str) -> Option<&'a Arc<Language>> {
+    languages.iter().find(|language| language.name == name || language.aliases.iter().any(|alias| alias == name))
+}
+
 impl Language {
     /// Checks an entry. `limits` are the general ones with the entry's own over them.
     pub fn new(name: &str, entry: LanguageSettings, limits: Limits) -> Result<Language, LanguageError> {
@@ -129,8 +135,9 @@ impl Language {
         for word in entry.run.iter().chain(&entry.compile) {
             require(!word.contains('\0'), "run or compile", word, "words without NUL")?;
         }
-        for key in entry.env.keys() {
+        for (key, value) in &entry.env {
             require(is_variable(key), "env", key, "names of letters, digits and _, no digit first")?;
+            require(!value.contains('\0'), "env", value, "values without NUL")?;
         }
         Ok(Language {
             name: name.into(),

@@ -14,7 +14,7 @@ use tracing::Instrument;
 use crate::cache::MemoCache;
 use crate::caller::{Caller, Client};
 use crate::job::{Job, JobKey, Outcome};
-use crate::language::Language;
+use crate::language::{self, Language};
 use crate::metrics;
 use crate::sandbox::pool::{Pool, PoolError};
 use crate::sandbox::{LOST_SANDBOXES, Live, SandboxError, Wanted};
@@ -130,9 +130,7 @@ impl Runner {
         let Some(name) = name else {
             return self.languages.first().ok_or_else(|| RunError::UnknownLanguage("default".into()));
         };
-        let is =
-            |language: &&Arc<Language>| language.name == name || language.aliases.iter().any(|alias| alias == name);
-        self.languages.iter().find(is).ok_or_else(|| RunError::UnknownLanguage(name.into()))
+        language::named(&self.languages, name).ok_or_else(|| RunError::UnknownLanguage(name.into()))
     }
 
     /// The sandboxes that this runner takes from.

@@ -110,19 +110,21 @@ pub enum Tally {
 }
 
 /// Jobs of one program, and what each is expected to print.
-struct Batch {
+pub struct Batch {
     language: Arc<Language>,
-    jobs: Vec<Job>,
+    /// One for each input.
+    pub jobs: Vec<Job>,
     expected: Vec<Option<String>>,
 }
 
 impl Request {
-    fn into_batch(self, runner: &Runner, source_limit: usize) -> Result<Batch, ApiError> {
+    /// The jobs that are asked for.
+    pub fn into_batch(self, languages: &[Arc<Language>], source_limit: usize) -> Result<Batch, ApiError> {
         if self.inputs.is_empty() || self.inputs.len() > MAX_INPUTS {
             let message = format!("inputs must be 1 to {MAX_INPUTS}; there are {}", self.inputs.len());
             return Err(ApiError::BadRequest(message));
         }
-        let (language, mut job) = self.program.into_job(runner, source_limit)?;
+        let (language, mut job) = self.program.into_job(languages, source_limit)?;
         job.limits.output = job.limits.output.min(ByteSize(OUTPUT / self.inputs.len() as u64));
         let (mut jobs, mut expected) = (Vec::new(), Vec::new());
         for input in self.inputs {
@@ -185,7 +187,7 @@ async fn run(
     runner: Arc<Runner>,
     settings: Arc<ApiSettings>,
 ) -> Result<Response, ApiError> {
-    let Batch { language, jobs, expected } = request?.into_batch(&runner, settings.source_limit)?;
+    let Batch { language, jobs, expected } = request?.into_batch(runner.languages(), settings.source_limit)?;
     // What is sent is bounded by what is kept of the outputs.
     let (sender, mut ended) = mpsc::unbounded_channel();
     let running = async move {

@@ -49,7 +49,7 @@ const MAX_SIGNALS: usize = 8;
 /// From the client.
 #[derive(Debug, Deserialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
-enum Said {
+pub enum Said {
     /// Run this.
     Init(Box<Request>),
     /// Type this.
@@ -162,7 +162,7 @@ async fn converse(
         Ok(Err(over)) => return over,
         Err(_) => return Over::Late,
     };
-    let (language, job) = match request.into_job(runner, settings.source_limit) {
+    let (language, job) = match request.into_job(runner.languages(), settings.source_limit) {
         Ok(asked) => asked,
         Err(error) => return Over::Failed(error.to_string()),
     };

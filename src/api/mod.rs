@@ -1,19 +1,17 @@
 //! The HTTP side: wire types become jobs, outcomes become answers, errors become statuses in one place.
 
-mod batch;
-mod coderunner;
-mod connect;
+pub mod batch;
+pub mod coderunner;
+pub mod connect;
 mod docs;
 mod error;
 pub mod front;
 mod live;
 mod openapi;
 mod page;
-mod piston;
+pub mod piston;
 pub mod server;
 
-#[cfg(any(test, fuzzing))]
-pub use coderunner::Request;
 pub use piston::{Answer as PistonAnswer, place};
 
 use std::convert::Infallible;

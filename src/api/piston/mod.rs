@@ -59,6 +59,6 @@ async fn execute(
     runner: Arc<Runner>,
     settings: Arc<ApiSettings>,
 ) -> Result<Response, ApiError> {
-    let (language, job) = request?.into_job(&runner, settings.source_limit)?;
+    let (language, job) = request?.into_job(runner.languages(), settings.source_limit)?;
     respond(runner, job, wishes, move |answer| Answer::new(&language, answer)).await
 }

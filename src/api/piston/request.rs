@@ -12,8 +12,7 @@ use utoipa::ToSchema;
 use super::version::is_within;
 use crate::api::error::ApiError;
 use crate::job::{Job, Limits, SourceFile, StageMemory, Streams};
-use crate::language::{Language, is_file_name};
-use crate::runner::Runner;
+use crate::language::{Language, is_file_name, named};
 
 /// Files of a request. Their names travel in one message to init, and their directories count as files.
 const MAX_FILES: usize = 100;
@@ -89,11 +88,10 @@ pub enum Encoding {
 }
 
 impl Request {
-    /// The job that is asked for, and its language.
-    pub fn into_job(self, runner: &Runner, source_limit: usize) -> Result<(Arc<Language>, Job), ApiError> {
+    /// The job that is asked for, and which of the languages it is for.
+    pub fn into_job(self, languages: &[Arc<Language>], source_limit: usize) -> Result<(Arc<Language>, Job), ApiError> {
         let range = self.version.as_deref().unwrap_or("*");
-        let language =
-            runner.language(Some(&self.language)).ok().filter(|language| is_within(&language.version, range));
+        let language = named(languages, &self.language).filter(|language| is_within(&language.version, range));
         let Some(language) = language.map(Arc::clone) else {
             return Err(bad(format!("{}-{range} runtime is unknown; GET /api/v2/runtimes lists them", self.language)));
         };
@@ -213,7 +211,7 @@ fn memory(name: &str, asked: Option<f64>, most: u64) -> Result<Option<u64>, ApiE
 mod tests {
     use super::*;
 
-    fn named(names: &[&str]) -> Result<Vec<SourceFile>, ApiError> {
+    fn files_named(names: &[&str]) -> Result<Vec<SourceFile>, ApiError> {
         let file = |name: &&str| File { name: Some((*name).into()), content: "x".into(), encoding: None };
         files(&crate::config::tests::language("c"), names.iter().map(file).collect(), 1000)
     }
@@ -221,8 +219,8 @@ mod tests {
     #[test]
     fn the_first_file_is_the_program_whatever_its_name() {
         let names = |placed: Vec<SourceFile>| placed.into_iter().map(|file| file.name).collect::<Vec<_>>();
-        assert_eq!(names(named(&["cool.txt", "dir/b.h"]).unwrap()), ["main.c", "dir/b.h"]);
-        assert_eq!(names(named(&["", ""]).unwrap()), ["main.c", "file1.code"]);
+        assert_eq!(names(files_named(&["cool.txt", "dir/b.h"]).unwrap()), ["main.c", "dir/b.h"]);
+        assert_eq!(names(files_named(&["", ""]).unwrap()), ["main.c", "file1.code"]);
     }
 
     #[test]
@@ -230,16 +228,16 @@ mod tests {
         for name in
             ["/etc/passwd", "..", "../x", "a/../../x", ".", "a//b", "a/", "nul\0", &"x".repeat(256), &"d/".repeat(20)]
         {
-            assert!(named(&[name]).is_err() && named(&["a", name]).is_err(), "{name:?}");
+            assert!(files_named(&[name]).is_err() && files_named(&["a", name]).is_err(), "{name:?}");
         }
         for names in [["a", "main.c"], ["a", "out"], ["a", "out/x"], ["a", "main.c/x"]] {
-            assert!(named(&names).is_err(), "{names:?}");
+            assert!(files_named(&names).is_err(), "{names:?}");
         }
         for names in [["a", "b", "b"], ["a", "b", "b/c"], ["a", "b/c", "b"]] {
-            assert!(named(&names).is_err(), "{names:?}");
+            assert!(files_named(&names).is_err(), "{names:?}");
         }
-        named(&["a", "b", "bc", "d/b", "d/c"]).unwrap();
-        assert!(named(&[]).is_err() && named(&["x"; 101]).is_err());
+        files_named(&["a", "b", "bc", "d/b", "d/c"]).unwrap();
+        assert!(files_named(&[]).is_err() && files_named(&["x"; 101]).is_err());
     }
 
     #[test]
