@@ -323,7 +323,8 @@ impl StageOutcome {
     pub fn verdict(&self) -> Verdict {
         let failed = self.ended != Ended::Exited(0);
         match self.ended {
-            Ended::Killed if self.output.overflowed => Verdict::OutputLimit,
+            // Also of one that ended before it could be killed.
+            _ if self.output.overflowed => Verdict::OutputLimit,
             Ended::Killed => Verdict::Cancelled,
             Ended::Memory => Verdict::MemoryLimit,
             _ if self.usage.oom_kills > 0 => Verdict::MemoryLimit,
@@ -335,9 +336,7 @@ impl StageOutcome {
             Ended::Signalled(_) => Verdict::Signalled,
         }
     }
-}
 
-impl StageOutcome {
     /// What it printed, with a last line where it was cut short or something was left out.
     pub fn explained(&self) -> String {
         let mut text = self.output.text();
@@ -356,7 +355,8 @@ impl StageOutcome {
         match (self.verdict(), &self.ended) {
             (Verdict::MemoryLimit, _) => Some("killed: out of memory".to_owned()),
             (Verdict::ProcessLimit, _) => Some("failed: no more processes or threads allowed".to_owned()),
-            (Verdict::OutputLimit, _) => Some("killed: too much output".to_owned()),
+            (Verdict::OutputLimit, Ended::Killed) => Some("killed: too much output".to_owned()),
+            (Verdict::OutputLimit, _) => Some("too much output".to_owned()),
             (_, Ended::WallTime) => Some(format!("killed: out of time after {:.1} s", seconds(self.usage.wall_us))),
             (_, Ended::CpuTime) => Some(format!("killed: out of CPU time after {:.1} s", seconds(self.usage.cpu_us))),
             (_, Ended::Killed) => Some("killed".to_owned()),
@@ -409,7 +409,7 @@ impl Outcome {
 
     /// Bytes of memory that keeping this costs, about.
     pub fn size(&self) -> usize {
-        let stage = |s: &Option<StageOutcome>| s.as_ref().map_or(0, |s| s.output.kept() + 256);
+        let stage = |s: &Option<StageOutcome>| s.as_ref().map_or(0, |s| s.output.size() + 256);
         stage(&self.compile) + stage(&self.run) + 256
     }
 }
@@ -427,7 +427,10 @@ pub enum Stream {
 /// What a stage printed: the first bytes of each stream in order of arrival, and how much there was.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Output {
-    chunks: Vec<(Stream, Vec<u8>)>,
+    bytes: Vec<u8>,
+    /// Whose the bytes are, from the first on, and how many in a row: a program that changes from one stream to the
+    /// other with each byte makes many of these.
+    runs: Vec<(Stream, usize)>,
     kept: [usize; 2],
     total: [u64; 2],
     /// Whether the stage printed more than it may at all.
@@ -441,17 +444,28 @@ impl Output {
         self.total[at] += bytes.len() as u64;
         let fits = &bytes[..bytes.len().min(cap.saturating_sub(self.kept[at]))];
         self.kept[at] += fits.len();
-        match self.chunks.last_mut() {
+        self.bytes.extend_from_slice(fits);
+        match self.runs.last_mut() {
             _ if fits.is_empty() => {}
-            Some((last, chunk)) if *last == stream => chunk.extend_from_slice(fits),
-            _ => self.chunks.push((stream, fits.to_vec())),
+            Some((last, length)) if *last == stream => *length += fits.len(),
+            _ => self.runs.push((stream, fits.len())),
         }
         fits
     }
 
     /// What was kept, in order of arrival.
     pub fn chunks(&self) -> impl Iterator<Item = (Stream, &[u8])> {
-        self.chunks.iter().map(|(stream, bytes)| (*stream, bytes.as_slice()))
+        let mut rest = self.bytes.as_slice();
+        self.runs.iter().map(move |(stream, length)| {
+            let (chunk, others) = rest.split_at(*length);
+            rest = others;
+            (*stream, chunk)
+        })
+    }
+
+    /// Bytes of memory that it takes.
+    fn size(&self) -> usize {
+        self.bytes.capacity() + self.runs.capacity() * size_of::<(Stream, usize)>()
     }
 
     /// Bytes printed on a stream.
@@ -486,7 +500,7 @@ impl Output {
 
     fn decoded(&self, wanted: impl Fn(Stream) -> bool, truncated: bool) -> String {
         // A character may be split over two chunks: join first, then decode.
-        let chunks = self.chunks.iter().filter(|(stream, _)| wanted(*stream));
+        let chunks = self.chunks().filter(|(stream, _)| wanted(*stream));
         let mut bytes: Vec<u8> = chunks.flat_map(|(_, chunk)| chunk).copied().collect();
         if truncated {
             bytes.truncate(whole_characters(&bytes));
@@ -542,6 +556,8 @@ pub(crate) mod tests {
         let mut flood = run(Ended::Killed);
         flood.output.overflowed = true;
         assert_eq!(flood.verdict(), Verdict::OutputLimit);
+        flood.ended = Ended::Exited(0);
+        assert_eq!(flood.verdict(), Verdict::OutputLimit, "however quick it was to end");
     }
 
     #[test]
@@ -573,6 +589,16 @@ pub(crate) mod tests {
         output.push(Stream::Stdout, b"cd", 2);
         assert_eq!(output.text(), "abc");
         assert_eq!((output.kept(), output.total_both(), output.truncated()), (3, 4, true));
+    }
+
+    #[test]
+    fn each_change_of_stream_is_paid_for() {
+        let mut output = Output::default();
+        for n in 0..1000 {
+            output.push([Stream::Stdout, Stream::Stderr][n % 2], b"x", 1000);
+        }
+        assert_eq!(output.chunks().count(), 1000);
+        assert!(output.size() >= 1000 * (1 + size_of::<(Stream, usize)>()), "{}", output.size());
     }
 
     proptest! {

@@ -9,10 +9,10 @@ use std::collections::BTreeMap;
 use std::io;
 
 use nix::libc;
-use seccompiler::SeccompCmpOp::{MaskedEq, Ne};
+use seccompiler::SeccompCmpOp::{self, MaskedEq, Ne};
 use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch, sock_filter,
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch, sock_filter,
 };
 
 /// Refused whatever their arguments.
@@ -68,20 +68,21 @@ pub type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 fn calls() -> Result<Rules, BackendError> {
     let mut rules: Rules = REFUSED.iter().map(|call| (*call, Vec::new())).collect();
-    let namespaces = NAMESPACES.iter().map(|flag| first_argument(MaskedEq(u64::from(flag.cast_unsigned())), *flag));
+    let namespaces = NAMESPACES.iter().map(|flag| argument(0, MaskedEq(u64::from(flag.cast_unsigned())), *flag));
     rules.insert(libc::SYS_clone, namespaces.collect::<Result<_, _>>()?);
+    rules.insert(libc::SYS_fcntl, vec![argument(1, SeccompCmpOp::Eq, libc::F_NOTIFY)?]);
     Ok(rules)
 }
 
 /// A program is alone in its network namespace, without any interface: local sockets are all that it can use.
 fn sockets() -> Result<Rules, BackendError> {
     let calls = [libc::SYS_socket, libc::SYS_socketpair];
-    calls.into_iter().map(|call| Ok((call, vec![first_argument(Ne, libc::AF_UNIX)?]))).collect()
+    calls.into_iter().map(|call| Ok((call, vec![argument(0, Ne, libc::AF_UNIX)?]))).collect()
 }
 
-fn first_argument(operator: SeccompCmpOp, value: libc::c_int) -> Result<SeccompRule, BackendError> {
+fn argument(number: u8, operator: SeccompCmpOp, value: libc::c_int) -> Result<SeccompRule, BackendError> {
     let value = u64::from(value.cast_unsigned());
-    SeccompRule::new(vec![SeccompCondition::new(0, SeccompCmpArgLen::Dword, operator, value)?])
+    SeccompRule::new(vec![SeccompCondition::new(number, SeccompCmpArgLen::Dword, operator, value)?])
 }
 
 /// Refuses with `errno` what one of the rules is true of.
@@ -133,7 +134,7 @@ pub fn allow_first(allowed: impl Fn(i64) -> bool, filter: &BpfProgram) -> Option
 mod tests {
     use super::*;
 
-    /// What a filter says of a call on this machine.
+    /// What a filter says of a call on this machine whose first two arguments are this one.
     fn verdict(filter: &BpfProgram, call: u32, argument: u64) -> u32 {
         let arch = filter[1].k;
         let (mut place, mut loaded) = (0, 0);
@@ -146,8 +147,8 @@ mod tests {
                     loaded = match step.k {
                         0 => call,
                         4 => arch,
-                        16 => argument as u32,
-                        20 => (argument >> 32) as u32,
+                        16 | 24 => argument as u32,
+                        20 | 28 => (argument >> 32) as u32,
                         other => panic!("loads {other}"),
                     }
                 }
@@ -178,7 +179,7 @@ mod tests {
         let fast = allow_first(|call| !rules.contains_key(&call), &slow).unwrap();
         assert!(fast.len() > slow.len());
         for call in (0..2000).chain([u32::MAX, 0x4000_0000, 0x4000_0038]) {
-            for argument in [0, 1, 0x1000_0000, u64::MAX] {
+            for argument in [0, 1, libc::F_NOTIFY as u64, 0x1000_0000, u64::MAX] {
                 assert_eq!(verdict(&fast, call, argument), verdict(&slow, call, argument), "{call}({argument:#x})");
             }
         }

@@ -9,7 +9,7 @@ use nix::sys::stat::{Mode, fchmod};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::protocol::{FromInit, StageSpec, ToInit};
 use super::{Event, Live, STAGE_GRACE, Sandbox, SandboxError};
@@ -21,6 +21,13 @@ const DRAIN_TIME: Duration = Duration::from_secs(1);
 
 /// Size of one read in bytes: that of a pipe.
 const CHUNK: usize = 64 * 1024;
+
+/// Reads of a pipe that follow each other at once. What prints in smaller pieces for longer is read once in
+/// [`READ_PAUSE`]: each read is a piece that is told and kept, and costs this server more than the program.
+const READS_AT_ONCE: usize = 1000;
+
+/// Time between two further reads: shorter than anybody sees, and a pipe holds what comes meanwhile.
+const READ_PAUSE: Duration = Duration::from_millis(1);
 
 impl Sandbox {
     /// Runs one stage to its end. Whatever it prints is read all the time, so it never waits for us.
@@ -49,7 +56,7 @@ impl Sandbox {
         };
         let feeding = feed(stdin, typed, typing);
         tokio::pin!(feeding);
-        let mut fed = false;
+        let (mut fed, mut killed) = (false, false);
 
         let deadline = Instant::now() + job.limits.time(stage) + STAGE_GRACE;
         let mut printed = Printed { stage, job, events: live.events.as_ref(), output: Output::default() };
@@ -78,15 +85,15 @@ impl Sandbox {
                     None => return Err(self.ended("its channel is closed")),
                 },
                 () = self.gone.cancelled() => return Err(self.ended("its container has ended")),
-                () = tokio::time::sleep_until(deadline) => return Err(SandboxError::Silent(STAGE_GRACE)),
+                () = sleep_until(deadline) => return Err(SandboxError::Silent(STAGE_GRACE)),
                 // Nothing that is typed goes to a sandbox that turns out to be lost.
                 () = &mut feeding, if self.prepared && !fed => fed = true,
                 Some(chunk) = out.next() => printed.take(Stream::Stdout, chunk),
                 Some(chunk) = err.next() => printed.take(Stream::Stderr, chunk),
                 Some(signal) = next_signal(&mut live.signals) => self.channel.send(&ToInit::Signal(signal), &[])?,
             }
-            if !printed.output.overflowed && printed.output.total_both() > job.limits.output_total.as_u64() {
-                printed.output.overflowed = true;
+            if printed.output.overflowed && !killed {
+                killed = true;
                 self.channel.send(&ToInit::Kill, &[])?;
             }
         };
@@ -166,11 +173,14 @@ struct Reader {
     stream: Stream,
     pipe: Option<pipe::Receiver>,
     buffer: Vec<u8>,
+    reads: usize,
+    /// When the next one may be.
+    next: Instant,
 }
 
 impl Reader {
     fn new(stream: Stream, pipe: Option<pipe::Receiver>) -> Reader {
-        Reader { stream, pipe, buffer: Vec::new() }
+        Reader { stream, pipe, buffer: Vec::new(), reads: 0, next: Instant::now() }
     }
 
     fn open(&self) -> bool {
@@ -180,10 +190,19 @@ impl Reader {
     /// The next bytes; `None` at the end and ever after. Safe to cancel.
     async fn next(&mut self) -> Option<Vec<u8>> {
         let pipe = self.pipe.as_mut()?;
+        if self.reads > READS_AT_ONCE {
+            sleep_until(self.next).await;
+        }
         self.buffer.clear();
         self.buffer.reserve(CHUNK);
         match pipe.read_buf(&mut self.buffer).await {
-            Ok(1..) => Some(std::mem::take(&mut self.buffer)),
+            Ok(1..) => {
+                self.reads += 1;
+                if self.reads > READS_AT_ONCE {
+                    self.next = Instant::now() + READ_PAUSE;
+                }
+                Some(std::mem::take(&mut self.buffer))
+            }
             Ok(0) => {
                 self.pipe = None;
                 None
@@ -209,6 +228,7 @@ impl Printed<'_> {
     fn take(&mut self, stream: Stream, chunk: Vec<u8>) {
         let cap = usize::try_from(self.job.limits.output.as_u64()).unwrap_or(usize::MAX);
         let kept = self.output.push(stream, &chunk, cap);
+        self.output.overflowed = self.output.total_both() > self.job.limits.output_total.as_u64();
         if let (Some(events), false) = (self.events, kept.is_empty()) {
             let _ = events.send(Event::Output(self.stage, stream, Bytes::copy_from_slice(kept)));
         }

@@ -1,7 +1,7 @@
 //! The WebSocket of Piston's API, and server-sent events.
 
 use std::net::TcpStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tungstenite::{Message, WebSocket};
@@ -195,6 +195,23 @@ fn a_socket_keeps_the_place_of_its_connection() {
     assert!(!late.has_begun(), "it has a place beside 150 sockets");
     drop(sockets);
     assert_eq!(late.reply().status, 200);
+    server.stop();
+}
+
+#[test]
+fn output_in_the_smallest_pieces_comes_in_few() {
+    let server = serve("limits = { run_time = \"60s\" }");
+    let trickle = "n=0; while [ $n -lt 60000 ]; do printf o; printf e >&2; n=$((n + 1)); done";
+    let body = json!({"language": "bash", "version": "*", "files": [{"content": trickle}]}).to_string();
+    let headers = [("Content-Type", "application/json"), ("Accept", "text/event-stream")];
+    let began = Instant::now();
+    let text =
+        String::from_utf8(server.begin_request("POST", "/api/v2/execute", &headers, body.as_bytes()).all()).unwrap();
+    let told = text.matches("event:data").count();
+    // At once the first thousand of each stream, then one in a millisecond.
+    assert!(told as u128 <= 2 * (1001 + began.elapsed().as_millis()), "{told}");
+    assert_eq!(text.matches("\"stdout\":\"").count(), 1);
+    assert!(text.contains(&"o".repeat(60_000)) && text.contains(&"e".repeat(60_000)), "all of it is kept");
     server.stop();
 }
 

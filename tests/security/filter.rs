@@ -93,6 +93,7 @@ fn nothing_of_the_whole_hosts_can_be_used_up_or_watched(engine: &str) {
         refused('io_uring_enter', 426, 426, 0, 0, 0, 0, 0)
         refused('io_uring_register', 427, 427, 0, 0, 0, 0)
         if x86: refused('inotify_init', 253, 0)
+        refused('fcntl of F_NOTIFY', 72, 25, os.open('/', os.O_RDONLY), 1026, 1)
         try:
             print('a terminal', os.open('/dev/ptmx', os.O_RDWR))
         except OSError as error:
