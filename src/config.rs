@@ -11,7 +11,8 @@ use figment::Figment;
 use figment::error::Kind;
 use figment::providers::{Env, Format, Serialized, Toml};
 use figment::value::{Dict, Value};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
+use warp::http::Uri;
 
 use crate::access::AccessSettings;
 use crate::job::Limits;
@@ -112,7 +113,9 @@ pub struct Settings {
     pub containers: usize,
     pub require_limits: bool,
     pub cors_origins: Vec<String>,
+    #[serde(serialize_with = "exact")]
     pub body_limit: ByteSize,
+    #[serde(serialize_with = "exact")]
     pub source_limit: ByteSize,
     pub playground: bool,
     pub podman: PathBuf,
@@ -159,6 +162,7 @@ pub struct CacheSettings {
     #[serde(with = "humantime_serde")]
     pub ttl: Duration,
     /// In how much memory all are kept; 0 keeps none.
+    #[serde(serialize_with = "exact")]
     pub size: ByteSize,
 }
 
@@ -275,7 +279,6 @@ impl Settings {
             })
         }
         let number = |n: &usize| n.to_string();
-        let size = |s: &ByteSize| s.to_string();
         let time = |t: &Duration| humantime::format_duration(*t).to_string();
         let seconds = Duration::from_secs;
         // 150: podman has a keyring made per container, and kernel.keys.maxkeys allows a user 200.
@@ -283,7 +286,7 @@ impl Settings {
         within("queue.length", self.queue.length, 0, 1_000_000, number)?;
         within("queue.wait", self.queue.wait, Duration::from_millis(1), seconds(3600), time)?;
         within("cache.ttl", self.cache.ttl, Duration::from_millis(1), seconds(30 * 86400), time)?;
-        within("cache.size", self.cache.size, ByteSize(0), ByteSize::tib(1), size)?;
+        within("cache.size", self.cache.size, ByteSize(0), ByteSize::tib(1), size_text)?;
         within("update.interval", self.update.interval, seconds(1), seconds(366 * 86400), time)?;
         within("update.pull_timeout", self.update.pull_timeout, seconds(1), seconds(86400), time)?;
         within("ready.interval", self.ready.interval, seconds(1), seconds(86400), time)?;
@@ -296,16 +299,14 @@ impl Settings {
             });
         }
         within("shutdown.drain", self.shutdown.drain, seconds(0), seconds(3600), time)?;
-        within("body_limit", self.body_limit, ByteSize::kib(1), ByteSize::mib(256), size)?;
-        within("source_limit", self.source_limit, ByteSize(1), self.body_limit, size)?;
-        for (key, value) in [("instance", &self.instance)] {
-            if !language::is_name(value) {
-                return Err(ConfigError::OutOfRange {
-                    key: key.into(),
-                    value: format!("{value:?}"),
-                    allowed: "1 to 32 of a-z, 0-9, -, + and _, a letter first".into(),
-                });
-            }
+        within("body_limit", self.body_limit, ByteSize::kib(1), ByteSize::mib(256), size_text)?;
+        within("source_limit", self.source_limit, ByteSize(1), self.body_limit, size_text)?;
+        if !language::is_name(&self.instance) {
+            return Err(ConfigError::OutOfRange {
+                key: "instance".into(),
+                value: format!("{:?}", self.instance),
+                allowed: "1 to 32 of a-z, 0-9, -, + and _, a letter first".into(),
+            });
         }
         if !self.podman.is_absolute() && self.podman.components().count() != 1 {
             return Err(ConfigError::OutOfRange {
@@ -315,7 +316,7 @@ impl Settings {
             });
         }
         for origin in &self.cors_origins {
-            if origin != "*" && !(origin.starts_with("http://") || origin.starts_with("https://")) {
+            if origin != "*" && !is_origin(origin) {
                 return Err(ConfigError::OutOfRange {
                     key: "cors_origins".into(),
                     value: format!("{origin:?}"),
@@ -366,6 +367,28 @@ impl Settings {
         }
         Ok(())
     }
+}
+
+/// Whether a browser can send this as an origin.
+fn is_origin(text: &str) -> bool {
+    let Ok(uri) = text.parse::<Uri>() else { return false };
+    let (Some(scheme @ ("http" | "https")), Some(host)) = (uri.scheme_str(), uri.authority()) else { return false };
+    !host.as_str().contains('@') && text == format!("{scheme}://{host}").to_ascii_lowercase()
+}
+
+/// A size as it can be read again: its own text is rounded.
+pub fn exact<S: Serializer>(size: &ByteSize, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&size_text(size))
+}
+
+/// In the largest unit that it is a whole number of.
+fn size_text(size: &ByteSize) -> String {
+    let units = [(ByteSize::gib(1), "GiB"), (ByteSize::mib(1), "MiB"), (ByteSize::kib(1), "KiB")];
+    let whole = |(unit, _): &(ByteSize, &str)| size.as_u64() > 0 && size.as_u64().is_multiple_of(unit.as_u64());
+    units.into_iter().find(whole).map_or_else(
+        || format!("{}B", size.as_u64()),
+        |(unit, name)| format!("{}{name}", size.as_u64() / unit.as_u64()),
+    )
 }
 
 /// Every key of the defaults by the name of its variable, without the prefix: cache_ttl → cache.ttl.
@@ -539,6 +562,34 @@ pub(crate) mod tests {
         assert!(message.contains("../main.c"), "{message}");
         let message = refusal("this is no toml");
         assert!(message.contains("test.toml"), "{message}");
+    }
+
+    #[test]
+    fn sizes_are_kept_to_the_byte() {
+        let text = "[limits]\nmemory = \"1300MiB\"\noutput = 1100\n[ceilings]\nmemory = \"1300MiB\"\n[cache]\nsize = 0";
+        let settings = load(text).unwrap();
+        let limits = settings.language("c").unwrap().limits;
+        assert_eq!((limits.memory, limits.output), (ByteSize::mib(1300), ByteSize(1100)));
+        let written = toml::to_string(&settings).unwrap();
+        assert!(written.contains("memory = \"1300MiB\"") && written.contains("output = \"1100B\""), "{written}");
+        assert!(written.contains("size = \"0B\""), "{written}");
+    }
+
+    #[test]
+    fn what_no_browser_sends_is_no_origin() {
+        for origin in ["https://example.org", "http://localhost:8000", "http://[::1]:80"] {
+            load(&format!("cors_origins = [{origin:?}]")).unwrap();
+        }
+        for origin in [
+            "https://example.org/",
+            "https://example.org/docs",
+            "https://Example.org",
+            "https://a@b",
+            "http://",
+            "x://y",
+        ] {
+            assert!(refusal(&format!("cors_origins = [{origin:?}]")).contains(origin), "{origin}");
+        }
     }
 
     #[test]

@@ -139,6 +139,7 @@ impl Job {
 #[serde(deny_unknown_fields)]
 pub struct Limits {
     /// Memory of the container with its files; swap is the same, so none.
+    #[serde(serialize_with = "crate::config::exact")]
     pub memory: bytesize::ByteSize,
     /// Processes and threads at once.
     pub processes: u32,
@@ -147,12 +148,15 @@ pub struct Limits {
     /// Open files of a process.
     pub open_files: u64,
     /// Size of each writable directory; see [`Limits::directory_size`].
+    #[serde(serialize_with = "crate::config::exact")]
     pub disk: bytesize::ByteSize,
     /// Files in each writable directory.
     pub inodes: u64,
     /// Bytes kept of each output stream.
+    #[serde(serialize_with = "crate::config::exact")]
     pub output: bytesize::ByteSize,
     /// Bytes that a stage may print before it is killed.
+    #[serde(serialize_with = "crate::config::exact")]
     pub output_total: bytesize::ByteSize,
     /// Wall time of the compile stage.
     #[serde(with = "humantime_serde")]

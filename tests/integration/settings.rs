@@ -161,7 +161,7 @@ fn the_file_wins_over_defaults_variables_over_the_file_and_flags_over_all() {
     // Key by key: what one layer does not name stays as the one below has it.
     let settings = of("[cache]\nttl = \"1m\"\nsize = \"1MiB\"", &[("CODERUNNER_CACHE_TTL", "2m")], &[]);
     assert_eq!(settings["cache"]["ttl"].as_str(), Some("2m"));
-    assert_eq!(settings["cache"]["size"].as_str(), Some("1.0 MiB"));
+    assert_eq!(settings["cache"]["size"].as_str(), Some("1MiB"));
     assert_eq!(settings["containers"].as_integer(), Some(10));
 }
 
