@@ -271,6 +271,7 @@ mod tests {
             json(&FromInit::Packed),
             json(&ended(Ended::Exited(3))),
             json(&ended(Ended::NotStarted("no such file".into()))),
+            json(&FromInit::HostMemory),
             json(&FromInit::Failed("why".into())),
         ]
     }

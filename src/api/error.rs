@@ -9,6 +9,7 @@ use warp::{Rejection, Reply};
 use crate::access::Denied;
 use crate::caller::Caller;
 use crate::runner::RunError;
+use crate::sandbox::SandboxError;
 use crate::sandbox::pool::PoolError;
 
 /// What is said to a client whose request has no outcome.
@@ -69,6 +70,9 @@ impl From<RunError> for ApiError {
             | RunError::ShuttingDown => ApiError::Overloaded(error.to_string()),
             RunError::Pool(PoolError::Unavailable { .. } | PoolError::Broken { .. }) => {
                 ApiError::Unavailable(error.to_string())
+            }
+            RunError::Sandbox(ref inner) if matches!(**inner, SandboxError::HostMemory) => {
+                ApiError::Overloaded(inner.to_string())
             }
             RunError::Sandbox(ref inner) => {
                 let id = request_id();

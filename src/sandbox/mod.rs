@@ -95,6 +95,9 @@ pub enum SandboxError {
     /// Init said that it cannot go on.
     #[error("init failed: {0}")]
     Init(String),
+    /// The kernel killed the program for the memory that others use: it was below its own limit.
+    #[error("the host, or the service, ran out of memory")]
+    HostMemory,
     /// Init did not answer in time.
     #[error("init did not answer within {}", humantime::format_duration(*.0))]
     Silent(Duration),
@@ -118,6 +121,7 @@ impl SandboxError {
             SandboxError::Lost => "sandbox_lost",
             SandboxError::Gone(_) => "sandbox_gone",
             SandboxError::Init(_) => "init",
+            SandboxError::HostMemory => "host_memory",
             SandboxError::Silent(_) => "init_silent",
             SandboxError::Agent(_) => "agent",
             SandboxError::Io { .. } => "io",

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use crate::job::{Ended, Usage};
 
 /// Changes with every change of a message, since an upgrade may replace the executable under a running server.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// The descriptor on which init finds the channel: podman's `--preserve-fds=1` passes 3.
 pub const CHANNEL_FD: RawFd = 3;
@@ -104,6 +104,8 @@ pub enum FromInit {
         /// What was used.
         usage: Usage,
     },
+    /// The stage is over, and something of it was killed for memory that others used.
+    HostMemory,
     /// Init could not do what it was told; never a program's fault.
     Failed(String),
 }

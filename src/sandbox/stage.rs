@@ -79,6 +79,7 @@ impl Sandbox {
                         return Err(SandboxError::Lost);
                     }
                     Some(FromInit::Failed(reason)) => return Err(SandboxError::Init(reason)),
+                    Some(FromInit::HostMemory) => return Err(SandboxError::HostMemory),
                     Some(FromInit::Ready { .. } | FromInit::Prepared | FromInit::Packed) => {
                         return Err(SandboxError::Init("an answer to something else".into()));
                     }
