@@ -23,8 +23,11 @@ pub const DEFAULT_FILE: &str = "/etc/coderunner/coderunner.toml";
 const DEFAULTS: &str = include_str!("defaults.toml");
 const PREFIX: &str = "CODERUNNER_";
 
-/// Variables with our prefix that are no settings: the file's path, the log filter, and what only tests read.
-const NOT_SETTINGS: [&str; 5] = ["config", "log", "log_format", "test_exe", "test_clients"];
+/// Variables with our prefix that are no settings: the file's path and how the log is.
+const NOT_SETTINGS: [&str; 3] = ["config", "log", "log_format"];
+
+/// How those begin that only tests read.
+const OF_TESTS: &str = "test_";
 
 /// Why the settings cannot be used. Each message names the key, the value and what is allowed.
 #[derive(Debug, thiserror::Error)]
@@ -386,7 +389,8 @@ fn setting_keys(built_in: &Figment) -> Result<BTreeMap<String, String>, ConfigEr
 }
 
 fn environment(keys: BTreeMap<String, String>) -> Env {
-    Env::prefixed(PREFIX).ignore(&NOT_SETTINGS).map(move |name| match keys.get(&name.as_str().to_ascii_lowercase()) {
+    let settings = Env::prefixed(PREFIX).ignore(&NOT_SETTINGS).filter(|name| !name.starts_with(OF_TESTS));
+    settings.map(move |name| match keys.get(&name.as_str().to_ascii_lowercase()) {
         Some(key) => key.clone().into(),
         // Kept as it is, so that the extraction refuses it by its name.
         None => name.as_str().to_ascii_lowercase().into(),

@@ -99,6 +99,11 @@ fn a_bad_variable_is_refused_by_its_name() {
 }
 
 #[test]
+fn variables_of_tests_are_no_settings() {
+    settings("", &[("CODERUNNER_TEST_KILLS", "100")], &[]).unwrap();
+}
+
+#[test]
 fn a_flag_that_cannot_be_is_a_usage_error() {
     let options = Options::default();
     let files = Files::new(&options);
