@@ -238,9 +238,13 @@ impl Reloader {
     }
 
     async fn apply(&self, old: &Settings, new: &Settings) -> anyhow::Result<()> {
-        let fixed = |s: &Settings| (s.listen, s.instance.clone(), s.engine, s.podman.clone(), s.require_limits);
+        let fixed = |s: &Settings| {
+            (s.listen, s.instance.clone(), s.engine, s.podman.clone(), s.require_limits, s.shutdown.drain)
+        };
         if fixed(old) != fixed(new) {
-            tracing::warn!("listen, instance, engine, podman and require_limits change with a restart only");
+            tracing::warn!(
+                "listen, instance, engine, podman, require_limits and shutdown.drain change with a restart only"
+            );
         }
         let languages = new.enabled()?;
         let front = front(new, &languages, &self.pool, &self.tasks, &self.metrics)?;
