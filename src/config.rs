@@ -300,7 +300,8 @@ impl Settings {
         }
         within("shutdown.drain", self.shutdown.drain, seconds(0), seconds(3600), time)?;
         within("body_limit", self.body_limit, ByteSize::kib(1), ByteSize::mib(256), size)?;
-        within("source_limit", self.source_limit, ByteSize(1), self.body_limit, size)?;
+        let named = |s: &ByteSize| if *s == self.body_limit { format!("{s}, body_limit") } else { s.to_string() };
+        within("source_limit", self.source_limit, ByteSize(1), self.body_limit, named)?;
         for (key, value) in [("instance", &self.instance)] {
             if !language::is_name(value) {
                 return Err(ConfigError::OutOfRange {

@@ -61,6 +61,7 @@ fn a_bad_configuration_is_refused_by_key_value_and_what_is_allowed() {
         ("engine = \"docker\"", &["engine", "docker", "podman"]),
         // Values out of their range.
         ("containers = 0", &["containers", "0", "from 1 to 150"]),
+        ("source_limit = \"1MiB\"", &["source_limit", "1.0 MiB", "512.0 KiB, body_limit"]),
         ("[queue]\nwait = \"2h\"", &["queue.wait", "2h", "1h"]),
         ("[limits]\nrun_time = \"1h\"", &["limits.run_time", "3600", "300", "ceilings"]),
         ("[language.python.limits]\nmemory = \"1KiB\"", &["language.python.limits.memory", "1024", "16777216"]),
