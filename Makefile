@@ -103,30 +103,30 @@ images: setup ## build the local images of c, python, bash and gcc
 completions = bash-completion/completions/coderunner fish/vendor_completions.d/coderunner.fish \
 	zsh/$(if $(filter /usr,$(1)),vendor-completions,site-functions)/_coderunner
 
-# Everything but the account; the package is made of the same.
+# Everything but the account and the configuration, which `account` puts in its place where there is none; the package is
+# made of the same.
 define lay_out
-	install -d $(addprefix $(1)/lib/,systemd/system systemd/user sysusers.d tmpfiles.d coderunner) $(2)/etc/coderunner \
-		$(1)/share/man/man1 $(addprefix $(1)/share/,$(dir $(call completions,$(3))))
+	install -d $(addprefix $(1)/lib/,systemd/system systemd/user sysusers.d tmpfiles.d coderunner) $(1)/share/man/man1 \
+		$(addprefix $(1)/share/,$(dir $(call completions,$(2))))
 	install -D -m 755 $(EXECUTABLE) $(1)/bin/coderunner
 	strip --strip-debug $(1)/bin/coderunner
 	$(EXECUTABLE) man $(1)/share/man/man1
-	$(EXECUTABLE) completions bash >$(1)/share/$(word 1,$(call completions,$(3)))
-	$(EXECUTABLE) completions fish >$(1)/share/$(word 2,$(call completions,$(3)))
-	$(EXECUTABLE) completions zsh >$(1)/share/$(word 3,$(call completions,$(3)))
+	$(EXECUTABLE) completions bash >$(1)/share/$(word 1,$(call completions,$(2)))
+	$(EXECUTABLE) completions fish >$(1)/share/$(word 2,$(call completions,$(2)))
+	$(EXECUTABLE) completions zsh >$(1)/share/$(word 3,$(call completions,$(2)))
 	install -m 755 packaging/account packaging/subids $(1)/lib/coderunner/
 	install -m 644 packaging/systemd/systemd-254.conf $(1)/lib/coderunner/
 	install -m 644 packaging/sysusers.d/coderunner.conf $(1)/lib/sysusers.d/
 	install -m 644 packaging/tmpfiles.d/coderunner.conf $(1)/lib/tmpfiles.d/
 	install -m 644 coderunner.socket $(1)/lib/systemd/system/
-	sed 's|/usr/local/bin/|$(3)/bin/|' coderunner.service >$(1)/lib/systemd/system/coderunner.service
-	sed 's|/usr/local/bin/|$(3)/bin/|' packaging/systemd/user/coderunner.service >$(1)/lib/systemd/user/coderunner.service
-	test -e $(2)/etc/coderunner/coderunner.toml || \
-		sed 's/^[^#]/#&/' src/defaults.toml >$(2)/etc/coderunner/coderunner.toml
+	sed 's|/usr/local/bin/|$(2)/bin/|' coderunner.service >$(1)/lib/systemd/system/coderunner.service
+	sed 's|/usr/local/bin/|$(2)/bin/|' packaging/systemd/user/coderunner.service >$(1)/lib/systemd/user/coderunner.service
+	sed 's/^[^#]/#&/' src/defaults.toml >$(1)/lib/coderunner/coderunner.toml
 endef
 
 install: ## install what was built; DESTDIR=, PREFIX=/usr/local
 	@test -x $(EXECUTABLE) || { echo 'nothing is built yet: make build' >&2; exit 1; }
-	$(call lay_out,$(DESTDIR)$(PREFIX),$(DESTDIR),$(PREFIX))
+	$(call lay_out,$(DESTDIR)$(PREFIX),$(PREFIX))
 ifeq ($(DESTDIR),)
 	$(PREFIX)/lib/coderunner/account $(PREFIX)
 	@printf '\n%s\n' 'coderunner is installed; it needs podman, crun and uidmap. Next:' \
@@ -153,15 +153,15 @@ RELEASES = bookworm trixie
 deb: build ## make a Debian package in target/debian
 	@command -v cargo-deb >/dev/null || cargo install --locked --debug cargo-deb
 	rm -rf $(PACKAGE)
-	$(call lay_out,$(PACKAGE)/usr,$(PACKAGE),/usr)
+	$(call lay_out,$(PACKAGE)/usr,/usr)
 	chmod -R u=rwX,go=rX $(PACKAGE)
 	cargo deb --locked --no-build --no-strip --output target/debian/
 
 tarball: build ## make an archive of what `make install` lays out, in target
 	rm -rf $(PACKAGE)
-	$(call lay_out,$(PACKAGE)/usr/local,$(PACKAGE),/usr/local)
+	$(call lay_out,$(PACKAGE)/usr/local,/usr/local)
 	chmod -R u=rwX,go=rX $(PACKAGE)
-	tar -C $(PACKAGE) --owner=0 --group=0 --sort=name -czf $(ARCHIVE) usr etc
+	tar -C $(PACKAGE) --owner=0 --group=0 --sort=name -czf $(ARCHIVE) usr
 
 test-vm: deb tarball ## install and test the package on Debian 12 and 13 in virtual machines; RELEASES="bookworm trixie"
 	@$(MAKE) --no-print-directory -j $(words $(RELEASES)) $(addprefix vm-,$(RELEASES))

@@ -38,6 +38,10 @@ const KEEPERS_TIME: Duration = Duration::from_secs(15);
 /// How long an order such as `update` may keep its place until the updater takes it.
 const ORDERS: usize = 4;
 
+/// What root calls us by for the packaged account, while its server runs.
+pub const AS_ACCOUNT: &str = "setpriv --reuid coderunner --regid coderunner --init-groups env -C / \
+     HOME=/var/lib/coderunner XDG_RUNTIME_DIR=/run/coderunner coderunner";
+
 /// What verbs that make sandboxes share: a name of their own, podman, an engine, and who cleans up.
 pub struct Workshop {
     /// The name and its directory.
@@ -234,9 +238,13 @@ impl Reloader {
     }
 
     async fn apply(&self, old: &Settings, new: &Settings) -> anyhow::Result<()> {
-        let fixed = |s: &Settings| (s.listen, s.instance.clone(), s.engine, s.podman.clone(), s.require_limits);
+        let fixed = |s: &Settings| {
+            (s.listen, s.instance.clone(), s.engine, s.podman.clone(), s.require_limits, s.shutdown.drain)
+        };
         if fixed(old) != fixed(new) {
-            tracing::warn!("listen, instance, engine, podman and require_limits change with a restart only");
+            tracing::warn!(
+                "listen, instance, engine, podman, require_limits and shutdown.drain change with a restart only"
+            );
         }
         let languages = new.enabled()?;
         let front = front(new, &languages, &self.pool, &self.tasks, &self.metrics)?;
@@ -349,7 +357,7 @@ pub fn refuse_root() -> anyhow::Result<()> {
     if nix::unistd::geteuid().is_root() {
         bail!(
             "coderunner does not run as root: its containers are to belong to an ordinary user. As root run \
-             `systemctl start coderunner`, or `runuser -u coderunner -- coderunner …` with XDG_RUNTIME_DIR set"
+             `systemctl start coderunner`, and while that runs `{AS_ACCOUNT} …`"
         );
     }
     Ok(())

@@ -24,8 +24,11 @@ pub const DEFAULT_FILE: &str = "/etc/coderunner/coderunner.toml";
 const DEFAULTS: &str = include_str!("defaults.toml");
 const PREFIX: &str = "CODERUNNER_";
 
-/// Variables with our prefix that are no settings: the file's path, the log filter, and what only tests read.
-const NOT_SETTINGS: [&str; 5] = ["config", "log", "log_format", "test_exe", "test_clients"];
+/// Variables with our prefix that are no settings: the file's path and how the log is.
+const NOT_SETTINGS: [&str; 3] = ["config", "log", "log_format"];
+
+/// How those begin that only tests read.
+const OF_TESTS: &str = "test_";
 
 /// Why the settings cannot be used. Each message names the key, the value and what is allowed.
 #[derive(Debug, thiserror::Error)]
@@ -300,7 +303,8 @@ impl Settings {
         }
         within("shutdown.drain", self.shutdown.drain, seconds(0), seconds(3600), time)?;
         within("body_limit", self.body_limit, ByteSize::kib(1), ByteSize::mib(256), size_text)?;
-        within("source_limit", self.source_limit, ByteSize(1), self.body_limit, size_text)?;
+        let named = |s: &ByteSize| size_text(s) + if *s == self.body_limit { ", body_limit" } else { "" };
+        within("source_limit", self.source_limit, ByteSize(1), self.body_limit, named)?;
         if !language::is_name(&self.instance) {
             return Err(ConfigError::OutOfRange {
                 key: "instance".into(),
@@ -409,7 +413,8 @@ fn setting_keys(built_in: &Figment) -> Result<BTreeMap<String, String>, ConfigEr
 }
 
 fn environment(keys: BTreeMap<String, String>) -> Env {
-    Env::prefixed(PREFIX).ignore(&NOT_SETTINGS).map(move |name| match keys.get(&name.as_str().to_ascii_lowercase()) {
+    let settings = Env::prefixed(PREFIX).ignore(&NOT_SETTINGS).filter(|name| !name.starts_with(OF_TESTS));
+    settings.map(move |name| match keys.get(&name.as_str().to_ascii_lowercase()) {
         Some(key) => key.clone().into(),
         // Kept as it is, so that the extraction refuses it by its name.
         None => name.as_str().to_ascii_lowercase().into(),

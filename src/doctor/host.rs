@@ -1,6 +1,9 @@
 //! What podman and this host say of themselves, without any sandbox.
 
+use std::path::PathBuf;
+
 use super::{Check, Report};
+use crate::app::AS_ACCOUNT;
 use crate::config::Settings;
 use crate::instance;
 use crate::sandbox::podman::{Info, Podman};
@@ -19,7 +22,7 @@ pub async fn check(settings: &Settings, report: &mut Report) -> Option<Info> {
     let uid = nix::unistd::geteuid();
     report.add(
         Check::new("user", "an ordinary one", format!("uid {uid}"))
-            .or(!uid.is_root(), "runuser -u coderunner -- env XDG_RUNTIME_DIR=/run/user/UID coderunner doctor"),
+            .or(!uid.is_root(), format!("systemctl start coderunner; {AS_ACCOUNT} doctor")),
     );
     let runtime = instance::runtime_dir();
     let seen = runtime.as_ref().map_or_else(ToString::to_string, |dir| dir.display().to_string());
@@ -54,7 +57,7 @@ pub async fn check(settings: &Settings, report: &mut Report) -> Option<Info> {
     let seen = ids.as_ref().map_or_else(ToString::to_string, |count| format!("{count} ids"));
     report.add(Check::new("subordinate ids", format!("{IDS} ids"), seen).or(
         ids.is_ok_and(|count| count >= IDS),
-        "usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER; podman system migrate",
+        format!("as root: {} USER; then podman system migrate", subids().display()),
     ));
     let controllers = match info.controllers.join(" ") {
         none if none.is_empty() => "no controllers".to_owned(),
@@ -65,6 +68,14 @@ pub async fn check(settings: &Settings, report: &mut Report) -> Option<Info> {
             .or(info.missing_controllers().is_empty(), limits_mend(&info)),
     );
     Some(info)
+}
+
+/// The script that gives a user ids which nobody else has: the one that was installed with this executable, else that of
+/// the sources.
+fn subids() -> PathBuf {
+    let executable = std::env::current_exe().unwrap_or_default();
+    let installed = executable.ancestors().nth(2).map(|prefix| prefix.join("lib/coderunner/subids"));
+    installed.filter(|script| script.exists()).unwrap_or_else(|| "packaging/subids".into())
 }
 
 /// How a host is made to limit rootless containers.

@@ -192,6 +192,16 @@ fn a_podman_that_does_not_work_is_told_without_more() {
 }
 
 #[test]
+fn ids_that_are_missing_are_given_by_the_script_that_sees_that_nobody_else_has_them() {
+    let without = StandIn::replacing(&[("cat", "true")]);
+    let report = Report::of(&doctor(&Options { config: &without.config(), ..Options::default() }, &["--json"]));
+    let check = report.check(None, "subordinate ids");
+    assert!(check.status == "fail" && check.seen == "0 ids", "{check:?}");
+    // Beside an executable that is not installed there is none.
+    assert!(check.mend.as_ref().unwrap().contains("packaging/subids USER"), "{check:?}");
+}
+
+#[test]
 fn images_that_are_missing_are_told_with_a_way_to_get_them() {
     let config = "language.bash.image = \"localhost/none\"\nlanguage.c.image = \"registry.invalid/none\"";
     let options = Options { languages: &["bash", "c", "python"], config, ..Options::default() };

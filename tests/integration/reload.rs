@@ -39,6 +39,17 @@ fn a_reload_changes_the_settings_and_no_run_under_way() {
 }
 
 #[test]
+fn a_reload_tells_what_only_a_restart_changes() {
+    let server =
+        Server::start(Options { languages: &["bash"], config: "[shutdown]\ndrain = \"9s\"", ..Options::default() });
+    edit(&server, "\"9s\"", "\"8s\"");
+    server.signal(Signal::SIGHUP);
+    server.wait_log(&["WARN", "shutdown.drain", "restart"]);
+    server.wait_log(&["configuration reloaded"]);
+    server.stop();
+}
+
+#[test]
 fn a_reload_of_a_bad_configuration_changes_nothing() {
     let server =
         Server::start(Options { languages: &["bash"], config: "source_limit = \"1KiB\"", ..Options::default() });

@@ -61,6 +61,7 @@ fn a_bad_configuration_is_refused_by_key_value_and_what_is_allowed() {
         ("engine = \"docker\"", &["engine", "docker", "podman"]),
         // Values out of their range.
         ("containers = 0", &["containers", "0", "from 1 to 150"]),
+        ("source_limit = \"1MiB\"", &["source_limit", "1MiB", "512KiB, body_limit"]),
         ("[queue]\nwait = \"2h\"", &["queue.wait", "2h", "1h"]),
         ("[limits]\nrun_time = \"1h\"", &["limits.run_time", "3600", "300", "ceilings"]),
         ("[language.python.limits]\nmemory = \"1KiB\"", &["language.python.limits.memory", "1024", "16777216"]),
@@ -96,6 +97,11 @@ fn a_bad_variable_is_refused_by_its_name() {
         assert_refused(refused, words);
     }
     assert_refused(settings("", &[("CODERUNNER_CONTAINERS", "0")], &[]), &["containers", "0", "from 1 to 150"]);
+}
+
+#[test]
+fn variables_of_tests_are_no_settings() {
+    settings("", &[("CODERUNNER_TEST_KILLS", "100")], &[]).unwrap();
 }
 
 #[test]
