@@ -17,7 +17,7 @@ use crate::cache::MemoCache;
 use crate::config::{EngineKind, Overrides, Settings};
 use crate::control;
 use crate::doctor;
-use crate::image::{ImageUpdater, Request};
+use crate::image::{ImageUpdater, Order, Wanted};
 use crate::instance::{self, Instance};
 use crate::language::Language;
 use crate::metrics::{self, Export, Measured};
@@ -35,7 +35,7 @@ use crate::shutdown::{self, Phases};
 /// How long containers may take to go at the end, before what is left is removed by force.
 const KEEPERS_TIME: Duration = Duration::from_secs(15);
 
-/// How long an order such as `update` may keep its place until the updater takes it.
+/// Orders such as `update` that may wait until the updater takes them.
 const ORDERS: usize = 4;
 
 /// What root calls us by for the packaged account, while its server runs.
@@ -134,7 +134,8 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     let metrics = Export::install()?;
     let (front, current_front) = watch::channel(front(&settings, &languages, &pool, &tasks, &metrics)?);
 
-    let (orders, taken) = mpsc::channel(ORDERS);
+    let (orders, taken) = mpsc::channel::<Order>(ORDERS);
+    let (wanted, wants) = watch::channel((languages.clone(), settings.update));
     let (announced, asked) = (Arc::clone(&pool), Arc::clone(&pool));
     let podman = workshop.podman.clone();
     let announce = move |language: &str, image| {
@@ -157,7 +158,7 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
             }
         });
     }
-    background.spawn(updater.run(taken, stop_background.clone()));
+    background.spawn(updater.run(taken, wants, stop_background.clone()));
     background.spawn(reaper::run(
         workshop.podman.clone(),
         workshop.instance.name.clone(),
@@ -165,8 +166,8 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
         stop_background.clone(),
     ));
     background.spawn(metrics.clone().keep_up(stop_background.clone()));
-    background.spawn(control::serve(control_socket(&workshop.instance)?, orders.clone(), stop_background.clone()));
-    let reloader = Reloader { file, overrides, front, pool: Arc::clone(&pool), tasks: tasks.clone(), orders, metrics };
+    background.spawn(control::serve(control_socket(&workshop.instance)?, orders, stop_background.clone()));
+    let reloader = Reloader { file, overrides, front, pool: Arc::clone(&pool), tasks: tasks.clone(), wanted, metrics };
     background.spawn(reloader.run(reloads, settings.clone(), stop_background));
     let (reported, running) = (Arc::clone(&pool), tasks.clone());
     let _report = service::report(move || {
@@ -206,7 +207,7 @@ struct Reloader {
     front: watch::Sender<Arc<Front>>,
     pool: Arc<Pool>,
     tasks: Tasks,
-    orders: mpsc::Sender<Request>,
+    wanted: watch::Sender<Wanted>,
     metrics: Export,
 }
 
@@ -224,7 +225,7 @@ impl Reloader {
             }
             service::reloading();
             match Settings::load(self.file.as_deref(), &self.overrides).map_err(anyhow::Error::from) {
-                Ok(new) => match self.apply(&settings, &new).await {
+                Ok(new) => match self.apply(&settings, &new) {
                     Ok(()) => {
                         tracing::info!(languages = new.languages.join(" "), "configuration reloaded");
                         settings = new;
@@ -237,7 +238,7 @@ impl Reloader {
         }
     }
 
-    async fn apply(&self, old: &Settings, new: &Settings) -> anyhow::Result<()> {
+    fn apply(&self, old: &Settings, new: &Settings) -> anyhow::Result<()> {
         let fixed = |s: &Settings| {
             (s.listen, s.instance.clone(), s.engine, s.podman.clone(), s.require_limits, s.shutdown.drain)
         };
@@ -250,8 +251,8 @@ impl Reloader {
         let front = front(new, &languages, &self.pool, &self.tasks, &self.metrics)?;
         self.pool.reconfigure(slots(new), new.queue, &languages);
         self.front.send_replace(front);
-        let told = self.orders.send(Request::Languages(languages, new.update)).await;
-        told.map_err(|_| anyhow::anyhow!("the image updater has ended"))
+        self.wanted.send_replace((languages, new.update));
+        Ok(())
     }
 }
 

@@ -10,13 +10,13 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use crate::image::{self, Report, Request};
+use crate::image::{self, Order, Report};
 
 /// How long who connects may take to say what it wants.
 const ORDER_TIME: Duration = Duration::from_secs(5);
 
 /// Takes orders until `stop`.
-pub async fn serve(listener: UnixListener, updates: mpsc::Sender<Request>, stop: CancellationToken) {
+pub async fn serve(listener: UnixListener, updates: mpsc::Sender<Order>, stop: CancellationToken) {
     loop {
         let stream = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -41,17 +41,17 @@ pub async fn serve(listener: UnixListener, updates: mpsc::Sender<Request>, stop:
     }
 }
 
-async fn answer(mut stream: UnixStream, updates: mpsc::Sender<Request>) -> std::io::Result<()> {
+async fn answer(mut stream: UnixStream, updates: mpsc::Sender<Order>) -> std::io::Result<()> {
     let mut order = [0; 7];
     tokio::time::timeout(ORDER_TIME, stream.read_exact(&mut order)).await??;
     if &order != b"update\n" {
         return stream.write_all(b"the only order is update\nfailed\n").await;
     }
     let (reply, reports) = oneshot::channel();
-    let asked = updates.send(Request::Update(reply)).await.is_ok();
+    let asked = updates.send(reply).await.is_ok();
     let (text, ok) = match reports.await {
         Ok(reports) if asked => summary(&reports),
-        _ => ("the server is shutting down\n".to_owned(), false),
+        _ => ("given up: the configuration was reloaded, or the server is shutting down\n".to_owned(), false),
     };
     let end = if ok { "done\n" } else { "failed\n" };
     stream.write_all((text + end).as_bytes()).await

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::join_all;
-use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::UpdateSettings;
@@ -119,13 +119,11 @@ pub fn all_well(reports: &[Report]) -> bool {
     reports.iter().all(|(_, updated)| !matches!(updated, Updated::Failed(_)))
 }
 
-/// What the updater's task is told from outside.
-pub enum Request {
-    /// Look for newer images now; the reports go back.
-    Update(oneshot::Sender<Vec<Report>>),
-    /// Other languages are served from now on.
-    Languages(Vec<Arc<Language>>, UpdateSettings),
-}
+/// Asks for a look for newer images now; the reports go back.
+pub type Order = oneshot::Sender<Vec<Report>>;
+
+/// What is served, and how often and how long images are looked for.
+pub type Wanted = (Vec<Arc<Language>>, UpdateSettings);
 
 /// Is told the image of a language.
 pub type Announce = Box<dyn Fn(&str, Image) + Send + Sync>;
@@ -153,46 +151,50 @@ pub struct ImageUpdater {
 }
 
 impl ImageUpdater {
-    /// Finds or pulls all images, then looks for newer ones whenever it is time or somebody asks.
-    pub async fn run(mut self, mut requests: mpsc::Receiver<Request>, stop: CancellationToken) {
-        let work = async {
-            let mut retry = RETRY_FIRST;
-            let mut complete = self.find_all().await;
-            loop {
-                let pause = match complete {
-                    true => {
-                        retry = RETRY_FIRST;
-                        self.until_due()
-                    }
-                    false => {
-                        retry = (retry * 2).min(RETRY_LONGEST);
-                        retry / 2
-                    }
-                };
-                tokio::select! {
-                    request = requests.recv() => match request {
-                        Some(Request::Update(reply)) => {
-                            let reports = self.look().await;
-                            complete = all_well(&reports);
-                            // Before the wait for jobs on replaced images. Who asked may have left.
-                            let _ = reply.send(reports);
-                            self.delete_old(DELETE_TRIES).await;
-                        }
-                        Some(Request::Languages(languages, settings)) => {
-                            self.languages = languages;
-                            self.settings = settings;
-                            complete = self.find_all().await;
-                        }
-                        None => return,
-                    },
-                    () = tokio::time::sleep(pause) => complete = all_well(&self.update().await),
-                    () = self.ails(), if complete => complete = self.find_all().await,
-                }
+    /// Keeps the images up to date, whatever is wanted at the time.
+    pub async fn run(
+        mut self,
+        mut orders: mpsc::Receiver<Order>,
+        mut wanted: watch::Receiver<Wanted>,
+        stop: CancellationToken,
+    ) {
+        loop {
+            tokio::select! {
+                () = self.keep(&mut orders) => return,
+                // At once: a pull for what was wanted before may take long. What is half done is done by the next look.
+                Ok(()) = wanted.changed() => (self.languages, self.settings) = wanted.borrow_and_update().clone(),
+                () = stop.cancelled() => return,
             }
-        };
-        tokio::select! {
-            () = work => {}
-            () = stop.cancelled() => {}
+        }
+    }
+
+    /// Finds or pulls all images, then looks for newer ones whenever it is time or somebody asks.
+    async fn keep(&self, orders: &mut mpsc::Receiver<Order>) {
+        let mut retry = RETRY_FIRST;
+        let mut complete = self.find_all().await;
+        loop {
+            let pause = match complete {
+                true => {
+                    retry = RETRY_FIRST;
+                    self.until_due()
+                }
+                false => {
+                    retry = (retry * 2).min(RETRY_LONGEST);
+                    retry / 2
+                }
+            };
+            tokio::select! {
+                order = orders.recv() => {
+                    let Some(reply) = order else { return };
+                    let reports = self.look().await;
+                    complete = all_well(&reports);
+                    // Before the wait for jobs on replaced images. Who asked may have left.
+                    let _ = reply.send(reports);
+                    self.delete_old(DELETE_TRIES).await;
+                }
+                () = tokio::time::sleep(pause) => complete = all_well(&self.update().await),
+                () = self.ails(), if complete => complete = self.find_all().await,
+            }
         }
     }
 
@@ -296,10 +298,10 @@ impl ImageUpdater {
     ) -> Result<Updated, ImageError> {
         let public = self.podman.image_id(name).await?;
         let new = match is_local(name) {
-            true => self.podman.image_id(name).await?.ok_or_else(|| ImageError::NoLocal(name.into()))?,
+            true => public.clone().ok_or_else(|| ImageError::NoLocal(name.into()))?,
             false => match self.pull(name).await {
                 // No registry, and nothing in use: what is here is better than nothing.
-                Err(error) if current.is_none() => self.podman.image_id(name).await?.ok_or(error)?,
+                Err(error) if current.is_none() => public.clone().ok_or(error)?,
                 pulled => pulled?,
             },
         };
@@ -323,9 +325,6 @@ impl ImageUpdater {
         }
         self.podman.tag(&new, &self.current_name(name)).await?;
         self.announce_all(languages, &Image::Ready(new.clone()));
-        if let Some(old) = current {
-            self.engine.release(Some(old)).await;
-        }
         Ok(Updated::Replaced { old: current.map(str::to_owned), new })
     }
 
@@ -386,6 +385,7 @@ impl ImageUpdater {
         let Some(id) = self.podman.image_id(old_name).await? else {
             return Ok(());
         };
+        self.engine.release(Some(&id)).await;
         let names = self.podman.names_of(&id).await?;
         if names.iter().any(|name| name != old_name) {
             // In use under another name: another instance's, or in use again.

@@ -4,6 +4,7 @@ use nix::sys::signal::Signal;
 
 use crate::client::Answer;
 use crate::harness::{Options, Server, eventually, marked_seconds, wait_running};
+use crate::stand_in::StandIn;
 
 /// Changes the configuration file: the first string becomes the second.
 fn edit(server: &Server, from: &str, to: &str) {
@@ -46,6 +47,21 @@ fn a_reload_tells_what_only_a_restart_changes() {
     server.signal(Signal::SIGHUP);
     server.wait_log(&["WARN", "shutdown.drain", "restart"]);
     server.wait_log(&["configuration reloaded"]);
+    server.stop();
+}
+
+#[test]
+fn a_reload_does_not_wait_for_a_pull() {
+    let slow = StandIn::new("[ \"$1\" != pull ] || while [ -e podman ]; do sleep 0.05; done");
+    let config = slow.config() + "language.c.image = \"registry.invalid/c\"";
+    let server = Server::launch(Options { languages: &["c"], config: &config, ..Options::default() });
+    server.wait_log(&["registry.invalid/c", "pulling"]);
+    edit(&server, "[\"c\"]", "[\"bash\", \"c\"]");
+    server.signal(Signal::SIGHUP);
+    server.wait_ready();
+    assert_eq!(server.run("echo hello"), Answer::ran("hello\n"));
+    let c = &server.get("/readyz").json()["languages"]["c"];
+    assert!(c["problem"].as_str().unwrap().contains("is being pulled"), "{c}");
     server.stop();
 }
 
