@@ -114,6 +114,10 @@ pub fn line((name, updated): &Report) -> String {
     }
 }
 
+fn trying_again(error: &ImageError) -> String {
+    format!("{}; trying again", error.reason())
+}
+
 /// Whether no image failed.
 pub fn all_well(reports: &[Report]) -> bool {
     reports.iter().all(|(_, updated)| !matches!(updated, Updated::Failed(_)))
@@ -253,7 +257,7 @@ impl ImageUpdater {
                 Err(error) => {
                     complete = false;
                     tracing::error!(image = name, %error, "cannot look for an image");
-                    self.announce_failure(&languages, &error.into());
+                    self.announce_all(&languages, &Image::Unknown(trying_again(&error.into())));
                 }
             }
         }
@@ -429,7 +433,7 @@ impl ImageUpdater {
     }
 
     fn announce_failure(&self, languages: &[Arc<Language>], error: &ImageError) {
-        self.announce_all(languages, &Image::Missing(format!("{}; trying again", error.reason())));
+        self.announce_all(languages, &Image::Missing(trying_again(error)));
     }
 
     fn until_due(&self) -> Duration {

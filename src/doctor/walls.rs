@@ -1,6 +1,5 @@
 //! Tries every limit and wall in sandboxes of one engine.
 
-use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,6 +8,7 @@ use bytes::Bytes;
 use bytesize::ByteSize;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use tar::{Builder, Header};
 use tempfile::NamedTempFile;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -16,6 +16,7 @@ use tokio::time::timeout;
 use super::probe::{Probe, Tried, VERB, Wall};
 use crate::app::Workshop;
 use crate::image;
+use crate::instance::Instance;
 use crate::job::{Ended, Job, Limits, Outcome, StageOutcome, Streams, Usage, Verdict};
 use crate::language::{Language, LanguageSettings};
 use crate::sandbox::podman::{INIT, Podman};
@@ -56,7 +57,7 @@ fn limits() -> Limits {
     }
 }
 
-/// An image of nothing. Sandboxes of it run this executable, which is mounted into each.
+/// An image of nothing but its name. Sandboxes of it run this executable, which is mounted into each.
 pub struct Trial<'a> {
     workshop: &'a Workshop,
     language: Arc<Language>,
@@ -71,7 +72,7 @@ impl Trial<'_> {
         let (podman, name) = (&workshop.podman, image_name(&workshop.instance.name));
         // One that is there was left by one that was killed.
         if podman.image_id(&name).await?.is_none() {
-            let archive = empty_archive(&workshop.instance.jobs());
+            let archive = archive(&workshop.instance);
             let archive = archive.map_err(|error| not_made(format!("cannot write an archive: {error}")))?;
             podman.import(archive.path(), &name).await?;
         }
@@ -294,16 +295,21 @@ pub async fn remove_image(podman: &Podman, instance: &str) {
     }
 }
 
-/// The name of an instance's image of nothing.
+/// The name of an instance's image.
 fn image_name(instance: &str) -> String {
     format!("localhost/coderunner-probe:{}", image::tag_of(instance))
 }
 
-/// A tar archive without any file: two blocks of zeros.
-fn empty_archive(directory: &Path) -> std::io::Result<NamedTempFile> {
-    let mut archive = NamedTempFile::new_in(directory)?;
-    archive.write_all(&[0; 1024])?;
-    Ok(archive)
+/// A tar archive of an empty file of the instance's name. With the same layer in the images of two, podman fails over one
+/// while the other makes or deletes its own.
+fn archive(instance: &Instance) -> std::io::Result<NamedTempFile> {
+    let archive = NamedTempFile::new_in(instance.jobs())?;
+    let mut header = Header::new_ustar();
+    header.set_size(0);
+    header.set_mode(0o444);
+    let mut files = Builder::new(archive);
+    files.append_data(&mut header, &instance.name, std::io::empty())?;
+    files.into_inner()
 }
 
 /// Programs that are probes.

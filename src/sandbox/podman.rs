@@ -35,9 +35,9 @@ pub(super) const WRITABLE: [(&str, &str); 3] = [(WORK_DIR, "exec"), ("/tmp", "ex
 const NAMESPACE_LOST: &str = "invalid internal status";
 
 /// What podman says when it came upon an image that another process is making or deleting, even where it was asked
-/// about a different one (https://github.com/containers/podman/issues/12582). Of one that is not there it says
-/// "image not known" alone.
-const HALF_MADE: &str = "image with ID";
+/// about a different one that shares a layer (https://github.com/containers/podman/issues/12582). Of one that is not
+/// there it says "image not known" alone.
+const HALF_MADE: [&str; 3] = ["image with ID", "reading image", "layer not known"];
 
 /// How often a verb is tried that comes upon such an image: the other process needs milliseconds.
 const HALF_MADE_TRIES: u32 = 10;
@@ -279,7 +279,7 @@ impl Podman {
 async fn settled(cmd: &Cmd) -> Result<Vec<u8>, ProcessError> {
     for _ in 1..HALF_MADE_TRIES {
         match cmd.output(VERB_TIME).await {
-            Err(error) if error.tells(HALF_MADE) => tokio::time::sleep(HALF_MADE_PAUSE).await,
+            Err(error) if HALF_MADE.iter().any(|words| error.tells(words)) => tokio::time::sleep(HALF_MADE_PAUSE).await,
             other => return other,
         }
     }

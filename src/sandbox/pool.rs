@@ -74,6 +74,8 @@ pub enum PoolError {
 pub enum Image {
     /// There is none to make sandboxes from; why.
     Missing(String),
+    /// Nobody can say; why. One that was to be used still is.
+    Unknown(String),
     /// Content id of the one to use.
     Ready(String),
 }
@@ -227,7 +229,8 @@ impl Pool {
         let given_up = {
             let mut state = self.shared.lock();
             let Ok(lane) = state.lane(language) else { return };
-            if lane.image == image {
+            let known = matches!(lane.image, Image::Ready(_));
+            if lane.image == image || (known && matches!(image, Image::Unknown(_))) {
                 return;
             }
             lane.image = image;
@@ -612,7 +615,7 @@ impl Lane {
     fn image_id(&self) -> Result<String, PoolError> {
         match &self.image {
             Image::Ready(id) => Ok(id.clone()),
-            Image::Missing(reason) => {
+            Image::Missing(reason) | Image::Unknown(reason) => {
                 Err(PoolError::Unavailable { language: self.language.name.clone(), reason: reason.clone() })
             }
         }

@@ -101,6 +101,18 @@ fn a_podman_that_stops_working_for_a_while_is_used_again_after() {
 }
 
 #[test]
+fn a_podman_that_cannot_tell_of_an_image_takes_none_away() {
+    let fails = StandIn::new("[ ! -e broken ] || { echo 'Error: out of luck' >&2; exit 125; }");
+    let server = Server::start(options(&fails.config()));
+    fails.put("broken");
+    server.signal(Signal::SIGHUP);
+    server.wait_log(&["ERROR", "cannot look for an image", "out of luck"]);
+    assert_runs(&server, "in the container that was ready");
+    fails.take("broken");
+    server.stop();
+}
+
+#[test]
 fn a_podman_whose_processes_were_killed_is_made_to_begin_anew() {
     // What podman 4.3 says then, to every verb but this one.
     let lost = StandIn::new(
