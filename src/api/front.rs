@@ -11,6 +11,7 @@ use std::time::Instant;
 use hyper::body::Incoming;
 use hyper::service::Service;
 use hyper_util::service::TowerToHyperService;
+use tokio::sync::watch;
 use tracing::Instrument;
 use warp::filters::BoxedFilter;
 use warp::http::header::{AUTHORIZATION, HeaderMap, UPGRADE};
@@ -61,29 +62,31 @@ pub struct Front {
     pub gate: Gate,
 }
 
-impl Front {
-    /// Answers the requests of one connection, whose peer has this address. Those that become something else take its
-    /// place along.
-    pub fn service(
-        self: Arc<Front>,
-        peer: Option<IpAddr>,
-        place: Place,
-    ) -> impl Service<
-        Request<Incoming>,
-        Response = Response,
-        Error = Infallible,
-        Future = impl Future<Output = Result<Response, Infallible>> + Send,
-    > {
-        let routes = TowerToHyperService::new(warp::service(self.routes.clone()));
-        hyper::service::service_fn(move |mut request: Request<Incoming>| {
-            let (front, routes) = (Arc::clone(&self), routes.clone());
-            if request.headers().contains_key(UPGRADE) {
-                request.extensions_mut().insert(place.clone());
-            }
-            async move { front.answer(request, peer, |request| routes.call(request)).await }
-        })
-    }
+/// Answers the requests of one connection, whose peer has this address, each by the configuration of its time. Those
+/// that become something else take its place along.
+pub fn service(
+    fronts: watch::Receiver<Arc<Front>>,
+    peer: Option<IpAddr>,
+    place: Place,
+) -> impl Service<
+    Request<Incoming>,
+    Response = Response,
+    Error = Infallible,
+    Future = impl Future<Output = Result<Response, Infallible>> + Send,
+> {
+    hyper::service::service_fn(move |mut request: Request<Incoming>| {
+        let front = Arc::clone(&fronts.borrow());
+        if request.headers().contains_key(UPGRADE) {
+            request.extensions_mut().insert(place.clone());
+        }
+        async move {
+            let routes = TowerToHyperService::new(warp::service(front.routes.clone()));
+            front.answer(request, peer, |request| routes.call(request)).await
+        }
+    })
+}
 
+impl Front {
     async fn answer<B, F>(
         &self,
         mut request: Request<B>,

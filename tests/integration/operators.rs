@@ -254,7 +254,7 @@ fn who_is_busy_is_not_probed_and_not_broken() {
 }
 
 /// A key and its hash, as the verb prints them.
-fn new_key(owner: &str) -> (String, String) {
+pub fn new_key(owner: &str) -> (String, String) {
     let output = harness::output(std::process::Command::new(harness::executable()).args(["key", owner]), b"");
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     let key = String::from_utf8(output.stdout).unwrap().trim().to_owned();
