@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt, stream};
 use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
@@ -136,6 +137,11 @@ impl Runner {
     /// The sandboxes that this runner takes from.
     pub fn pool(&self) -> &Arc<Pool> {
         &self.pool
+    }
+
+    /// Does something beside the runs, to its end whoever waits for it, or to the server's.
+    pub fn spawn<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> JoinHandle<Option<T>> {
+        self.tasks.running.spawn(self.tasks.stop.clone().run_until_cancelled_owned(work))
     }
 
     /// Memory that kept answers take.
