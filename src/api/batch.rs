@@ -6,7 +6,6 @@ use bytesize::ByteSize;
 use futures_util::{StreamExt, stream};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
-use tracing::Instrument;
 use utoipa::ToSchema;
 use warp::Reply;
 use warp::filters::BoxedFilter;
@@ -143,11 +142,11 @@ impl Request {
 }
 
 impl Tried {
-    fn new(index: usize, result: Result<runner::Answer, RunError>, expected: Option<&str>) -> Tried {
+    fn new(index: usize, result: Result<runner::Answer, ApiError>, expected: Option<&str>) -> Tried {
         let answer = match result {
             Ok(answer) => answer,
             Err(error) => {
-                let result = Tally::Failed { error: ApiError::from(error).to_string() };
+                let result = Tally::Failed { error: error.to_string() };
                 return Tried { index, passed: false, result };
             }
         };
@@ -191,12 +190,14 @@ async fn run(
     // What is sent is bounded by what is kept of the outputs.
     let (sender, mut ended) = mpsc::unbounded_channel();
     let running = async move {
+        // Errors get their words here, where the caller is known: a line is made when the client takes it.
+        let tell = |index, result: Result<_, RunError>| drop(sender.send((index, result.map_err(ApiError::from))));
         tokio::select! {
             () = sender.closed() => {}
-            () = runner.run_batch(jobs, wishes.reuse, |index, result| drop(sender.send((index, result)))) => {}
+            () = runner.run_batch(jobs, wishes.reuse, tell) => {}
         }
     };
-    tokio::spawn(Caller::pass_on(running).in_current_span());
+    tokio::spawn(Caller::pass_on(running));
     // Where there is no first outcome there is none at all, and a status can still say so.
     let Some((index, first)) = ended.recv().await else { return Err(RunError::ShuttingDown.into()) };
     let first = first?;

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use tungstenite::{Message, WebSocket};
 
 use crate::client::Pending;
+use crate::faults::Killing;
 use crate::harness::{self, Options, PATIENCE, Server, eventually};
 
 fn serve(config: &str) -> Server {
@@ -233,5 +234,44 @@ fn a_plain_run_can_be_watched() {
     let text = String::from_utf8(waiting.all()).unwrap();
     assert!(text.contains("event:queued") && text.contains("\"position\":0"), "{text}");
     assert!(text.contains("waited\\n"), "{text}");
+    server.stop();
+}
+
+#[test]
+fn what_fails_while_a_client_watches_is_in_the_log_under_its_request() {
+    let server = Server::start(Options {
+        languages: &["bash"],
+        containers: 1,
+        config: "[limits]\nrun_time = \"60s\"",
+        env: &[("CODERUNNER_LOG_FORMAT", "json")],
+        ..Options::default()
+    });
+    let post = |path: &str, accept: &str, body: Value| {
+        let headers = [("Content-Type", "application/json"), ("Accept", accept)];
+        let pending = server.begin_request("POST", path, &headers, body.to_string().as_bytes());
+        Box::new(move || String::from_utf8(pending.all()).unwrap())
+    };
+    let fails = |mark: &str, answer: Box<dyn FnOnce() -> String>| {
+        harness::wait_running(mark);
+        Killing::Inside.kill(&server);
+        let answer = answer();
+        let id = answer.split("under request id ").nth(1).unwrap_or_else(|| panic!("no error: {answer}"));
+        let id: String = id.chars().take_while(char::is_ascii_alphanumeric).collect();
+        for message in ["a run failed", "a request failed"] {
+            server.wait_log(&[message, &format!("\"id\":\"{id}\"")]);
+        }
+    };
+    let mark = harness::marked_seconds(50);
+    fails(&mark, post("/coderunner", "text/event-stream", json!({"code": format!("sleep {mark}")})));
+
+    let mark = harness::marked_seconds(50);
+    let files = json!([{"content": "sleep $1"}]);
+    let body =
+        json!({"language": "bash", "version": "*", "files": files, "inputs": [{"args": ["0"]}, {"args": [mark]}]});
+    fails(&mark, post("/api/v2/batch", "application/x-ndjson", body));
+
+    let mark = harness::marked_seconds(50);
+    let mut socket = Socket::begin(&server, &format!("sleep {mark}"));
+    fails(&mark, Box::new(move || json!(socket.all().0).to_string()));
     server.stop();
 }
