@@ -122,12 +122,15 @@ impl Front {
 
     /// Whether a request may go on. Reading is free but for the API and the metrics; preflights carry no key.
     fn admit(&self, method: &Method, path: &str, client: &Client) -> Result<(), Denied> {
-        let reads = [Method::GET, Method::HEAD, Method::OPTIONS].contains(method);
-        let works = !reads || (path.starts_with("/api") && method != Method::OPTIONS);
-        if works || (path.starts_with("/metrics") && method != Method::OPTIONS) {
+        let free = match *method {
+            Method::OPTIONS => true,
+            Method::GET | Method::HEAD => !path.starts_with("/api") && !path.starts_with("/metrics"),
+            _ => false,
+        };
+        if !free {
             self.gate.knows(client)?;
         }
-        if works {
+        if runs_code(method, path) {
             self.gate.count(client)?;
         }
         Ok(())
@@ -154,6 +157,16 @@ impl Drop for Seen {
         let took = self.began.elapsed();
         metrics::request(self.route, self.code, took);
         tracing::debug!(route = self.route, code = self.code, took = ?took, client = self.client.to_string(), "answered");
+    }
+}
+
+/// Whether a request is one of those that a rate is of.
+fn runs_code(method: &Method, path: &str) -> bool {
+    // Routes are found with a slash at their end, too.
+    match path.trim_end_matches('/') {
+        "/coderunner" | "/api/v2/execute" | "/api/v2/batch" => method == Method::POST,
+        "/api/v2/connect" => method == Method::GET,
+        _ => false,
     }
 }
 
@@ -209,6 +222,7 @@ fn trace_context(headers: &HeaderMap) -> Option<(&str, &str)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::access::AccessSettings;
 
     fn headers(name: HeaderName, values: &[&str]) -> HeaderMap {
         let mut headers = HeaderMap::new();
@@ -261,14 +275,38 @@ mod tests {
         }
     }
 
+    fn front(rate: &str, keys: &str) -> Front {
+        let text = format!("rate = {rate:?}\nburst = 1\ntrusted_proxies = []\n[keys]\n{keys}");
+        let settings: AccessSettings = toml::from_str(&text).unwrap();
+        Front { routes: warp::any().map(Response::default).boxed(), gate: Gate::new(&settings) }
+    }
+
+    #[test]
+    fn a_rate_is_of_requests_that_run_code() {
+        let front = front("1/h", "");
+        let cases = [
+            (Method::POST, "/coderunner", true),
+            (Method::POST, "/coderunner/", true),
+            (Method::POST, "/api/v2/execute", true),
+            (Method::POST, "/api/v2/batch", true),
+            (Method::GET, "/api/v2/connect", true),
+            (Method::GET, "/api/v2/runtimes", false),
+            (Method::POST, "/anything", false),
+            (Method::GET, "/coderunner", false),
+            (Method::OPTIONS, "/api/v2/connect", false),
+            (Method::GET, "/metrics", false),
+        ];
+        for (method, path, counts) in cases {
+            let client = Client::Key(format!("{method} {path}").into());
+            let twice = [(); 2].map(|()| front.admit(&method, path, &client).is_ok());
+            assert_eq!(twice, [true, !counts], "{method} {path}");
+        }
+    }
+
     #[test]
     fn what_runs_code_needs_a_key_and_what_tells_of_health_does_not() {
-        use crate::access::AccessSettings;
         let (_, hash) = crate::access::new_key().unwrap();
-        let settings: AccessSettings =
-            toml::from_str(&format!("rate = \"off\"\nburst = 1\ntrusted_proxies = []\n[keys]\nalice = \"{hash}\""))
-                .unwrap();
-        let front = Front { routes: warp::any().map(Response::default).boxed(), gate: Gate::new(&settings) };
+        let front = front("off", &format!("alice = \"{hash}\""));
         let stranger = Client::at([192, 0, 2, 1].into());
         let alice = Client::Key("alice".into());
         let admits = |method: Method, path: &str, client| front.admit(&method, path, client).is_ok();
