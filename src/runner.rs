@@ -43,9 +43,6 @@ pub enum Reuse {
 /// Why a job has no outcome.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum RunError {
-    /// No language of that name is served.
-    #[error("language {0:?} is not served here")]
-    UnknownLanguage(String),
     /// No sandbox could be had.
     #[error(transparent)]
     Pool(#[from] PoolError),
@@ -128,10 +125,11 @@ impl Runner {
 
     /// A language by its name or an alias; the default one where none is named.
     pub fn language(&self, name: Option<&str>) -> Result<&Arc<Language>, RunError> {
-        let Some(name) = name else {
-            return self.languages.first().ok_or_else(|| RunError::UnknownLanguage("default".into()));
+        let found = match name {
+            Some(name) => language::named(&self.languages, name),
+            None => self.languages.first(),
         };
-        language::named(&self.languages, name).ok_or_else(|| RunError::UnknownLanguage(name.into()))
+        found.ok_or_else(|| PoolError::not_enabled(name.unwrap_or("default")).into())
     }
 
     /// The sandboxes that this runner takes from.
