@@ -134,6 +134,21 @@ fn a_program_is_sent_signals() {
 }
 
 #[test]
+fn a_client_that_sends_signals_without_end_fails_no_run() {
+    let server = serve("limits = { run_time = \"60s\", run_cpu_time = \"60s\" }");
+    // Init has little of the processor, so that signals wait for it.
+    let code = "for n in {1..50}; do while :; do :; done & done; echo ready; sleep 3; echo done; kill -KILL $(jobs -p)";
+    let mut socket = Socket::begin(&server, code);
+    while socket.hear().unwrap()["data"] != "ready\n" {}
+    for _ in 0..20_000 {
+        socket.say(json!({"type": "signal", "signal": "SIGCONT"}));
+    }
+    let (heard, code) = socket.all();
+    assert_eq!((printed(&heard, "stdout").as_str(), code), ("done\n", 4999), "{heard:?}");
+    server.stop();
+}
+
+#[test]
 fn what_piston_refuses_is_refused_with_its_codes() {
     let server = serve("");
     let closed = |messages: &[Value]| {
