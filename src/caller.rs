@@ -4,6 +4,8 @@ use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
+use tracing::Instrument;
+
 tokio::task_local! {
     static CALLER: Caller;
 }
@@ -55,15 +57,16 @@ impl Caller {
         CALLER.try_with(Clone::clone).ok()
     }
 
-    /// For a task that is spawned: does what it does on behalf of whoever spawns it.
+    /// For a task that is spawned: does what it does on behalf of whoever spawns it, and its log lines are of that span.
     pub fn pass_on<F: Future>(future: F) -> impl Future<Output = F::Output> {
         let caller = Caller::current();
-        async move {
+        let passed_on = async move {
             match caller {
                 Some(caller) => caller.scope(future).await,
                 None => future.await,
             }
-        }
+        };
+        passed_on.in_current_span()
     }
 
     /// Does something on this caller's behalf. Tasks that it spawns are not: they have to be told.

@@ -492,6 +492,11 @@ impl Output {
         self.total_both() > self.kept() as u64
     }
 
+    /// Whether something was printed on a stream that was not kept.
+    pub fn truncated_of(&self, stream: Stream) -> bool {
+        self.total(stream) > self.kept[stream as usize] as u64
+    }
+
     /// Both streams as text in order of arrival. Bytes that are no UTF-8 become U+FFFD.
     pub fn text(&self) -> String {
         self.decoded(|_| true, self.truncated())
@@ -499,7 +504,7 @@ impl Output {
 
     /// One stream as text.
     pub fn text_of(&self, stream: Stream) -> String {
-        self.decoded(|of| of == stream, self.total(stream) > self.kept[stream as usize] as u64)
+        self.decoded(|of| of == stream, self.truncated_of(stream))
     }
 
     fn decoded(&self, wanted: impl Fn(Stream) -> bool, truncated: bool) -> String {

@@ -22,6 +22,7 @@ use crate::image;
 use crate::job::{Ended, SourceFile, Stage, StageOutcome, Stream, Streams, Verdict};
 use crate::language::Language;
 use crate::runner::{Runner, Tasks};
+use crate::sandbox::podman::Podman;
 use crate::sandbox::pool::{Image, Pool};
 use crate::sandbox::{Event, Live};
 use crate::shutdown::{self, Phases};
@@ -32,6 +33,8 @@ const CODE_TIME: u8 = 124;
 const CODE_COMPILE: u8 = 1;
 /// Exit code when the program was killed at another limit, as after SIGKILL.
 const CODE_KILLED: u8 = 137;
+/// Exit code when we were interrupted, as after SIGINT.
+const CODE_INTERRUPTED: u8 = 130;
 /// Added to the number of the signal that ended the program, as shells do.
 const CODE_SIGNAL: i32 = 128;
 
@@ -87,16 +90,10 @@ pub async fn run(once: Once) -> anyhow::Result<u8> {
     let _signals = shutdown::listen(phases.clone(), mpsc::channel(1).0).context("cannot listen for signals")?;
     let waiting = Waiting::new();
     let workshop = Workshop::open(&settings)?;
-    let image = match workshop.podman.image_id(&language.image).await? {
-        Some(id) => id,
-        None if image::is_local(&language.image) => {
-            bail!("there is no image {}; build it, or name another one in the configuration", language.image)
-        }
-        None => {
-            waiting.note(format!("pulling {}", language.image));
-            let progress = |line: &str| waiting.note(format!("pulling {}: {}", language.image, line.trim()));
-            workshop.podman.pull(&language.image, settings.update.pull_timeout, progress).await?
-        }
+    // Until there is an image nothing is made that would have to be removed.
+    let image = tokio::select! {
+        image = image(&workshop.podman, &language, settings.update.pull_timeout, &waiting) => image?,
+        () = phases.stop.cancelled() => return Ok(CODE_INTERRUPTED),
     };
     let pool = Arc::new(Pool::new(Arc::clone(&workshop.engine), 1, settings.queue, &[Arc::clone(&language)]));
     pool.set_image(&language.name, Image::Ready(image));
@@ -140,9 +137,27 @@ pub async fn run(once: Once) -> anyhow::Result<u8> {
             }
             Ok(exit_code(last))
         }
-        // SIGINT's code, as a shell would tell it.
-        None => Ok(130),
+        None => Ok(CODE_INTERRUPTED),
     }
+}
+
+/// The content id of the language's image, which is pulled if it is not there.
+async fn image(
+    podman: &Podman,
+    language: &Language,
+    pull_timeout: Duration,
+    waiting: &Waiting,
+) -> anyhow::Result<String> {
+    let name = &language.image;
+    if let Some(id) = podman.image_id(name).await? {
+        return Ok(id);
+    }
+    if image::is_local(name) {
+        bail!("there is no image {name}; build it, or name another one in the configuration")
+    }
+    waiting.note(format!("pulling {name}"));
+    let progress = |line: &str| waiting.note(format!("pulling {name}: {}", line.trim()));
+    Ok(podman.pull(name, pull_timeout, progress).await?)
 }
 
 /// The program and the files beside it.

@@ -7,15 +7,16 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::Mutex as AsyncMutex;
+use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 use tokio::time::Instant;
+use tracing::Instrument;
 
 use crate::config::ReadySettings;
 use crate::job::Streams;
 use crate::language::Language;
 use crate::metrics;
-use crate::runner::Runner;
-use crate::sandbox::Live;
+use crate::runner::{RunError, Runner};
+use crate::sandbox::{Live, Sandbox};
 
 /// What the latest health program of a language came to.
 #[derive(Debug, Clone)]
@@ -50,7 +51,7 @@ impl Readiness {
             let mut probed = self.probed.lock().unwrap_or_else(PoisonError::into_inner);
             Arc::clone(probed.entry(language.name.clone()).or_default())
         };
-        let mut probed = of_language.lock().await;
+        let probed = of_language.lock_owned().await;
         let is_new = |at: Instant| at.elapsed() < self.settings.interval;
         // Asked again: one may have succeeded while we waited.
         let proved_at = runner.pool().status(&language.name).proved_at;
@@ -64,18 +65,29 @@ impl Readiness {
         let Some(sandbox) = runner.pool().take_idle(&language.name) else {
             return probed.as_ref().and_then(|known| known.problem.clone());
         };
-        let job = language.job(language.health.code.clone().into(), Streams::Merged);
-        let failure = match sandbox.run(language, &job, &mut Live::default()).await {
-            Ok(outcome) => language.health.failure(&outcome),
-            Err(error) => Some(error.to_string()),
-        };
-        if let Some(failure) = &failure {
-            tracing::error!(language = language.name, failure, "not ready: the health program fails");
-        }
-        metrics::probed(&language.name, failure.is_none());
-        // What exactly is for the log.
-        let problem = failure.map(|_| "its health program fails".to_owned());
-        *probed = Some(Probed { at: Instant::now(), problem: problem.clone() });
-        problem
+        // Whoever asked may leave: the sandbox is used up then, and what comes of it is to be known.
+        let probing = runner.spawn(probe(Arc::clone(language), sandbox, probed).in_current_span());
+        probing.await.ok().flatten().unwrap_or_else(|| Some(RunError::ShuttingDown.to_string()))
     }
+}
+
+/// Runs the health program, and keeps what it came to.
+async fn probe(
+    language: Arc<Language>,
+    sandbox: Sandbox,
+    mut probed: OwnedMutexGuard<Option<Probed>>,
+) -> Option<String> {
+    let job = language.job(language.health.code.clone().into(), Streams::Merged);
+    let failure = match sandbox.run(&language, &job, &mut Live::default()).await {
+        Ok(outcome) => language.health.failure(&outcome),
+        Err(error) => Some(error.to_string()),
+    };
+    if let Some(failure) = &failure {
+        tracing::error!(language = language.name, failure, "not ready: the health program fails");
+    }
+    metrics::probed(&language.name, failure.is_none());
+    // What exactly is for the log.
+    let problem = failure.map(|_| "its health program fails".to_owned());
+    *probed = Some(Probed { at: Instant::now(), problem: problem.clone() });
+    problem
 }

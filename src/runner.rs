@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt, stream};
 use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
@@ -42,9 +43,6 @@ pub enum Reuse {
 /// Why a job has no outcome.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum RunError {
-    /// No language of that name is served.
-    #[error("language {0:?} is not served here")]
-    UnknownLanguage(String),
     /// No sandbox could be had.
     #[error(transparent)]
     Pool(#[from] PoolError),
@@ -127,15 +125,21 @@ impl Runner {
 
     /// A language by its name or an alias; the default one where none is named.
     pub fn language(&self, name: Option<&str>) -> Result<&Arc<Language>, RunError> {
-        let Some(name) = name else {
-            return self.languages.first().ok_or_else(|| RunError::UnknownLanguage("default".into()));
+        let found = match name {
+            Some(name) => language::named(&self.languages, name),
+            None => self.languages.first(),
         };
-        language::named(&self.languages, name).ok_or_else(|| RunError::UnknownLanguage(name.into()))
+        found.ok_or_else(|| PoolError::not_enabled(name.unwrap_or("default")).into())
     }
 
     /// The sandboxes that this runner takes from.
     pub fn pool(&self) -> &Arc<Pool> {
         &self.pool
+    }
+
+    /// Does something beside the runs, to its end whoever waits for it, or to the server's.
+    pub fn spawn<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> JoinHandle<Option<T>> {
+        self.tasks.running.spawn(self.tasks.stop.clone().run_until_cancelled_owned(work))
     }
 
     /// Memory that kept answers take.

@@ -6,7 +6,6 @@ use bytesize::ByteSize;
 use futures_util::{StreamExt, stream};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
-use tracing::Instrument;
 use utoipa::ToSchema;
 use warp::Reply;
 use warp::filters::BoxedFilter;
@@ -143,11 +142,11 @@ impl Request {
 }
 
 impl Tried {
-    fn new(index: usize, result: Result<runner::Answer, RunError>, expected: Option<&str>) -> Tried {
+    fn new(index: usize, result: Result<runner::Answer, ApiError>, expected: Option<&str>) -> Tried {
         let answer = match result {
             Ok(answer) => answer,
             Err(error) => {
-                let result = Tally::Failed { error: ApiError::from(error).to_string() };
+                let result = Tally::Failed { error: error.to_string() };
                 return Tried { index, passed: false, result };
             }
         };
@@ -159,7 +158,7 @@ impl Tried {
 
 /// Whether this is what a program printed, white space at the ends of lines and at the end aside.
 fn printed(run: &StageOutcome, expected: &str) -> bool {
-    !run.output.truncated() && same(&run.output.text_of(Stream::Stdout), expected)
+    !run.output.truncated_of(Stream::Stdout) && same(&run.output.text_of(Stream::Stdout), expected)
 }
 
 fn same(one: &str, other: &str) -> bool {
@@ -191,24 +190,34 @@ async fn run(
     // What is sent is bounded by what is kept of the outputs.
     let (sender, mut ended) = mpsc::unbounded_channel();
     let running = async move {
+        // Errors get their words here, where the caller is known: a line is made when the client takes it.
+        let tell = |index, result: Result<_, RunError>| drop(sender.send((index, result.map_err(ApiError::from))));
         tokio::select! {
             () = sender.closed() => {}
-            () = runner.run_batch(jobs, wishes.reuse, |index, result| drop(sender.send((index, result)))) => {}
+            () = runner.run_batch(jobs, wishes.reuse, tell) => {}
         }
     };
-    tokio::spawn(Caller::pass_on(running).in_current_span());
-    // Where there is no first outcome there is none at all, and a status can still say so.
-    let Some((index, first)) = ended.recv().await else { return Err(RunError::ShuttingDown.into()) };
-    let first = first?;
+    tokio::spawn(Caller::pass_on(running));
+    // Some may be refused before the first has its outcome: a status says only that there is none at all.
+    let mut heard = Vec::new();
+    let (index, first) = loop {
+        match ended.recv().await {
+            Some((index, Ok(answer))) => break (index, answer),
+            Some((index, Err(error))) => heard.push((index, Err(error))),
+            None => {
+                let first = heard.into_iter().find_map(|(_, error)| error.err());
+                return Err(first.unwrap_or_else(|| RunError::ShuttingDown.into()));
+            }
+        }
+    };
     let program = Program {
         language: language.name.clone(),
         version: language.version.to_string(),
         compile: first.outcome.compile.as_ref().map(StageAnswer::from),
     };
     let tried = move |(index, result)| Tried::new(index, result, expected.get(index).and_then(Option::as_deref));
-    let ended = stream::once(std::future::ready((index, Ok(first))))
-        .chain(stream::poll_fn(move |context| ended.poll_recv(context)))
-        .map(tried);
+    heard.push((index, Ok(first)));
+    let ended = stream::iter(heard).chain(stream::poll_fn(move |context| ended.poll_recv(context))).map(tried);
     if wishes.lines {
         return Ok(as_lines(program, ended));
     }

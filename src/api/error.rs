@@ -39,8 +39,6 @@ pub enum ApiError {
     Overloaded(String),
     #[error("{0}; try again in a minute")]
     Unavailable(String),
-    #[error("{0:?} is not served here; enable it in the server's `languages`")]
-    UnknownLanguage(String),
     #[error("the server failed, its log says why under request id {0}")]
     Internal(String),
 }
@@ -65,7 +63,6 @@ impl From<Denied> for ApiError {
 impl From<RunError> for ApiError {
     fn from(error: RunError) -> ApiError {
         match error {
-            RunError::UnknownLanguage(name) => ApiError::UnknownLanguage(name),
             RunError::Pool(PoolError::QueueFull { .. } | PoolError::QueueTimeout { .. } | PoolError::Draining)
             | RunError::ShuttingDown => ApiError::Overloaded(error.to_string()),
             RunError::Pool(PoolError::Unavailable { .. } | PoolError::Broken { .. }) => {
@@ -118,7 +115,7 @@ impl ApiError {
             ApiError::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
             ApiError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ApiError::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            ApiError::NotFound | ApiError::UnknownLanguage(_) => StatusCode::NOT_FOUND,
+            ApiError::NotFound => StatusCode::NOT_FOUND,
             ApiError::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
             ApiError::Forbidden => StatusCode::FORBIDDEN,
             ApiError::Unauthorized => StatusCode::UNAUTHORIZED,

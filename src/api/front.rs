@@ -11,6 +11,7 @@ use std::time::Instant;
 use hyper::body::Incoming;
 use hyper::service::Service;
 use hyper_util::service::TowerToHyperService;
+use tokio::sync::watch;
 use tracing::Instrument;
 use warp::filters::BoxedFilter;
 use warp::http::header::{AUTHORIZATION, HeaderMap, UPGRADE};
@@ -61,29 +62,31 @@ pub struct Front {
     pub gate: Gate,
 }
 
-impl Front {
-    /// Answers the requests of one connection, whose peer has this address. Those that become something else take its
-    /// place along.
-    pub fn service(
-        self: Arc<Front>,
-        peer: Option<IpAddr>,
-        place: Place,
-    ) -> impl Service<
-        Request<Incoming>,
-        Response = Response,
-        Error = Infallible,
-        Future = impl Future<Output = Result<Response, Infallible>> + Send,
-    > {
-        let routes = TowerToHyperService::new(warp::service(self.routes.clone()));
-        hyper::service::service_fn(move |mut request: Request<Incoming>| {
-            let (front, routes) = (Arc::clone(&self), routes.clone());
-            if request.headers().contains_key(UPGRADE) {
-                request.extensions_mut().insert(place.clone());
-            }
-            async move { front.answer(request, peer, |request| routes.call(request)).await }
-        })
-    }
+/// Answers the requests of one connection, whose peer has this address, each by the configuration of its time. Those
+/// that become something else take its place along.
+pub fn service(
+    fronts: watch::Receiver<Arc<Front>>,
+    peer: Option<IpAddr>,
+    place: Place,
+) -> impl Service<
+    Request<Incoming>,
+    Response = Response,
+    Error = Infallible,
+    Future = impl Future<Output = Result<Response, Infallible>> + Send,
+> {
+    hyper::service::service_fn(move |mut request: Request<Incoming>| {
+        let front = Arc::clone(&fronts.borrow());
+        if request.headers().contains_key(UPGRADE) {
+            request.extensions_mut().insert(place.clone());
+        }
+        async move {
+            let routes = TowerToHyperService::new(warp::service(front.routes.clone()));
+            front.answer(request, peer, |request| routes.call(request)).await
+        }
+    })
+}
 
+impl Front {
     async fn answer<B, F>(
         &self,
         mut request: Request<B>,
@@ -119,12 +122,15 @@ impl Front {
 
     /// Whether a request may go on. Reading is free but for the API and the metrics; preflights carry no key.
     fn admit(&self, method: &Method, path: &str, client: &Client) -> Result<(), Denied> {
-        let reads = [Method::GET, Method::HEAD, Method::OPTIONS].contains(method);
-        let works = !reads || (path.starts_with("/api") && method != Method::OPTIONS);
-        if works || (path.starts_with("/metrics") && method != Method::OPTIONS) {
+        let free = match *method {
+            Method::OPTIONS => true,
+            Method::GET | Method::HEAD => !path.starts_with("/api") && !path.starts_with("/metrics"),
+            _ => false,
+        };
+        if !free {
             self.gate.knows(client)?;
         }
-        if works {
+        if runs_code(method, path) {
             self.gate.count(client)?;
         }
         Ok(())
@@ -151,6 +157,16 @@ impl Drop for Seen {
         let took = self.began.elapsed();
         metrics::request(self.route, self.code, took);
         tracing::debug!(route = self.route, code = self.code, took = ?took, client = self.client.to_string(), "answered");
+    }
+}
+
+/// Whether a request is one of those that a rate is of.
+fn runs_code(method: &Method, path: &str) -> bool {
+    // Routes are found with a slash at their end, too.
+    match path.trim_end_matches('/') {
+        "/coderunner" | "/api/v2/execute" | "/api/v2/batch" => method == Method::POST,
+        "/api/v2/connect" => method == Method::GET,
+        _ => false,
     }
 }
 
@@ -206,6 +222,7 @@ fn trace_context(headers: &HeaderMap) -> Option<(&str, &str)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::access::AccessSettings;
 
     fn headers(name: HeaderName, values: &[&str]) -> HeaderMap {
         let mut headers = HeaderMap::new();
@@ -258,14 +275,38 @@ mod tests {
         }
     }
 
+    fn front(rate: &str, keys: &str) -> Front {
+        let text = format!("rate = {rate:?}\nburst = 1\ntrusted_proxies = []\n[keys]\n{keys}");
+        let settings: AccessSettings = toml::from_str(&text).unwrap();
+        Front { routes: warp::any().map(Response::default).boxed(), gate: Gate::new(&settings) }
+    }
+
+    #[test]
+    fn a_rate_is_of_requests_that_run_code() {
+        let front = front("1/h", "");
+        let cases = [
+            (Method::POST, "/coderunner", true),
+            (Method::POST, "/coderunner/", true),
+            (Method::POST, "/api/v2/execute", true),
+            (Method::POST, "/api/v2/batch", true),
+            (Method::GET, "/api/v2/connect", true),
+            (Method::GET, "/api/v2/runtimes", false),
+            (Method::POST, "/anything", false),
+            (Method::GET, "/coderunner", false),
+            (Method::OPTIONS, "/api/v2/connect", false),
+            (Method::GET, "/metrics", false),
+        ];
+        for (method, path, counts) in cases {
+            let client = Client::Key(format!("{method} {path}").into());
+            let twice = [(); 2].map(|()| front.admit(&method, path, &client).is_ok());
+            assert_eq!(twice, [true, !counts], "{method} {path}");
+        }
+    }
+
     #[test]
     fn what_runs_code_needs_a_key_and_what_tells_of_health_does_not() {
-        use crate::access::AccessSettings;
         let (_, hash) = crate::access::new_key().unwrap();
-        let settings: AccessSettings =
-            toml::from_str(&format!("rate = \"off\"\nburst = 1\ntrusted_proxies = []\n[keys]\nalice = \"{hash}\""))
-                .unwrap();
-        let front = Front { routes: warp::any().map(Response::default).boxed(), gate: Gate::new(&settings) };
+        let front = front("off", &format!("alice = \"{hash}\""));
         let stranger = Client::at([192, 0, 2, 1].into());
         let alice = Client::Key("alice".into());
         let admits = |method: Method, path: &str, client| front.admit(&method, path, client).is_ok();

@@ -46,9 +46,6 @@ pub enum Refused {
     /// Pages of this origin may not call.
     #[response(status = 403)]
     Forbidden(Refusal),
-    /// The language is not served.
-    #[response(status = 404)]
-    NotFound(Refusal),
     /// The path takes another method; `Allow` says which.
     #[response(status = 405)]
     MethodNotAllowed(Refusal),
@@ -108,4 +105,19 @@ fn of_type(kind: &'static str, text: String) -> Response {
     page::secure(response.headers_mut());
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_readme_has_every_status() {
+        let readme = include_str!("../../README.md");
+        let cells = readme.lines().filter_map(|line| line.strip_prefix("| ")?.split(" |").next());
+        let told: Vec<&str> = cells.flat_map(|cell| cell.split(", ")).collect();
+        for status in Refused::responses().keys() {
+            assert!(told.contains(&status.as_str()), "{status} is not in the table");
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! Connections: accepted within a bound, each with the configuration of its time, closed gracefully.
+//! Connections: accepted within a bound, closed gracefully.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -13,7 +13,7 @@ use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::front::Front;
+use super::front::{self, Front};
 use crate::caller::Client;
 
 /// Connections at once, where there are descriptors for twice as many; further ones wait to be accepted.
@@ -55,7 +55,7 @@ struct Shares {
 /// Accepts until `stop`, then returns a future that ends when all connections have closed.
 pub async fn serve(
     listener: TcpListener,
-    front: watch::Receiver<Arc<Front>>,
+    fronts: watch::Receiver<Arc<Front>>,
     stop: CancellationToken,
 ) -> impl Future<Output = ()> {
     let (closing, connections) = (CancellationToken::new(), TaskTracker::new());
@@ -77,9 +77,8 @@ pub async fn serve(
                 continue;
             }
         };
-        let front = Arc::clone(&front.borrow());
         // Whoever comes through a proxy of ours is not alone behind its address.
-        let of_address = match peer.is_loopback() || front.gate.trusts(peer) {
+        let of_address = match peer.is_loopback() || fronts.borrow().gate.trusts(peer) {
             true => None,
             false => match shares.take(peer) {
                 Some(share) => Some(Arc::new(share)),
@@ -93,7 +92,7 @@ pub async fn serve(
         // Answers are small, and the client waits for them.
         let _ = stream.set_nodelay(true);
         let _ = setsockopt(&stream, TcpUserTimeout, &UNTAKEN_TIME);
-        let service = front.service(Some(peer), place.clone());
+        let service = front::service(fronts.clone(), Some(peer), place.clone());
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEADER_TIME)

@@ -33,6 +33,12 @@ impl Channel {
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
+    /// Whether most of the socket's buffer is free: that is when the kernel calls it writable.
+    pub fn has_room(&self) -> bool {
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
     /// The channel that a child finds at this descriptor.
     pub fn from_fd(fd: OwnedFd) -> std::io::Result<Channel> {
         let socket = StdSocket::from(fd);
@@ -43,7 +49,10 @@ impl Channel {
     /// Sends without waiting: a message or two always fit into the socket's buffer.
     pub fn send(&self, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> Result<(), SandboxError> {
         protocol::send(self.0.as_fd(), message, fds).map_err(|error| match error.kind() {
-            std::io::ErrorKind::BrokenPipe => SandboxError::Gone("its channel is closed".into()),
+            // The latter where something was left unread.
+            std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset => {
+                SandboxError::Gone("its channel is closed".into())
+            }
             _ => SandboxError::Io { what: "cannot send on a channel", source: error },
         })
     }
@@ -58,6 +67,36 @@ impl Channel {
         match self.0.async_io(Interest::READABLE, || protocol::receive(self.0.as_fd())).await {
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => Ok(None),
             received => received.map_err(SandboxError::io("cannot receive on a channel")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use protocol::{MAX_MESSAGE, ToInit};
+
+    #[tokio::test]
+    async fn what_is_sent_only_where_there_is_room_leaves_room_for_the_largest_message() {
+        let (channel, _init) = Channel::pair().unwrap();
+        let mut signals = 0;
+        while channel.has_room() {
+            channel.send(&ToInit::Signal(15), &[]).unwrap();
+            signals += 1;
+        }
+        assert!((8..1000).contains(&signals), "{signals}");
+        let message = ToInit::Prepare { uid: 1, own_cgroup: true, files: vec!["x".repeat(MAX_MESSAGE - 64)] };
+        channel.send(&ToInit::Kill, &[]).unwrap();
+        channel.send(&message, &[]).unwrap();
+    }
+
+    #[tokio::test]
+    async fn who_leaves_without_having_read_all_is_gone() {
+        let (channel, init) = Channel::pair().unwrap();
+        channel.send(&ToInit::Signal(15), &[]).unwrap();
+        drop(init);
+        for _ in 0..2 {
+            assert!(matches!(channel.send(&ToInit::Kill, &[]), Err(SandboxError::Gone(_))));
         }
     }
 }

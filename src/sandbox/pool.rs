@@ -81,6 +81,11 @@ pub enum Image {
 }
 
 impl PoolError {
+    /// There are no sandboxes for this language.
+    pub fn not_enabled(language: &str) -> PoolError {
+        PoolError::Unavailable { language: language.to_owned(), reason: "it is not enabled".into() }
+    }
+
     /// Which failure it is, in a word.
     pub fn kind(&self) -> &'static str {
         match self {
@@ -506,9 +511,7 @@ impl State {
     }
 
     fn lane(&mut self, language: &str) -> Result<&mut Lane, PoolError> {
-        self.lanes
-            .get_mut(language)
-            .ok_or_else(|| PoolError::Unavailable { language: language.to_owned(), reason: "it is not enabled".into() })
+        self.lanes.get_mut(language).ok_or_else(|| PoolError::not_enabled(language))
     }
 
     /// Demand first, in order of arrival; then refill what was used most.

@@ -91,7 +91,10 @@ impl Sandbox {
                 () = &mut feeding, if self.prepared && !fed => fed = true,
                 Some(chunk) = out.next() => printed.take(Stream::Stdout, chunk),
                 Some(chunk) = err.next() => printed.take(Stream::Stderr, chunk),
-                Some(signal) = next_signal(&mut live.signals) => self.channel.send(&ToInit::Signal(signal), &[])?,
+                // More than init has taken yet are as good as one, and may not take the room of its orders.
+                Some(signal) = next_signal(&mut live.signals) => if self.channel.has_room() {
+                    self.channel.send(&ToInit::Signal(signal), &[])?;
+                },
             }
             if printed.output.overflowed && !killed {
                 killed = true;

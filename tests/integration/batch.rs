@@ -170,6 +170,37 @@ fn results_come_in_lines_as_they_are_there() {
 }
 
 #[test]
+fn what_is_printed_on_stderr_is_not_what_is_expected() {
+    let config = "[limits]\noutput = \"1KiB\"";
+    let server = Server::start(Options { languages: &["bash"], config, ..Options::default() });
+    let code = "echo out; head -c $1 /dev/zero >&2; head -c $2 /dev/zero | tr '\\0' x";
+    let inputs = json!([
+        {"args": ["5000", "0"], "expected_output": "out"},
+        {"args": ["0", "5000"], "expected_output": format!("out\n{}", "x".repeat(1020))},
+    ]);
+    let answer = ran(&post(&server, &[], &program("bash", code, inputs)));
+    let result = |index: usize, what: &str| answer["results"][index][what].clone();
+    assert_eq!((result(0, "passed"), result(0, "truncated")), (json!(true), json!(true)), "{answer}");
+    assert_eq!((result(1, "passed"), result(1, "truncated")), (json!(false), json!(true)), "{answer}");
+    server.stop();
+}
+
+#[test]
+fn inputs_that_find_no_place_in_the_queue_take_no_outcome_from_others() {
+    let config = "queue = { length = 1 }";
+    let server = Server::start(Options { languages: &["bash"], containers: 1, config, ..Options::default() });
+    for headers in [&[JSON][..], &[JSON, LINES]] {
+        let inputs: Vec<Value> = (0..4).map(|n| json!({ "args": [n.to_string()] })).collect();
+        let body = program("bash", &format!("sleep 1; echo $1 #{}", headers.len()), json!(inputs)).to_string();
+        let all = server.begin_request("POST", "/api/v2/batch", headers, body.as_bytes()).all();
+        let text = String::from_utf8(all).unwrap();
+        assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+        assert!(text.contains("\"stdout\":\"0\\n\"") && text.contains("queue is full"), "{text}");
+    }
+    server.stop();
+}
+
+#[test]
 fn a_client_that_leaves_ends_its_batch() {
     let server = serve("", &["bash"], 2);
     for headers in [&[JSON][..], &[JSON, LINES]] {

@@ -9,6 +9,7 @@ use nix::unistd::Pid;
 
 use crate::harness::{self, Files, Options, Server, eventually, marked_seconds, wait_gone, wait_running};
 use crate::leftovers;
+use crate::stand_in::StandIn;
 
 /// A configuration, and programs beside it, for `coderunner run`.
 struct Once {
@@ -225,6 +226,25 @@ fn a_run_once_that_is_interrupted_leaves_nothing() {
     assert_eq!(status.code(), Some(130));
     wait_gone(&mark);
     leftovers::assert_none(&instance, started);
+}
+
+#[test]
+fn a_run_once_can_be_interrupted_while_its_image_is_pulled() {
+    let mark = marked_seconds(10_000);
+    let hangs = StandIn::new(&format!("[ \"$1\" != pull ] || exec sleep {mark}"));
+    let config = format!("{}[language.bash]\nimage = \"registry.invalid/bash:latest\"", hangs.config());
+    let options = Once::options(&config);
+    let files = Files::new(&options);
+    let path = files.dir().join("main.sh");
+    std::fs::write(&path, "echo never").unwrap();
+    let started = Instant::now();
+    let mut child = files.command("run", &options).arg(path).stderr(Stdio::null()).spawn().unwrap();
+    wait_running(&mark);
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
+    let status = eventually("its end", || child.try_wait().unwrap());
+    assert_eq!(status.code(), Some(130));
+    wait_gone(&mark);
+    leftovers::assert_none(&format!("run-{}", child.id()), started);
 }
 
 #[test]

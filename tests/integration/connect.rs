@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use tungstenite::{Message, WebSocket};
 
 use crate::client::Pending;
+use crate::faults::Killing;
 use crate::harness::{self, Options, PATIENCE, Server, eventually};
 
 fn serve(config: &str) -> Server {
@@ -133,6 +134,21 @@ fn a_program_is_sent_signals() {
 }
 
 #[test]
+fn a_client_that_sends_signals_without_end_fails_no_run() {
+    let server = serve("limits = { run_time = \"60s\", run_cpu_time = \"60s\" }");
+    // Init has little of the processor, so that signals wait for it.
+    let code = "for n in {1..50}; do while :; do :; done & done; echo ready; sleep 3; echo done; kill -KILL $(jobs -p)";
+    let mut socket = Socket::begin(&server, code);
+    while socket.hear().unwrap()["data"] != "ready\n" {}
+    for _ in 0..20_000 {
+        socket.say(json!({"type": "signal", "signal": "SIGCONT"}));
+    }
+    let (heard, code) = socket.all();
+    assert_eq!((printed(&heard, "stdout").as_str(), code), ("done\n", 4999), "{heard:?}");
+    server.stop();
+}
+
+#[test]
 fn what_piston_refuses_is_refused_with_its_codes() {
     let server = serve("");
     let closed = |messages: &[Value]| {
@@ -250,5 +266,44 @@ fn a_plain_run_can_be_watched() {
     let text = String::from_utf8(waiting.all()).unwrap();
     assert!(text.contains("event:queued") && text.contains("\"position\":0"), "{text}");
     assert!(text.contains("waited\\n"), "{text}");
+    server.stop();
+}
+
+#[test]
+fn what_fails_while_a_client_watches_is_in_the_log_under_its_request() {
+    let server = Server::start(Options {
+        languages: &["bash"],
+        containers: 1,
+        config: "[limits]\nrun_time = \"60s\"",
+        env: &[("CODERUNNER_LOG_FORMAT", "json")],
+        ..Options::default()
+    });
+    let post = |path: &str, accept: &str, body: Value| {
+        let headers = [("Content-Type", "application/json"), ("Accept", accept)];
+        let pending = server.begin_request("POST", path, &headers, body.to_string().as_bytes());
+        Box::new(move || String::from_utf8(pending.all()).unwrap())
+    };
+    let fails = |mark: &str, answer: Box<dyn FnOnce() -> String>| {
+        harness::wait_running(mark);
+        Killing::Inside.kill(&server);
+        let answer = answer();
+        let id = answer.split("under request id ").nth(1).unwrap_or_else(|| panic!("no error: {answer}"));
+        let id: String = id.chars().take_while(char::is_ascii_alphanumeric).collect();
+        for message in ["a run failed", "a request failed"] {
+            server.wait_log(&[message, &format!("\"id\":\"{id}\"")]);
+        }
+    };
+    let mark = harness::marked_seconds(50);
+    fails(&mark, post("/coderunner", "text/event-stream", json!({"code": format!("sleep {mark}")})));
+
+    let mark = harness::marked_seconds(50);
+    let files = json!([{"content": "sleep $1"}]);
+    let body =
+        json!({"language": "bash", "version": "*", "files": files, "inputs": [{"args": ["0"]}, {"args": [mark]}]});
+    fails(&mark, post("/api/v2/batch", "application/x-ndjson", body));
+
+    let mark = harness::marked_seconds(50);
+    let mut socket = Socket::begin(&server, &format!("sleep {mark}"));
+    fails(&mark, Box::new(move || json!(socket.all().0).to_string()));
     server.stop();
 }

@@ -226,7 +226,7 @@ fn a_server_whose_podman_hangs_comes_to_its_end() {
 
 /// What can be killed from outside: a container, or what holds it.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Killing {
+pub enum Killing {
     /// Every process inside.
     Inside,
     ByPodman,
@@ -253,7 +253,7 @@ impl Killing {
     }
 
     /// Does it to the only container of a server.
-    fn kill(self, server: &Server) {
+    pub fn kill(self, server: &Server) {
         let victims = match self {
             Killing::Inside => inside(server),
             Killing::ByPodman => {

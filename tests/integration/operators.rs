@@ -176,6 +176,30 @@ fn readiness_is_tried_in_a_sandbox_but_not_more_often_than_it_may() {
 }
 
 #[test]
+fn who_asks_for_readiness_and_leaves_wastes_no_sandbox() {
+    let config = r#"
+        [ready]
+        probe = true
+        interval = "1h"
+        [language.bash]
+        health = { code = "sleep 1; echo hello", output = "hello\n" }
+    "#;
+    // Asked about only once there is a sandbox: the harness itself asks /readyz.
+    let server = Server::launch(Options { languages: &["bash"], config, ..Options::default() });
+    let is = |name: &str, labels: &[(&str, &str)]| sum(&metrics(&server), name, labels);
+    eventually("a sandbox", || (is("coderunner_sandboxes_ready", &[]) > 0.0).then_some(()));
+    for _ in 0..5 {
+        let asked = server.begin_request("GET", "/readyz", &[], b"");
+        std::thread::sleep(Duration::from_millis(100));
+        drop(asked);
+    }
+    eventually("it was tried", || (is("coderunner_probes_total", &[("result", "ok")]) == 1.0).then_some(()));
+    assert_eq!(server.get("/readyz").status, 200);
+    assert_eq!(is("coderunner_probes_total", &[]), 1.0, "what was found holds");
+    server.stop();
+}
+
+#[test]
 fn a_run_of_a_clients_is_proof_enough() {
     // Asked about only after the first run: the harness itself asks /readyz.
     let server = Server::launch(Options {
@@ -254,7 +278,7 @@ fn who_is_busy_is_not_probed_and_not_broken() {
 }
 
 /// A key and its hash, as the verb prints them.
-fn new_key(owner: &str) -> (String, String) {
+pub fn new_key(owner: &str) -> (String, String) {
     let output = harness::output(std::process::Command::new(harness::executable()).args(["key", owner]), b"");
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     let key = String::from_utf8(output.stdout).unwrap().trim().to_owned();

@@ -2,8 +2,9 @@
 
 use nix::sys::signal::Signal;
 
-use crate::client::Answer;
+use crate::client::{self, Answer, Pending};
 use crate::harness::{Options, Server, eventually, marked_seconds, wait_running};
+use crate::operators::new_key;
 use crate::stand_in::StandIn;
 
 /// Changes the configuration file: the first string becomes the second.
@@ -75,5 +76,24 @@ fn a_reload_of_a_bad_configuration_changes_nothing() {
     assert!(line.contains("source_limit"), "{line}");
     assert_eq!(server.begin(&"#".repeat(1025)).reply().status, 413);
     assert_eq!(server.run("echo alive"), Answer::ran("alive\n"));
+    server.stop();
+}
+
+#[test]
+fn a_reload_is_in_force_on_connections_that_were_there_before() {
+    let ((key, line), (_, other)) = (new_key("alice"), new_key("alice"));
+    let config = format!("[access.keys]\n{line}");
+    let server = Server::start(Options { languages: &["bash"], config: &config, ..Options::default() });
+    let last = client::head("GET", "/api/v2/runtimes", &[("X-API-Key", &key)], 0);
+    let first = last.replace("Connection: close\r\n", "");
+    let mut connection = Pending::send(server.address, first.as_bytes());
+    eventually("the first answer", || connection.has_begun().then_some(()));
+    edit(&server, &line, &other);
+    server.signal(Signal::SIGHUP);
+    server.wait_log(&["configuration reloaded"]);
+    connection.send_more(last.as_bytes());
+    let answers = String::from_utf8(connection.all()).unwrap();
+    let statuses: Vec<&str> = answers.lines().filter_map(|line| line.split("HTTP/1.1 ").nth(1)).collect();
+    assert_eq!(statuses, ["200 OK", "401 Unauthorized"], "{answers}");
     server.stop();
 }
