@@ -391,6 +391,8 @@ impl ImageUpdater {
             // In use under another name: another instance's, or in use again.
             return self.podman.untag(&id, old_name).await;
         }
+        // A sandbox whose making had begun when it was replaced may have kept something again.
+        self.engine.release(Some(&id)).await;
         self.podman.remove_image(&id).await
     }
 

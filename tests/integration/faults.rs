@@ -373,6 +373,23 @@ fn a_template_that_is_removed_by_hand_is_made_anew() {
     server.stop();
 }
 
+#[test]
+fn a_template_that_podman_takes_long_to_make_keeps_no_other_language_waiting() {
+    let slow = StandIn::new("case $* in create*language=python*) while [ -e slow ]; do sleep 0.05; done ;; esac");
+    let env = [("CODERUNNER_ENGINE", "direct")];
+    let config = slow.config() + "[queue]\nwait = \"10s\"";
+    let server = Server::start(Options { languages: &["bash", "python"], env: &env, ..options(&config) });
+    server.wait_each_ready();
+    slow.put("slow");
+    // And the templates with it.
+    Killing::Agent.kill(&server);
+    let running = server.begin(&echo("during"));
+    answers_again(&server, running);
+    slow.take("slow");
+    server.wait_each_ready();
+    server.stop();
+}
+
 /// All is well again after something that may have ended what runs.
 fn answers_again(server: &Server, running: Pending) {
     let reply = running.reply();
