@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::panic::AssertUnwindSafe;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -210,6 +210,27 @@ fn a_server_whose_podman_hangs_comes_to_its_end() {
     wait_running(&mark);
     server.stop();
     wait_gone(&mark);
+}
+
+#[test]
+fn templates_that_a_hanging_podman_does_not_remove_hold_up_no_end() {
+    let mark = marked_seconds(10_000);
+    let hangs = StandIn::new(&format!("[ ! -e hang ] || exec sleep {mark}"));
+    let config = hangs.config();
+    let env = [("CODERUNNER_ENGINE", "direct")];
+    let options = Options { languages: &["bash", "python"], env: &env, ..options(&config) };
+    let mut server = Server::start(options.clone());
+    server.wait_each_ready();
+    hangs.put("hang");
+    server.signal(Signal::SIGTERM);
+    let asked = Instant::now();
+    assert_eq!(server.wait_exit().code(), Some(0));
+    assert!(asked.elapsed() < Duration::from_secs(60), "systemd does not wait longer: {:?}", asked.elapsed());
+    wait_gone(&mark);
+    hangs.take("hang");
+    let server = Server::launch_with(server.crash(), &options);
+    server.wait_ready();
+    server.stop();
 }
 
 /// What can be killed from outside: a container, or what holds it.
