@@ -135,10 +135,11 @@ impl DirectEngine {
         let (cgroup, own) = match &self.cgroup {
             Some(below) => {
                 let made = below.make(&name, &template.limits.0).map_err(io("cannot make a cgroup"))?;
-                (Some(made), Some(OwnCgroup { below: below.clone(), name }))
+                (Some(made), Some(Arc::new(OwnCgroup { below: below.clone(), name })))
             }
             None => (None, None),
         };
+        let killed = own.clone();
         let (channel, theirs) = Channel::pair()?;
         let ordered = agent.stamp(&template.name, job_dir.path(), slot.number, theirs, cgroup)?;
         let started = Started {
@@ -150,7 +151,11 @@ impl DirectEngine {
             ended: ordered.done,
             remove: Box::pin(async move {
                 if let Err(reason) = agent.kill(ordered.id).await {
-                    tracing::debug!(reason, "a sandbox cannot be killed");
+                    tracing::debug!(reason, "the agent cannot kill a sandbox");
+                    // Without a cgroup init ends by itself: the sandbox is given up, and its channel with it.
+                    if let Some(own) = killed {
+                        own.below.kill(&own.name).await;
+                    }
                 }
             }),
             owned: Box::new((own, job_dir, Arc::clone(&template))),
