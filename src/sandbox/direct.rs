@@ -112,11 +112,11 @@ impl DirectEngine {
     }
 
     /// Whether this way works here, tried with what is to be made first: the reason if not. Fails where that is no
-    /// reason, as with a full disk or a podman that does not work.
+    /// reason, as with a full disk, a podman that does not work, or an agent that does not answer.
     pub async fn preflight(&self, language: &Arc<Language>, image: &str) -> Result<Option<String>, SandboxError> {
         let agent = self.agent()?;
-        if let Err(error) = agent.rehearse().await {
-            return Ok(Some(error.to_string()));
+        if let Some(reason) = agent.rehearse().await? {
+            return Ok(Some(reason));
         }
         match self.template(&agent, language, image).await {
             Ok(_) => Ok(None),

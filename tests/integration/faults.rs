@@ -233,6 +233,22 @@ fn templates_that_a_hanging_podman_does_not_remove_hold_up_no_end() {
     server.stop();
 }
 
+#[test]
+fn an_agent_that_cannot_be_started_for_a_while_does_not_decide_the_engine() {
+    let fails = StandIn::new("[ \"$1\" != unshare ] || [ ! -e broken ] || { echo 'Error: out of ids' >&2; exit 125; }");
+    fails.put("broken");
+    let config = fails.config();
+    let env = [("CODERUNNER_ENGINE", "auto")];
+    let server = Server::launch(Options { env: &env, ..options(&config) });
+    server.wait_log(&["ERROR", "it has ended", "out of ids"]);
+    fails.take("broken");
+    server.wait_ready();
+    assert_runs(&server, "after");
+    let log = server.log();
+    assert!(!log.contains("engine: podman"), "{log}");
+    server.stop();
+}
+
 /// What can be killed from outside: a container, or what holds it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Killing {
