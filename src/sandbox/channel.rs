@@ -43,7 +43,10 @@ impl Channel {
     /// Sends without waiting: a message or two always fit into the socket's buffer.
     pub fn send(&self, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> Result<(), SandboxError> {
         protocol::send(self.0.as_fd(), message, fds).map_err(|error| match error.kind() {
-            std::io::ErrorKind::BrokenPipe => SandboxError::Gone("its channel is closed".into()),
+            // The latter where it has gone without reading all that it was sent.
+            std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset => {
+                SandboxError::Gone("its channel is closed".into())
+            }
             _ => SandboxError::Io { what: "cannot send on a channel", source: error },
         })
     }

@@ -26,6 +26,7 @@ mod stamp;
 
 use std::fmt::Display;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -274,6 +275,24 @@ impl Sandbox {
     fn place(&self, files: Vec<String>) -> Result<(), SandboxError> {
         let order = ToInit::Prepare { uid: self.uid, own_cgroup: self.own_cgroup, files };
         self.channel.send(&order, &[]).map_err(|_| SandboxError::Lost)
+    }
+
+    /// Tells init what to do, with what it takes.
+    fn order(&self, order: &ToInit, fds: &[BorrowedFd<'_>]) -> Result<(), SandboxError> {
+        self.channel.send(order, fds).map_err(|error| match error {
+            SandboxError::Gone(seen) => self.ended(&seen),
+            other => other,
+        })
+    }
+
+    /// What it means that init cannot do something. Where that is to place the files, nothing of the job has run: the image
+    /// or the directory may have been deleted while it waited.
+    fn failed(&self, reason: String) -> SandboxError {
+        if self.prepared {
+            return SandboxError::Init(reason);
+        }
+        tracing::warn!(reason, "a sandbox is of no use any more");
+        SandboxError::Lost
     }
 
     /// What it means that the container is no longer there. One that was killed while it waited is found out when the
