@@ -40,7 +40,7 @@ const KEEPERS_TIME: Duration = Duration::from_secs(15);
 /// than systemd waits for the end of a service.
 const SWEEP_TIME: Duration = Duration::from_secs(30);
 
-/// How long an order such as `update` may keep its place until the updater takes it.
+/// How many orders such as `update` may wait until the updater takes them.
 const ORDERS: usize = 4;
 
 /// What verbs that make sandboxes share: a name of their own, podman, an engine, and who cleans up.

@@ -50,12 +50,13 @@ pub const LABEL_INSTANCE: &str = "io.coderunner.instance";
 /// Label with the language of a sandbox.
 pub const LABEL_LANGUAGE: &str = "io.coderunner.language";
 
-/// First uid of programs; a sandbox's follows from its instance and its slot, so no two that live at once share one.
+/// First uid of programs; a sandbox's follows from its instance and its slot, so no two of an instance that live at once
+/// share one.
 const FIRST_UID: u32 = 10_000;
 /// Uids of an instance: more than it can have containers.
 const UIDS: u32 = 200;
-/// Ranges of uids for instances, below the 65,536 that a user has: their names say which is whose. The instances of a
-/// user share podman's user namespace, and what the kernel counts per uid.
+/// Ranges of uids for instances, below the 65,536 that a user has: a hash of their names says which is whose. The instances
+/// of a user share podman's user namespace, and two whose names fall on the same range share what the kernel counts per uid.
 const RANGES: u32 = 250;
 
 /// Slot of the sandboxes in which images are checked: beyond any number of containers that can be set.
