@@ -21,6 +21,7 @@ use crate::image::{ImageUpdater, Order, Wanted};
 use crate::instance::{self, Instance};
 use crate::language::Language;
 use crate::metrics::{self, Export, Measured};
+use crate::process::ProcessError;
 use crate::ready::Readiness;
 use crate::runner::{Runner, Tasks};
 use crate::sandbox::auto::Chosen;
@@ -35,7 +36,11 @@ use crate::shutdown::{self, Phases};
 /// How long containers may take to go at the end, before what is left is removed by force.
 const KEEPERS_TIME: Duration = Duration::from_secs(15);
 
-/// Orders such as `update` that may wait until the updater takes them.
+/// How long that may take. Together it has to be more than what hangs may take until it is killed, and with the drain less
+/// than systemd waits for the end of a service.
+const SWEEP_TIME: Duration = Duration::from_secs(30);
+
+/// How many orders such as `update` may wait until the updater takes them.
 const ORDERS: usize = 4;
 
 /// What root calls us by for the packaged account, while its server runs.
@@ -83,12 +88,18 @@ impl Workshop {
 
     /// Waits until all containers have gone, then removes by label whatever has not.
     pub async fn close(self) {
-        self.engine.release(None).await;
-        self.keepers.close();
-        if tokio::time::timeout(KEEPERS_TIME, self.keepers.wait()).await.is_err() {
+        let going = async {
+            self.engine.release(None).await;
+            self.keepers.close();
+            self.keepers.wait().await;
+        };
+        if tokio::time::timeout(KEEPERS_TIME, going).await.is_err() {
             tracing::warn!(containers = self.keepers.len(), "containers did not go by themselves");
         }
-        match reaper::sweep(&self.podman, &self.instance.name, &Living::default()).await {
+        let living = Living::default();
+        let sweep = reaper::sweep(&self.podman, &self.instance.name, &living);
+        let late = |_| Err(ProcessError::TimedOut { command: "the sweep".into(), deadline: SWEEP_TIME });
+        match tokio::time::timeout(SWEEP_TIME, sweep).await.unwrap_or_else(late) {
             Ok(0) => {}
             Ok(removed) => tracing::warn!(removed, "containers had to be removed by force"),
             Err(error) => tracing::error!(%error, "containers may be left; the next start removes them"),

@@ -4,6 +4,9 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
 
 /// Where cgroup v2 is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
@@ -11,6 +14,10 @@ const ROOT: &str = "/sys/fs/cgroup";
 /// The leaf that the server itself sits in: a cgroup that hands controllers on has no processes of its own.
 /// systemd's `DelegateSubgroup=` is given the same name.
 const LEAF: &str = "sup";
+
+/// Longest that what is killed in a cgroup may take to die, and the time between two looks.
+const KILL_TIME: Duration = Duration::from_secs(1);
+const KILL_PAUSE: Duration = Duration::from_millis(10);
 
 /// What containers are limited by.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
@@ -71,6 +78,18 @@ impl Delegated {
         let _ = fs::remove_dir(self.dir().join(name));
     }
 
+    /// Kills whatever is in a container's cgroup, and removes it as soon as that is dead.
+    pub async fn kill(&self, name: &str) {
+        let dir = self.dir().join(name);
+        // Kernels before 5.14 do not have it: what is in there ends by itself then.
+        let _ = fs::write(dir.join("cgroup.kill"), "1");
+        let deadline = Instant::now() + KILL_TIME;
+        let is_busy = |error: io::Error| error.kind() == io::ErrorKind::ResourceBusy;
+        while fs::remove_dir(&dir).is_err_and(is_busy) && Instant::now() < deadline {
+            sleep(KILL_PAUSE).await;
+        }
+    }
+
     /// Removes the empty cgroups that an earlier server left.
     pub fn clear(&self) {
         let Ok(entries) = fs::read_dir(self.dir()) else { return };
@@ -83,5 +102,29 @@ impl Delegated {
 
     fn dir(&self) -> PathBuf {
         Path::new(ROOT).join(self.path.strip_prefix("/").unwrap_or(&self.path))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    /// Where this process may make cgroups.
+    #[tokio::test]
+    async fn what_is_in_a_cgroup_is_killed_before_it_is_removed() {
+        let (below, name) = (Delegated { path: "/".into() }, format!("coderunner-test-{}", std::process::id()));
+        if !Path::new(ROOT).join("cgroup.controllers").exists() || below.make(&name, &[]).is_err() {
+            return;
+        }
+        let dir = below.dir().join(&name);
+        let mut inside = Command::new("sleep").arg("1000").stdin(Stdio::null()).spawn().unwrap();
+        fs::write(dir.join("cgroup.procs"), inside.id().to_string()).unwrap();
+        below.remove(&name);
+        assert!(dir.exists(), "it is not empty");
+        below.kill(&name).await;
+        assert!(!dir.exists());
+        assert_eq!(inside.wait().unwrap().code(), None, "killed");
     }
 }

@@ -389,6 +389,7 @@ impl ImageUpdater {
         let Some(id) = self.podman.image_id(old_name).await? else {
             return Ok(());
         };
+        // Each time: a sandbox whose making had begun when it was replaced may have kept something again.
         self.engine.release(Some(&id)).await;
         let names = self.podman.names_of(&id).await?;
         if names.iter().any(|name| name != old_name) {

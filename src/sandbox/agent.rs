@@ -26,7 +26,7 @@ use super::channel::Channel;
 use super::plan::Plan;
 use super::podman::Podman;
 use super::stamp::{Child, Mould, Own, rehearse};
-use crate::process::{Passed, Running};
+use crate::process::Passed;
 
 /// The hidden verb that becomes the agent.
 pub const VERB: &str = "agent";
@@ -200,6 +200,9 @@ fn network() -> std::io::Result<File> {
 /// Longest that laying out a template, or killing a sandbox, may take: the kernel needs some ms, and more under load.
 const ORDER_TIME: Duration = Duration::from_secs(10);
 
+/// How long after the end of its channel its process may take to end.
+const WORDS_TIME: Duration = Duration::from_secs(2);
+
 type Waiting = Arc<Mutex<HashMap<u64, oneshot::Sender<Result<(), String>>>>>;
 
 /// The server's side of an agent.
@@ -207,15 +210,21 @@ pub(super) struct Agent {
     channel: Arc<Channel>,
     waiting: Waiting,
     next: Mutex<u64>,
-    _process: Running,
+    /// Has the process, too.
     reader: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
 }
 
 impl Agent {
     /// Enters podman's namespaces. `executable` is this program.
     pub fn enter(podman: &Podman, executable: &Path) -> Result<Agent, SandboxError> {
         let (channel, theirs) = Channel::pair()?;
-        let process = podman.unshare(executable, &[VERB]).spawn(Passed::Stdin(theirs))?;
+        let mut process = podman.unshare(executable, &[VERB]).spawn(Passed::Stdin(theirs))?;
         let (channel, waiting) = (Arc::new(channel), Waiting::default());
         let (heard, answers) = (Arc::clone(&channel), Arc::clone(&waiting));
         let reader = tokio::spawn(async move {
@@ -224,10 +233,16 @@ impl Agent {
                 // Who ordered it may not care any more.
                 let _ = waiter.map(|waiter| waiter.send(result));
             }
-            // Whoever still waits hears that nobody will tell him.
-            answers.lock().unwrap_or_else(PoisonError::into_inner).clear();
+            let ended = match timeout(WORDS_TIME, process.end()).await {
+                Ok(Err(words)) => format!("it has ended: {words}"),
+                _ => "it has ended".to_owned(),
+            };
+            // Whoever still waits hears that nobody will tell him, and why.
+            for (_, waiter) in answers.lock().unwrap_or_else(PoisonError::into_inner).drain() {
+                let _ = waiter.send(Err(ended.clone()));
+            }
         });
-        Ok(Agent { channel, waiting, next: Mutex::new(0), _process: process, reader })
+        Ok(Agent { channel, waiting, next: Mutex::new(0), reader })
     }
 
     /// Whether it has ended.
@@ -235,9 +250,14 @@ impl Agent {
         self.reader.is_finished() || self.channel.is_closed()
     }
 
-    /// Whether the kernel lets sandboxes be made here: why not.
-    pub async fn rehearse(&self) -> Result<(), SandboxError> {
-        in_time(self.order(What::Rehearse, &[])?.done).await.map_err(SandboxError::Agent)
+    /// Why the kernel does not let sandboxes be made here, if it does not. An agent that does not answer is no reason.
+    pub async fn rehearse(&self) -> Result<Option<String>, SandboxError> {
+        let done = self.order(What::Rehearse, &[])?.done;
+        match timeout(ORDER_TIME, done).await.map_err(|_| late()) {
+            Ok(Ok(())) => Ok(None),
+            Ok(Err(reason)) if !self.is_gone() => Ok(Some(reason)),
+            Ok(Err(reason)) | Err(reason) => Err(SandboxError::Agent(reason)),
+        }
     }
 
     /// Lays out what the sandboxes of a template share.
@@ -297,6 +317,9 @@ pub(super) struct Ordered {
 }
 
 async fn in_time(done: BoxFuture<'static, Result<(), String>>) -> Result<(), String> {
-    let late = |_| Err(format!("no answer within {}", humantime::format_duration(ORDER_TIME)));
-    timeout(ORDER_TIME, done).await.unwrap_or_else(late)
+    timeout(ORDER_TIME, done).await.unwrap_or_else(|_| Err(late()))
+}
+
+fn late() -> String {
+    format!("no answer within {}", humantime::format_duration(ORDER_TIME))
 }

@@ -41,22 +41,21 @@ impl Sandbox {
     async fn pack(&mut self, most: usize) -> Result<Option<Vec<u8>>, SandboxError> {
         let (ours, theirs) = std::io::pipe().map_err(SandboxError::io("cannot make a pipe"))?;
         let ours = pipe::Receiver::from_owned_fd(ours.into()).map_err(SandboxError::io("cannot read a pipe"))?;
-        self.channel.send(&ToInit::Pack, &[theirs.as_fd()])?;
+        self.order(&ToInit::Pack, &[theirs.as_fd()])?;
         drop(theirs);
         let reading = async move {
             let mut packed = Vec::new();
             let read = ours.take(most as u64 + 1).read_to_end(&mut packed).await;
             // Beyond it nobody reads, and init is told so by the pipe.
-            (read.is_ok() && packed.len() <= most).then_some(packed)
+            Ok((read.is_ok() && packed.len() <= most).then_some(packed))
         };
-        match tokio::join!(reading, self.answer()) {
-            (packed, Ok(FromInit::Packed)) => Ok(packed),
-            (_, Ok(FromInit::Failed(reason))) => {
+        match tokio::try_join!(reading, self.answer())? {
+            (packed, FromInit::Packed) => Ok(packed),
+            (_, FromInit::Failed(reason)) => {
                 tracing::debug!(reason, "what was compiled is not carried to other sandboxes");
                 Ok(None)
             }
-            (_, Ok(_)) => Err(SandboxError::Init("an answer to something else".into())),
-            (_, Err(error)) => Err(error),
+            _ => Err(SandboxError::Init("an answer to something else".into())),
         }
     }
 
@@ -65,13 +64,16 @@ impl Sandbox {
         let (theirs, ours) = std::io::pipe().map_err(SandboxError::io("cannot make a pipe"))?;
         let ours = pipe::Sender::from_owned_fd(OwnedFd::from(ours));
         let mut ours = ours.map_err(SandboxError::io("cannot write to a pipe"))?;
-        self.channel.send(&ToInit::Unpack, &[theirs.as_fd()])?;
+        self.order(&ToInit::Unpack, &[theirs.as_fd()])?;
         drop(theirs);
-        // Init says what went wrong.
-        let writing = async move { drop(ours.write_all(&packed).await) };
-        match tokio::join!(writing, self.answer()).1? {
+        let writing = async move {
+            // Init says what went wrong.
+            let _ = ours.write_all(&packed).await;
+            Ok(())
+        };
+        match tokio::try_join!(writing, self.answer())?.1 {
             FromInit::Prepared => Ok(()),
-            FromInit::Failed(reason) => Err(SandboxError::Init(reason)),
+            FromInit::Failed(reason) => Err(self.failed(reason)),
             _ => Err(SandboxError::Init("an answer to something else".into())),
         }
     }
@@ -86,9 +88,63 @@ impl Sandbox {
             };
             match message {
                 Some(FromInit::Prepared) if !self.prepared => self.prepared = true,
+                Some(FromInit::Failed(reason)) if !self.prepared => return Err(self.failed(reason)),
                 Some(answer) => return Ok(answer),
                 None => return Err(self.ended("its channel is closed")),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+    use tokio_util::sync::CancellationToken;
+
+    use super::super::channel::Channel;
+    use super::super::protocol::{Enforced, send};
+    use super::*;
+
+    /// A sandbox, and its init's end of the channel.
+    fn sandbox(prepared: bool) -> (Sandbox, OwnedFd) {
+        let (channel, theirs) = Channel::pair().unwrap();
+        let sandbox = Sandbox {
+            channel,
+            job_dir: PathBuf::new(),
+            uid: 10_000,
+            number: 0,
+            image: String::new(),
+            enforced: Enforced::default(),
+            own_cgroup: false,
+            prepared,
+            gone: CancellationToken::new(),
+            _released: CancellationToken::new().drop_guard(),
+        };
+        (sandbox, theirs)
+    }
+
+    #[tokio::test]
+    async fn a_sandbox_is_lost_where_it_fails_before_anything_of_the_job_was_in_it() {
+        for (prepared, failed, ended) in [(false, "sandbox_lost", "sandbox_lost"), (true, "init", "sandbox_gone")] {
+            let (mut sandbox, init) = self::sandbox(prepared);
+            send(init.as_fd(), &FromInit::Failed("no files".into()), &[]).unwrap();
+            assert_eq!(sandbox.unpack(Bytes::new()).await.unwrap_err().kind(), failed);
+            drop(init);
+            assert_eq!(sandbox.unpack(Bytes::new()).await.unwrap_err().kind(), ended);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_not_read_or_written_any_more_is_not_waited_for() {
+        // Whose end of the pipe stays open beside the message that nobody takes.
+        let (mut sandbox, _init) = sandbox(true);
+        sandbox.gone.cancel();
+        let patience = Duration::from_secs(5);
+        let unpacked = timeout(patience, sandbox.unpack(vec![0; 1 << 20].into())).await;
+        assert_eq!(unpacked.unwrap().unwrap_err().kind(), "sandbox_gone");
+        assert_eq!(timeout(patience, sandbox.pack(1 << 20)).await.unwrap().unwrap_err().kind(), "sandbox_gone");
     }
 }

@@ -5,14 +5,13 @@
 //! once, as a [`Plan`], by which the [agent](super::agent) makes each sandbox with its own job directory, tmpfs, cgroup and
 //! processes. Removing the template unmounts the image.
 
-use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, join_all};
 use oci_spec::runtime::{Mount, MountBuilder, Spec};
-use tokio::sync::Mutex;
+use tokio::sync::OnceCell;
 use tokio_util::task::TaskTracker;
 
 use super::agent::Agent;
@@ -37,8 +36,17 @@ pub struct DirectEngine {
     made: AtomicU64,
     /// Replaced when it has ended.
     agent: Mutex<Option<Arc<Agent>>>,
-    /// By language. The lock is held while one is made: the others wait for it anyway.
-    templates: Mutex<HashMap<String, Arc<Template>>>,
+    /// The lock is held to look for one, never while one is made.
+    places: Mutex<Vec<Arc<Place>>>,
+}
+
+/// Where the template of a language and an image is, once it is made. Who needs it first makes it, the others wait for it,
+/// and nobody else does.
+struct Place {
+    agent: Arc<Agent>,
+    language: Arc<Language>,
+    image: String,
+    template: OnceCell<Arc<Template>>,
 }
 
 /// A container that is mounted but not started, by whose configuration sandboxes are made.
@@ -46,8 +54,6 @@ struct Template {
     name: String,
     podman: Podman,
     agent: Arc<Agent>,
-    language: Arc<Language>,
-    image: String,
     limits: Limits,
     keepers: TaskTracker,
     /// There as long as the container may be.
@@ -55,23 +61,23 @@ struct Template {
 }
 
 impl Template {
-    /// The agent's mounts of the image go first.
-    async fn remove(agent: Arc<Agent>, podman: Podman, name: String) {
-        agent.forget(&name);
-        podman.remove_or_warn(&name).await;
+    /// What removes it, once. The agent's mounts of the image go first.
+    fn removal(&mut self) -> Option<BoxFuture<'static, ()>> {
+        let mark = self.mark.take()?;
+        let (agent, podman, name) = (Arc::clone(&self.agent), self.podman.clone(), self.name.clone());
+        Some(Box::pin(async move {
+            agent.forget(&name);
+            podman.remove_or_warn(&name).await;
+            drop(mark);
+        }))
     }
 }
 
 impl Drop for Template {
     fn drop(&mut self) {
-        let Some(mark) = self.mark.take() else { return };
+        let Some(removal) = self.removal() else { return };
         // The last sandbox of it has gone. Where there is no runtime any more the sweep removes it.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            let removal = Template::remove(Arc::clone(&self.agent), self.podman.clone(), self.name.clone());
-            let removal = async move {
-                removal.await;
-                drop(mark);
-            };
             self.keepers.spawn_on(removal, &runtime);
         }
     }
@@ -101,16 +107,16 @@ impl DirectEngine {
             cgroup,
             made: AtomicU64::new(0),
             agent: Mutex::new(None),
-            templates: Mutex::new(HashMap::new()),
+            places: Mutex::default(),
         }
     }
 
     /// Whether this way works here, tried with what is to be made first: the reason if not. Fails where that is no
-    /// reason, as with a full disk or a podman that does not work.
+    /// reason, as with a full disk, a podman that does not work, or an agent that does not answer.
     pub async fn preflight(&self, language: &Arc<Language>, image: &str) -> Result<Option<String>, SandboxError> {
-        let agent = self.agent().await?;
-        if let Err(error) = agent.rehearse().await {
-            return Ok(Some(error.to_string()));
+        let agent = self.agent()?;
+        if let Some(reason) = agent.rehearse().await? {
+            return Ok(Some(reason));
         }
         match self.template(&agent, language, image).await {
             Ok(_) => Ok(None),
@@ -121,7 +127,7 @@ impl DirectEngine {
 
     async fn make(&self, spec: SandboxSpec) -> Result<Sandbox, SandboxError> {
         let SandboxSpec { language, image, slot } = spec;
-        let agent = self.agent().await?;
+        let agent = self.agent()?;
         let template = self.template(&agent, &language, &image).await?;
         let job_dir = self.settings.job_directory()?;
         let name = self.name("box");
@@ -129,10 +135,11 @@ impl DirectEngine {
         let (cgroup, own) = match &self.cgroup {
             Some(below) => {
                 let made = below.make(&name, &template.limits.0).map_err(io("cannot make a cgroup"))?;
-                (Some(made), Some(OwnCgroup { below: below.clone(), name }))
+                (Some(made), Some(Arc::new(OwnCgroup { below: below.clone(), name })))
             }
             None => (None, None),
         };
+        let killed = own.clone();
         let (channel, theirs) = Channel::pair()?;
         let ordered = agent.stamp(&template.name, job_dir.path(), slot.number, theirs, cgroup)?;
         let started = Started {
@@ -144,7 +151,11 @@ impl DirectEngine {
             ended: ordered.done,
             remove: Box::pin(async move {
                 if let Err(reason) = agent.kill(ordered.id).await {
-                    tracing::debug!(reason, "a sandbox cannot be killed");
+                    tracing::debug!(reason, "the agent cannot kill a sandbox");
+                    // Without a cgroup init ends by itself: the sandbox is given up, and its channel with it.
+                    if let Some(own) = killed {
+                        own.below.kill(&own.name).await;
+                    }
                 }
             }),
             owned: Box::new((own, job_dir, Arc::clone(&template))),
@@ -152,24 +163,43 @@ impl DirectEngine {
         let made = self.settings.raise(started, &language).await;
         if made.is_err() {
             // Somebody may have removed the template. If not, another one is as good.
-            let mut templates = self.templates.lock().await;
-            if templates.get(&language.name).is_some_and(|kept| Arc::ptr_eq(kept, &template)) {
-                templates.remove(&language.name);
-            }
+            self.places().retain(|place| !place.template.get().is_some_and(|kept| Arc::ptr_eq(kept, &template)));
         }
         made
     }
 
-    async fn agent(&self) -> Result<Arc<Agent>, SandboxError> {
-        let mut agent = self.agent.lock().await;
+    fn agent(&self) -> Result<Arc<Agent>, SandboxError> {
+        let mut agent = self.agent.lock().unwrap_or_else(PoisonError::into_inner);
         match agent.as_ref().filter(|agent| !agent.is_gone()) {
             Some(agent) => Ok(Arc::clone(agent)),
-            None => {
-                // Mounts are the namespace's: templates of another one would be copied in vain.
-                self.templates.lock().await.clear();
-                Ok(Arc::clone(agent.insert(Arc::new(Agent::enter(&self.podman, &self.settings.executable)?))))
-            }
+            None => Ok(Arc::clone(agent.insert(Arc::new(Agent::enter(&self.podman, &self.settings.executable)?)))),
         }
+    }
+
+    fn places(&self) -> MutexGuard<'_, Vec<Arc<Place>>> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn place(&self, agent: &Arc<Agent>, language: &Arc<Language>, image: &str) -> Arc<Place> {
+        let mut places = self.places();
+        let is_it = |place: &&Arc<Place>| {
+            place.image == image && place.language == *language && Arc::ptr_eq(&place.agent, agent)
+        };
+        if let Some(place) = places.iter().find(is_it) {
+            return Arc::clone(place);
+        }
+        // Nobody asks again for those of a language as it was before. Mounts are the namespace's: templates of another one
+        // would be copied in vain.
+        let is_past = |past: &Language| past.name == language.name && *past != **language;
+        places.retain(|place| !is_past(&place.language) && !place.agent.is_gone());
+        let place = Arc::new(Place {
+            agent: Arc::clone(agent),
+            language: Arc::clone(language),
+            image: image.to_owned(),
+            template: OnceCell::new(),
+        });
+        places.push(Arc::clone(&place));
+        place
     }
 
     async fn template(
@@ -178,21 +208,22 @@ impl DirectEngine {
         language: &Arc<Language>,
         image: &str,
     ) -> Result<Arc<Template>, SandboxError> {
-        let mut templates = self.templates.lock().await;
-        let same = |template: &&Arc<Template>| {
-            template.image == image && template.language == *language && Arc::ptr_eq(&template.agent, agent)
-        };
-        if let Some(template) = templates.get(&language.name).filter(same) {
-            return Ok(Arc::clone(template));
-        }
+        let place = self.place(agent, language, image);
+        place.template.get_or_try_init(|| self.make_template(agent, language, image)).await.cloned()
+    }
+
+    async fn make_template(
+        &self,
+        agent: &Arc<Agent>,
+        language: &Arc<Language>,
+        image: &str,
+    ) -> Result<Arc<Template>, SandboxError> {
         let name = self.name("template");
         let mark = self.settings.living.mark(&name);
         let mut template = Template {
             name: name.clone(),
             podman: self.podman.clone(),
             agent: Arc::clone(agent),
-            language: Arc::clone(language),
-            image: image.to_owned(),
             limits: Limits::default(),
             keepers: self.settings.keepers.clone(),
             mark: Some(mark),
@@ -207,9 +238,7 @@ impl DirectEngine {
         let plan = plan.map_err(not_made)?;
         template.limits = plan.limits.clone();
         agent.prepare(&name, plan).await?;
-        let template = Arc::new(template);
-        templates.insert(language.name.clone(), Arc::clone(&template));
-        Ok(template)
+        Ok(Arc::new(template))
     }
 
     fn name(&self, kind: &str) -> String {
@@ -246,20 +275,12 @@ impl Engine for DirectEngine {
 
     fn release<'a>(&'a self, image: Option<&'a str>) -> BoxFuture<'a, ()> {
         Box::pin(async move {
-            let mut templates = self.templates.lock().await;
-            let released: Vec<String> = templates
-                .iter()
-                .filter(|(_, template)| image.is_none_or(|image| template.image == image))
-                .map(|(language, _)| language.clone())
-                .collect();
-            for language in released {
-                // Otherwise its last sandbox removes it.
-                if let Some(mut template) = templates.remove(&language).and_then(Arc::into_inner) {
-                    let mark = template.mark.take();
-                    Template::remove(Arc::clone(&template.agent), template.podman.clone(), template.name.clone()).await;
-                    drop(mark);
-                }
-            }
+            let is_meant = |place: &mut Arc<Place>| image.is_none_or(|image| place.image == image);
+            let released: Vec<Arc<Place>> = self.places().extract_if(.., is_meant).collect();
+            // Of one that is in use the last sandbox removes it.
+            let unused = released.into_iter().filter_map(|place| Arc::into_inner(place)?.template.into_inner());
+            let unused = unused.filter_map(|template| Arc::into_inner(template)?.removal());
+            join_all(unused).await;
         })
     }
 }

@@ -491,7 +491,7 @@ fn is_programs_fault(error: &io::Error) -> bool {
     use libc::{E2BIG, EACCES, EISDIR, ELIBBAD, ELOOP, ENOENT, ENOEXEC, ENOMEM, ENOTDIR, ETXTBSY};
     let faults = [E2BIG, EACCES, EISDIR, ELIBBAD, ELOOP, ENOENT, ENOEXEC, ENOMEM, ENOTDIR, ETXTBSY];
     error.raw_os_error().is_some_and(|code| faults.contains(&code))
-        // std refuses a NUL in an argument before it forks.
+        // An argument with a NUL in it.
         || error.kind() == io::ErrorKind::InvalidInput
 }
 

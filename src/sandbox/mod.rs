@@ -26,6 +26,7 @@ mod stamp;
 
 use std::fmt::Display;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,12 +50,13 @@ pub const LABEL_INSTANCE: &str = "io.coderunner.instance";
 /// Label with the language of a sandbox.
 pub const LABEL_LANGUAGE: &str = "io.coderunner.language";
 
-/// First uid of programs; a sandbox's follows from its instance and its slot, so no two that live at once share one.
+/// First uid of programs; a sandbox's follows from its instance and its slot, so no two of an instance that live at once
+/// share one.
 const FIRST_UID: u32 = 10_000;
 /// Uids of an instance: more than it can have containers.
 const UIDS: u32 = 200;
-/// Ranges of uids for instances, below the 65,536 that a user has: their names say which is whose. The instances of a
-/// user share podman's user namespace, and what the kernel counts per uid.
+/// Ranges of uids for instances, below the 65,536 that a user has: a hash of their names says which is whose. The instances
+/// of a user share podman's user namespace, and two whose names fall on the same range share what the kernel counts per uid.
 const RANGES: u32 = 250;
 
 /// Slot of the sandboxes in which images are checked: beyond any number of containers that can be set.
@@ -278,6 +280,24 @@ impl Sandbox {
     fn place(&self, files: Vec<String>) -> Result<(), SandboxError> {
         let order = ToInit::Prepare { uid: self.uid, own_cgroup: self.own_cgroup, files };
         self.channel.send(&order, &[]).map_err(|_| SandboxError::Lost)
+    }
+
+    /// Tells init what to do, with what it takes.
+    fn order(&self, order: &ToInit, fds: &[BorrowedFd<'_>]) -> Result<(), SandboxError> {
+        self.channel.send(order, fds).map_err(|error| match error {
+            SandboxError::Gone(seen) => self.ended(&seen),
+            other => other,
+        })
+    }
+
+    /// What it means that init cannot do something. Where that is to place the files, nothing of the job has run: the image
+    /// or the directory may have been deleted while it waited.
+    fn failed(&self, reason: String) -> SandboxError {
+        if self.prepared {
+            return SandboxError::Init(reason);
+        }
+        tracing::warn!(reason, "a sandbox is of no use any more");
+        SandboxError::Lost
     }
 
     /// What it means that the container is no longer there. One that was killed while it waited is found out when the

@@ -1,6 +1,8 @@
 //! What an OCI configuration asks of a sandbox, in the kernel's words.
 //!
-//! podman's word is law: whatever it asks for that is not known here is refused, never left out.
+//! podman's word is law: a wall, a mount or a kind of limit that is not known here is refused. Left out is what is decided
+//! elsewhere, as the program, its directory, its cgroup's place and how mounts spread (they do not), and of the limits of
+//! memory and CPU whatever is no bound: reservations, shares, which CPUs.
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};

@@ -130,8 +130,8 @@ struct State {
     slots: u32,
     existing: BTreeSet<u32>,
     free: Vec<u32>,
-    /// Sandboxes given up whose slot has not come back yet.
-    closing: usize,
+    /// Slots of sandboxes given up that have not come back yet.
+    closing: BTreeSet<u32>,
     lanes: BTreeMap<String, Lane>,
     draining: bool,
 }
@@ -146,7 +146,8 @@ struct Lane {
     /// was deleted and pulled again has the same id.
     generation: u64,
     ready: VecDeque<Sandbox>,
-    making: usize,
+    /// Slots of those that are being made.
+    making: BTreeSet<u32>,
     failures: u32,
     last_error: Option<String>,
     retry_at: Option<Instant>,
@@ -175,7 +176,7 @@ impl Pool {
             slots: 0,
             existing: BTreeSet::new(),
             free: Vec::new(),
-            closing: 0,
+            closing: BTreeSet::new(),
             lanes: languages.iter().enumerate().map(lane).collect(),
             draining: false,
         };
@@ -244,8 +245,9 @@ impl Pool {
             lane.last_error = None;
             lane.generation += 1;
             let given_up = std::mem::take(&mut lane.ready);
-            let coming = given_up.len() + std::mem::take(&mut lane.making);
-            state.closing += coming;
+            let making = std::mem::take(&mut lane.making);
+            state.closing.extend(making);
+            state.expect(&given_up);
             given_up
         };
         drop(given_up);
@@ -265,7 +267,7 @@ impl Pool {
                     Some(same) if same.language == *language => Lane { rank, ..same },
                     Some(mut other) => {
                         given_up.extend(std::mem::take(&mut other.ready));
-                        state.closing += other.making;
+                        state.closing.append(&mut other.making);
                         let image = match other.language.image == language.image {
                             true => other.image,
                             false => Image::Missing(NOT_LOOKED.into()),
@@ -279,7 +281,7 @@ impl Pool {
             }
             for lane in before.into_values() {
                 given_up.extend(lane.ready);
-                state.closing += lane.making;
+                state.closing.extend(lane.making);
             }
             for lane in state.lanes.values_mut() {
                 let (kept, beyond) =
@@ -288,7 +290,7 @@ impl Pool {
                 let beyond: VecDeque<Sandbox> = beyond;
                 given_up.extend(beyond);
             }
-            state.closing += given_up.len();
+            state.expect(&given_up);
             given_up
         };
         drop(given_up);
@@ -395,7 +397,7 @@ impl Shared {
     }
 
     /// What a start came to: a sandbox for the first who waits for it, or a failure.
-    fn arrived(&self, language: &str, generation: u64, made: Result<Sandbox, SandboxError>) {
+    fn arrived(&self, language: &str, generation: u64, number: u32, made: Result<Sandbox, SandboxError>) {
         // Sandboxes that nobody wants are dropped after the lock is.
         let mut unwanted = None;
         {
@@ -404,12 +406,11 @@ impl Shared {
             let Some(lane) = lanes.get_mut(language).filter(|lane| lane.generation == generation) else {
                 return;
             };
-            lane.making -= 1;
+            // The slot of one that failed may have come back before this is told, and have been taken again.
+            let was_making = lane.making.remove(&number);
+            closing.remove(&number);
             match made {
-                Ok(sandbox) if *draining => {
-                    *closing += 1;
-                    unwanted = Some(sandbox);
-                }
+                Ok(sandbox) if *draining => unwanted = Some(sandbox),
                 Ok(sandbox) => {
                     lane.failures = 0;
                     lane.retry_at = None;
@@ -425,7 +426,7 @@ impl Shared {
                     lane.ready.extend(queue.serve(language, sandbox));
                 }
                 Err(error) => {
-                    *closing += 1;
+                    closing.extend(was_making.then_some(number));
                     lane.failed(&error.to_string());
                     if let Err(refusal) = lane.refusal() {
                         queue.refuse(language, &refusal);
@@ -451,7 +452,7 @@ async fn manage(shared: Arc<Shared>, mut given_back: mpsc::UnboundedReceiver<u32
                         break None;
                     };
                     let Ok(image) = lane.image_id() else { break None };
-                    lane.making += 1;
+                    lane.making.insert(number);
                     let generation = lane.generation;
                     let slot = Slot::new(number, shared.freed.clone());
                     let spec = SandboxSpec { language: Arc::clone(&lane.language), image, slot };
@@ -461,12 +462,12 @@ async fn manage(shared: Arc<Shared>, mut given_back: mpsc::UnboundedReceiver<u32
                             made = shared.engine.start(spec) => made,
                             () = shared.stop.cancelled() => return,
                         };
-                        shared.arrived(&name, generation, made);
+                        shared.arrived(&name, generation, number, made);
                     });
                 }
                 Step::GiveUp(name) => {
                     let given_up = state.lanes.get_mut(&name).and_then(|lane| lane.ready.pop_front());
-                    state.closing += usize::from(given_up.is_some());
+                    state.expect(&given_up);
                     drop(state);
                     drop(given_up);
                 }
@@ -477,11 +478,7 @@ async fn manage(shared: Arc<Shared>, mut given_back: mpsc::UnboundedReceiver<u32
         let wake = retry_at.unwrap_or_else(|| Instant::now() + RETRY_LONGEST);
         tokio::select! {
             () = shared.changed.notified() => {}
-            Some(number) = given_back.recv() => {
-                let mut state = shared.lock();
-                state.take_back(number);
-                state.closing = state.closing.saturating_sub(1);
-            }
+            Some(number) = given_back.recv() => shared.lock().take_back(number),
             () = tokio::time::sleep_until(wake) => {}
             () = shared.stop.cancelled() => return,
         }
@@ -504,10 +501,20 @@ impl State {
     }
 
     fn take_back(&mut self, number: u32) {
+        self.closing.remove(&number);
+        for lane in self.lanes.values_mut() {
+            lane.making.remove(&number);
+        }
         match number < self.slots {
             true => self.free.push(number),
             false => drop(self.existing.remove(&number)),
         }
+    }
+
+    /// The slots of these are going to come back. Those whose container had ended by itself are gone already.
+    fn expect<'a>(&mut self, given_up: impl IntoIterator<Item = &'a Sandbox>) {
+        let numbers = given_up.into_iter().map(|sandbox| sandbox.number);
+        self.closing.extend(numbers.filter(|number| self.existing.contains(number) && !self.free.contains(number)));
     }
 
     fn lane(&mut self, language: &str) -> Result<&mut Lane, PoolError> {
@@ -520,10 +527,10 @@ impl State {
             return Step::Nothing;
         }
         self.lanes.values_mut().for_each(Lane::purge);
-        let making: usize = self.lanes.values().map(|lane| lane.making).sum();
+        let making: usize = self.lanes.values().map(|lane| lane.making.len()).sum();
         let mut expected: BTreeMap<&str, usize> =
-            self.lanes.iter().map(|(name, lane)| (name.as_str(), lane.making)).collect();
-        let mut coming = self.closing;
+            self.lanes.iter().map(|(name, lane)| (name.as_str(), lane.making.len())).collect();
+        let mut coming = self.closing.len();
         for language in self.queue.languages() {
             let Some(lane) = self.lanes.get(language) else {
                 continue;
@@ -550,9 +557,9 @@ impl State {
             };
         }
         if self.free.is_empty() {
-            return match self.closing {
-                0 => self.rebalance(now),
-                _ => Step::Nothing,
+            return match self.closing.is_empty() {
+                true => self.rebalance(now),
+                false => Step::Nothing,
             };
         }
         // A core stays free of this for the runs that clients wait for.
@@ -571,7 +578,7 @@ impl State {
     /// another that has two, or from a lesser one where it never had any.
     fn rebalance(&self, now: Instant) -> Step {
         let lanes = || self.lanes.iter();
-        let lacks = |lane: &Lane| lane.ready.len() + lane.making == 0 && lane.failures == 0 && lane.can_make(now);
+        let lacks = |lane: &Lane| lane.ready.len() + lane.making.len() == 0 && lane.failures == 0 && lane.can_make(now);
         let Some((_, lacking)) = lanes().filter(|(_, lane)| lacks(lane)).min_by_key(|(_, lane)| lane.rank) else {
             return Step::Nothing;
         };
@@ -593,7 +600,7 @@ impl Lane {
             image: Image::Missing(NOT_LOOKED.into()),
             generation: 0,
             ready: VecDeque::new(),
-            making: 0,
+            making: BTreeSet::new(),
             failures: 0,
             last_error: None,
             retry_at: None,
@@ -636,7 +643,7 @@ impl Lane {
     fn can_make(&self, now: Instant) -> bool {
         matches!(self.image, Image::Ready(_)) && self.retry_at.is_none_or(|at| at <= now)
             // One attempt at a time while it fails.
-            && (self.failures == 0 || self.making == 0)
+            && (self.failures == 0 || self.making.is_empty())
     }
 
     fn failed(&mut self, reason: &str) {
@@ -668,13 +675,15 @@ impl Lane {
     /// How much a spare slot would help this language: one with nothing ready comes first, then its share
     /// of recent use over what it has.
     fn pull(&self, now: Instant) -> f64 {
-        let have = self.ready.len() + self.making;
+        let have = self.ready.len() + self.making.len();
         if have == 0 { f64::INFINITY } else { (self.uses_at(now) + 0.01) / (have as f64) }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use futures_util::future::BoxFuture;
+
     use super::*;
     use crate::sandbox::queue::Turn;
 
@@ -689,7 +698,7 @@ mod tests {
             slots: 0,
             existing: BTreeSet::new(),
             free: Vec::new(),
-            closing: 0,
+            closing: BTreeSet::new(),
             lanes: lanes.collect(),
             draining: false,
         };
@@ -706,8 +715,8 @@ mod tests {
         fn made(&mut self) -> Vec<String> {
             let mut made = Vec::new();
             while let Step::Make(name) = self.next_step(usize::MAX, Instant::now()) {
-                self.free.pop().unwrap();
-                self.lanes.get_mut(&name).unwrap().making += 1;
+                let number = self.free.pop().unwrap();
+                self.lanes.get_mut(&name).unwrap().making.insert(number);
                 made.push(name);
             }
             made
@@ -747,9 +756,9 @@ mod tests {
     #[tokio::test]
     async fn no_more_starts_at_once_than_cores() {
         let mut state = state(10, &["a"]);
-        state.lanes.get_mut("a").unwrap().making = 1;
+        state.lanes.get_mut("a").unwrap().making.insert(0);
         assert_eq!(state.next_step(2, Instant::now()), Step::Nothing, "nobody waits: a core stays free");
-        state.lanes.get_mut("a").unwrap().making = 2;
+        state.lanes.get_mut("a").unwrap().making.insert(1);
         let _turns = [state.wait_for("a"), state.wait_for("a"), state.wait_for("a")];
         assert_eq!(state.next_step(2, Instant::now()), Step::Nothing);
         assert_eq!(state.next_step(3, Instant::now()), Step::Make("a".into()));
@@ -765,7 +774,7 @@ mod tests {
         let later = Instant::now() + RETRY_LONGEST;
         state.free.push(9);
         assert_eq!(state.next_step(usize::MAX, later), Step::Make("a".into()), "tried again after the pause");
-        state.lanes.get_mut("a").unwrap().making = 1;
+        state.lanes.get_mut("a").unwrap().making.insert(9);
         assert_ne!(state.next_step(usize::MAX, later), Step::Make("a".into()), "one attempt at a time");
     }
 
@@ -777,6 +786,55 @@ mod tests {
         state.lanes.get_mut("a").unwrap().image = Image::Ready("id".into());
         state.draining = true;
         assert!(state.made().is_empty());
+    }
+
+    /// Makes nothing.
+    struct Idle;
+
+    impl Engine for Idle {
+        fn start(&self, _: SandboxSpec) -> BoxFuture<'_, Result<Sandbox, SandboxError>> {
+            Box::pin(std::future::pending())
+        }
+
+        fn release<'a>(&'a self, _: Option<&'a str>) -> BoxFuture<'a, ()> {
+            Box::pin(std::future::ready(()))
+        }
+    }
+
+    fn shared(state: State) -> Shared {
+        let freed = mpsc::unbounded_channel().0;
+        let (changed, stop) = (Notify::new(), CancellationToken::new());
+        Shared { engine: Arc::new(Idle), state: Mutex::new(state), changed, freed, stop }
+    }
+
+    #[tokio::test]
+    async fn a_slot_is_awaited_until_it_comes_back_and_no_other() {
+        let mut state = state(3, &["a"]);
+        state.free.clear();
+        state.closing.insert(1);
+        state.take_back(0);
+        assert_eq!(state.closing, BTreeSet::from([1]), "what a finished run gives back was not awaited");
+        state.take_back(1);
+        assert!(state.closing.is_empty());
+    }
+
+    #[tokio::test]
+    async fn the_slot_of_a_start_that_failed_is_awaited_unless_it_is_back() {
+        for is_back in [true, false] {
+            let mut state = state(1, &["a"]);
+            assert_eq!(state.made(), ["a"]);
+            if is_back {
+                state.take_back(0);
+            }
+            let shared = shared(state);
+            shared.arrived("a", 0, 0, Err(SandboxError::Lost));
+            let mut state = shared.lock();
+            assert_eq!(state.closing.is_empty(), is_back);
+            if !is_back {
+                state.take_back(0);
+            }
+            assert!(state.closing.is_empty() && state.lanes["a"].making.is_empty());
+        }
     }
 
     #[tokio::test]

@@ -14,7 +14,7 @@ use crate::process::ProcessError;
 /// Time between two sweeps of a running server.
 const INTERVAL: Duration = Duration::from_secs(60);
 
-/// Time after which a failed sweep is tried again: podman refuses to remove what is just ending.
+/// Time after which a failed sweep is tried again, doubled up to [`INTERVAL`]: podman refuses to remove what is just ending.
 const RETRY: Duration = Duration::from_secs(2);
 
 /// The names of the containers that have a keeper. All others of the instance are left over.
@@ -57,19 +57,24 @@ pub async fn sweep(podman: &Podman, instance: &str, living: &Living) -> Result<u
 
 /// Sweeps now and from time to time until `stop`.
 pub async fn run(podman: Podman, instance: String, living: Living, stop: CancellationToken) {
+    let mut retry = RETRY;
     loop {
         let round = async {
             let swept = sweep(&podman, &instance, &living).await;
             metrics::swept(&swept);
             let pause = match swept {
-                Ok(0) => INTERVAL,
                 Ok(removed) => {
-                    tracing::info!(removed, "containers without an owner are removed");
+                    if removed > 0 {
+                        tracing::info!(removed, "containers without an owner are removed");
+                    }
+                    retry = RETRY;
                     INTERVAL
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot sweep; trying again");
-                    RETRY
+                    let pause = retry;
+                    retry = (retry * 2).min(INTERVAL);
+                    pause
                 }
             };
             tokio::time::sleep(pause).await;

@@ -40,10 +40,7 @@ impl Sandbox {
     ) -> Result<StageOutcome, SandboxError> {
         let pipes = Pipes::new(job.streams).map_err(SandboxError::io("cannot make pipes"))?;
         let order = ToInit::Stage(spec(stage, language, job));
-        self.channel.send(&order, &pipes.theirs.each_ref().map(AsFd::as_fd)).map_err(|error| match error {
-            SandboxError::Gone(seen) => self.ended(&seen),
-            other => other,
-        })?;
+        self.order(&order, &pipes.theirs.each_ref().map(AsFd::as_fd))?;
         let Pipes { theirs, stdin, stdout, stderr } = pipes;
         drop(theirs);
         let begin = || drop(live.events.as_ref().map(|events| events.send(Event::Started(stage))));
@@ -73,12 +70,7 @@ impl Sandbox {
                         begin();
                     }
                     Some(FromInit::StageEnded { ended, artifact, usage }) => break (ended, artifact, usage),
-                    Some(FromInit::Failed(reason)) if !self.prepared => {
-                        // Its image or directory may have been deleted while it waited.
-                        tracing::warn!(reason, "a sandbox is of no use any more");
-                        return Err(SandboxError::Lost);
-                    }
-                    Some(FromInit::Failed(reason)) => return Err(SandboxError::Init(reason)),
+                    Some(FromInit::Failed(reason)) => return Err(self.failed(reason)),
                     Some(FromInit::HostMemory) => return Err(SandboxError::HostMemory),
                     Some(FromInit::Ready { .. } | FromInit::Prepared | FromInit::Packed) => {
                         return Err(SandboxError::Init("an answer to something else".into()));

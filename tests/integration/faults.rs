@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::panic::AssertUnwindSafe;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -224,6 +224,43 @@ fn a_server_whose_podman_hangs_comes_to_its_end() {
     wait_gone(&mark);
 }
 
+#[test]
+fn templates_that_a_hanging_podman_does_not_remove_hold_up_no_end() {
+    let mark = marked_seconds(10_000);
+    let hangs = StandIn::new(&format!("[ ! -e hang ] || exec sleep {mark}"));
+    let config = hangs.config();
+    let env = [("CODERUNNER_ENGINE", "direct")];
+    let options = Options { languages: &["bash", "python"], env: &env, ..options(&config) };
+    let mut server = Server::start(options.clone());
+    server.wait_each_ready();
+    hangs.put("hang");
+    server.signal(Signal::SIGTERM);
+    let asked = Instant::now();
+    assert_eq!(server.wait_exit().code(), Some(0));
+    assert!(asked.elapsed() < Duration::from_secs(60), "systemd does not wait longer: {:?}", asked.elapsed());
+    wait_gone(&mark);
+    hangs.take("hang");
+    let server = Server::launch_with(server.crash(), &options);
+    server.wait_ready();
+    server.stop();
+}
+
+#[test]
+fn an_agent_that_cannot_be_started_for_a_while_does_not_decide_the_engine() {
+    let fails = StandIn::new("[ \"$1\" != unshare ] || [ ! -e broken ] || { echo 'Error: out of ids' >&2; exit 125; }");
+    fails.put("broken");
+    let config = fails.config();
+    let env = [("CODERUNNER_ENGINE", "auto")];
+    let server = Server::launch(Options { env: &env, ..options(&config) });
+    server.wait_log(&["ERROR", "it has ended", "out of ids"]);
+    fails.take("broken");
+    server.wait_ready();
+    assert_runs(&server, "after");
+    let log = server.log();
+    assert!(!log.contains("engine: podman"), "{log}");
+    server.stop();
+}
+
 /// What can be killed from outside: a container, or what holds it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Killing {
@@ -382,6 +419,23 @@ fn a_template_that_is_removed_by_hand_is_made_anew() {
         let _ = output(Command::new("podman").args(["rm", "--force", "--time", "0", "--", &name]), b"");
     }
     answers_again(&server, running);
+    server.stop();
+}
+
+#[test]
+fn a_template_that_podman_takes_long_to_make_keeps_no_other_language_waiting() {
+    let slow = StandIn::new("case $* in create*language=python*) while [ -e slow ]; do sleep 0.05; done ;; esac");
+    let env = [("CODERUNNER_ENGINE", "direct")];
+    let config = slow.config() + "[queue]\nwait = \"10s\"";
+    let server = Server::start(Options { languages: &["bash", "python"], env: &env, ..options(&config) });
+    server.wait_each_ready();
+    slow.put("slow");
+    // And the templates with it.
+    Killing::Agent.kill(&server);
+    let running = server.begin(&echo("during"));
+    answers_again(&server, running);
+    slow.take("slow");
+    server.wait_each_ready();
     server.stop();
 }
 
