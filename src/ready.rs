@@ -16,7 +16,8 @@ use crate::job::Streams;
 use crate::language::Language;
 use crate::metrics;
 use crate::runner::{RunError, Runner};
-use crate::sandbox::{Live, Sandbox};
+use crate::sandbox::pool::Pool;
+use crate::sandbox::{Live, Sandbox, SandboxError};
 
 /// What the latest health program of a language came to.
 #[derive(Debug, Clone)]
@@ -66,21 +67,30 @@ impl Readiness {
             return probed.as_ref().and_then(|known| known.problem.clone());
         };
         // Whoever asked may leave: the sandbox is used up then, and what comes of it is to be known.
-        let probing = runner.spawn(probe(Arc::clone(language), sandbox, probed).in_current_span());
+        let probing = probe(Arc::clone(runner.pool()), Arc::clone(language), sandbox, probed);
+        let probing = runner.spawn(probing.in_current_span());
         probing.await.ok().flatten().unwrap_or_else(|| Some(RunError::ShuttingDown.to_string()))
     }
 }
 
 /// Runs the health program, and keeps what it came to.
 async fn probe(
+    pool: Arc<Pool>,
     language: Arc<Language>,
-    sandbox: Sandbox,
+    mut sandbox: Sandbox,
     mut probed: OwnedMutexGuard<Option<Probed>>,
 ) -> Option<String> {
     let job = language.job(language.health.code.clone().into(), Streams::Merged);
-    let failure = match sandbox.run(&language, &job, &mut Live::default()).await {
-        Ok(outcome) => language.health.failure(&outcome),
-        Err(error) => Some(error.to_string()),
+    let failure = loop {
+        match sandbox.run(&language, &job, &mut Live::default()).await {
+            Ok(outcome) => break language.health.failure(&outcome),
+            // It proves nothing.
+            Err(SandboxError::Lost) => match pool.take_idle(&language.name) {
+                Some(another) => sandbox = another,
+                None => return probed.as_ref().and_then(|known| known.problem.clone()),
+            },
+            Err(error) => break Some(error.to_string()),
+        }
     };
     if let Some(failure) = &failure {
         tracing::error!(language = language.name, failure, "not ready: the health program fails");
