@@ -323,7 +323,7 @@ fn wait_dead(pid: Pid) {
 }
 
 /// The init of each sandbox of a server, once there is one: it is of this user, unlike the programs.
-fn inside(server: &Server) -> Vec<Pid> {
+pub fn inside(server: &Server) -> Vec<Pid> {
     eventually("a sandbox", || {
         let files = leftovers::mounts(&server.instance);
         let pids: Vec<Pid> = files
