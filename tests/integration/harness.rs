@@ -424,7 +424,15 @@ pub fn wait_gone(mark: &str) {
 /// A name that no other instance of this user has, of this test run or another.
 pub fn unique_name() -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
-    format!("test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    // The uids of programs follow from a hash of the name, in one of 250 ranges, and the kernel counts processes per uid:
+    // names that are used at the same time are of different ranges.
+    let range = |name: &str| {
+        let [first, second, ..] = *blake3::hash(name.as_bytes()).as_bytes();
+        u32::from(u16::from_le_bytes([first, second])) % 250
+    };
+    let mut names = (0..).map(|n| format!("test-{}-{count}-{n}", std::process::id()));
+    names.find(|name| range(name) == count % 250).unwrap()
 }
 
 /// Containers of root's are not what is to be tested, and the server refuses to make them.
