@@ -478,7 +478,12 @@ impl Log {
     }
 
     fn text(&self) -> String {
-        String::from_utf8_lossy(&self.bytes.lock().unwrap()).into_owned()
+        let ended = self.ended();
+        let bytes = self.bytes.lock().unwrap();
+        // Of a line that has not been read to its end nothing.
+        let end =
+            if ended { bytes.len() } else { bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1) };
+        String::from_utf8_lossy(&bytes[..end]).into_owned()
     }
 
     fn ended(&self) -> bool {
