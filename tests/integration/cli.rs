@@ -87,7 +87,7 @@ fn the_exit_code_of_a_program_run_once_is_its_own() {
 
 #[test]
 fn a_failed_compilation_or_a_limit_has_a_code_of_its_own() {
-    let once = Once::new("[limits]\nrun_time = \"1s\"");
+    let once = Once::new("[limits]\nrun_time = \"2s\"");
     let output = once.run("main.c", "int main(void) { return missing; }\n", &[], b"");
     assert_eq!((output.stdout.as_slice(), output.status.code()), (&b""[..], Some(1)));
     assert!(stderr(&output).contains("missing"), "{output:?}");
@@ -98,7 +98,7 @@ fn a_failed_compilation_or_a_limit_has_a_code_of_its_own() {
 
 #[test]
 fn each_stream_of_a_program_run_once_is_cut_by_itself() {
-    let once = Once::new("[limits]\nrun_time = \"60s\"");
+    let once = Once::new("[limits]\nrun_time = \"60s\"\nrun_cpu_time = \"60s\"");
     let code = "head -c 10485760 /dev/zero & head -c 10485760 /dev/zero >&2 & wait; exit 7";
     let output = once.run("main.sh", code, &[], b"");
     assert_eq!(output.status.code(), Some(7));
@@ -145,7 +145,7 @@ fn a_run_once_may_have_files_input_and_limits_of_its_own() {
     let output = run(&["--stdin", "typed\n", "main.sh"]);
     assert_eq!((text(&output.stdout), output.status.code()), ("one\ntwo\ntyped\n", Some(0)));
 
-    let output = run(&["--json", "--stdin", "", "--time", "500ms", "main.sh", "60"]);
+    let output = run(&["--json", "--stdin", "", "--time", "2s", "main.sh", "60"]);
     let answer: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((&answer["verdict"], output.status.code()), (&"time_limit".into(), Some(124)), "{answer}");
     assert_eq!((&answer["run"]["stdout"], &answer["run"]["stderr"]), (&"one\ntwo\n".into(), &"err\n".into()));

@@ -336,13 +336,24 @@ pub fn inside(server: &Server) -> Vec<Pid> {
     })
 }
 
-/// The only container of a server, once it runs.
+/// The only container of a server, once it runs and the one before it is gone.
 fn the_container(server: &Server) -> String {
-    eventually("a container runs", || {
+    eventually("one container runs, with the init of the only sandbox", || {
         let label = format!("label=io.coderunner.instance={}", server.instance);
-        let filters = ["--filter", &label, "--filter", "status=running", "--format", "{{.Names}}"];
-        leftovers::list(&[&["ps"], &filters[..]].concat()).into_iter().next()
+        let filters = ["--filter", &label, "--filter", "status=running", "--format", "{{.Pid}} {{.Names}}"];
+        let running = leftovers::list(&[&["ps"], &filters[..]].concat());
+        let [line] = running.as_slice() else { return None };
+        let (_, name) = line.split_once(' ')?;
+        (inside(server) == [pid(line)]).then(|| name.to_owned())
     })
+}
+
+/// Waits until a sandbox has no program yet: where there is but one container, no other is left.
+fn wait_unused(server: &Server) {
+    eventually("a sandbox waits for a program", || {
+        let metrics = String::from_utf8(server.get("/metrics").body).unwrap();
+        metrics.contains("coderunner_sandboxes_ready{language=\"bash\"} 1\n").then_some(())
+    });
 }
 
 /// Processes of this program that name the container.
@@ -368,8 +379,10 @@ on_each_engine! {
 
 fn a_ready_container_that_is_killed_harms_no_request(engine: &str) {
     let env = [("CODERUNNER_ENGINE", engine)];
-    let server = Server::start(Options { containers: 1, env: &env, ..options("") });
+    let config = "queue.wait = \"90s\"";
+    let server = Server::start(Options { containers: 1, env: &env, ..options(config) });
     for killing in Killing::of(engine) {
+        wait_unused(&server);
         let inits = inside(&server);
         killing.kill(&server);
         if !killing.is_sudden() || engine == "direct" {
@@ -383,7 +396,7 @@ fn a_ready_container_that_is_killed_harms_no_request(engine: &str) {
 
 fn a_container_that_is_killed_under_a_program_fails_that_request_alone(engine: &str) {
     let env = [("CODERUNNER_ENGINE", engine)];
-    let config = "[limits]\nrun_time = \"1m\"";
+    let config = "queue.wait = \"90s\"\n[limits]\nrun_time = \"1m\"";
     let server = Server::start(Options { containers: 1, env: &env, ..options(config) });
     for killing in Killing::of(engine) {
         let mark = marked_seconds(50);
@@ -448,7 +461,7 @@ fn answers_again(server: &Server, running: Pending) {
         (reply.status == 200).then(|| assert_eq!(reply.answer(), Answer::ran("after\n")))
     });
     (0..4).for_each(|_| assert_runs(server, "well"));
-    assert_eq!(server.get("/readyz").status, 200);
+    server.wait_ready();
 }
 
 /// How often a server is killed: `CODERUNNER_TEST_KILLS`, for a long night.
@@ -573,7 +586,11 @@ fn a_podman_that_is_told_to_begin_anew_is_used_on(engine: &str) {
     let server = serve_in(&storage, engine);
     assert_runs(&server, "before");
     let running = server.begin(&format!("sleep 1; {}", echo("during")));
-    storage.podman(&["system", "migrate"]);
+    // It fails where a container that it is about to stop is gone by then.
+    eventually("podman begins anew", || {
+        let migrate = ["system", "migrate"];
+        output(Command::new("podman").args(migrate).envs(storage.env()), b"").status.success().then_some(())
+    });
     answers_again(&server, running);
     server.stop();
     assert_eq!(storage.podman(&["ps", "--all", "--quiet"]), "");

@@ -330,11 +330,19 @@ pub fn refused_with(files: &Files, options: &Options) -> Exit {
 
 /// Runs a command to its end with a deadline; what it reads on stdin is up to the command.
 pub fn output(command: &mut Command, stdin: &[u8]) -> Output {
-    finish(command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap(), stdin)
+    finish(with_pipes(command), stdin)
+}
+
+fn with_pipes(command: &mut Command) -> Child {
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
 /// Like [`output`], for a child whose three streams are pipes.
-pub fn finish(mut child: Child, stdin: &[u8]) -> Output {
+pub fn finish(child: Child, stdin: &[u8]) -> Output {
+    finish_within(PATIENCE, child, stdin)
+}
+
+fn finish_within(patience: Duration, mut child: Child, stdin: &[u8]) -> Output {
     let collect = |mut pipe: Box<dyn Read + Send>| {
         std::thread::spawn(move || {
             let mut bytes = Vec::new();
@@ -346,14 +354,20 @@ pub fn finish(mut child: Child, stdin: &[u8]) -> Output {
     let stderr = collect(Box::new(child.stderr.take().unwrap()));
     // A program that does not read it is no error.
     let _ = child.stdin.take().unwrap().write_all(stdin);
-    let status = wait_exit(&mut child);
+    let status = eventually_within(patience, "the end of a process", || child.try_wait().unwrap());
     Output { status, stdout: stdout.join().unwrap(), stderr: stderr.join().unwrap() }
 }
 
 /// Runs a client of the server to its good end, and returns all that it said.
 #[track_caller]
 pub fn drive(program: &str, args: &[&str]) -> String {
-    let output = output(Command::new(program).args(args), b"");
+    drive_within(PATIENCE, program, args)
+}
+
+/// Like [`drive`], for what takes longer.
+#[track_caller]
+pub fn drive_within(patience: Duration, program: &str, args: &[&str]) -> String {
+    let output = finish_within(patience, with_pipes(Command::new(program).args(args)), b"");
     let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{program}: {}: {said}", output.status);
     said
@@ -370,13 +384,17 @@ pub fn executable() -> PathBuf {
 }
 
 /// Waits until `probe` has something, and panics with `what` when it never has.
-pub fn eventually<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+pub fn eventually<T>(what: &str, probe: impl FnMut() -> Option<T>) -> T {
+    eventually_within(PATIENCE, what, probe)
+}
+
+fn eventually_within<T>(patience: Duration, what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + patience;
     loop {
         if let Some(found) = probe() {
             return found;
         }
-        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        assert!(Instant::now() < deadline, "not within {patience:?}: {what}");
         std::thread::sleep(POLL);
     }
 }
@@ -424,7 +442,15 @@ pub fn wait_gone(mark: &str) {
 /// A name that no other instance of this user has, of this test run or another.
 pub fn unique_name() -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
-    format!("test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    // The uids of programs follow from a hash of the name, in one of 250 ranges, and the kernel counts processes per uid:
+    // names that are used at the same time are of different ranges.
+    let range = |name: &str| {
+        let [first, second, ..] = *blake3::hash(name.as_bytes()).as_bytes();
+        u32::from(u16::from_le_bytes([first, second])) % 250
+    };
+    let mut names = (0..).map(|n| format!("test-{}-{count}-{n}", std::process::id()));
+    names.find(|name| range(name) == count % 250).unwrap()
 }
 
 /// Containers of root's are not what is to be tested, and the server refuses to make them.
@@ -470,7 +496,12 @@ impl Log {
     }
 
     fn text(&self) -> String {
-        String::from_utf8_lossy(&self.bytes.lock().unwrap()).into_owned()
+        let ended = self.ended();
+        let bytes = self.bytes.lock().unwrap();
+        // Of a line that has not been read to its end nothing.
+        let end =
+            if ended { bytes.len() } else { bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1) };
+        String::from_utf8_lossy(&bytes[..end]).into_owned()
     }
 
     fn ended(&self) -> bool {

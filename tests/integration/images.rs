@@ -305,8 +305,9 @@ fn a_first_version_that_does_not_work_is_not_used() {
     server.wait_log(&["ERROR", &image.name, "ill"]);
     refusal(&server, "health check");
 
-    let new = registry.push(&image, SHELL, &version("two"));
-    assert_updated(update(server.files(), &options), &[short(&new), "in use"]);
+    registry.push(&image, SHELL, &version("two"));
+    // The server may have tried again by itself just before.
+    assert_updated(update(server.files(), &options), &["in use"]);
     server.wait_ready();
     assert_eq!(server.run(VERSION).run_output, "two");
     server.stop();

@@ -2,8 +2,9 @@
 //! kernel, not of the server.
 
 use std::fs;
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
@@ -120,13 +121,22 @@ pub fn assert_none(instance: &str, started: Instant) {
     assert_nothing_runs(instance);
     let age = started.elapsed() + Duration::from_secs(1);
     let mut suspects: Option<Vec<String>> = None;
-    eventually_none("volumes of no container", || {
-        // Another server's new volume is loose for a moment; one that stays so is left over.
-        let mut loose = loose_volumes(age);
-        loose.retain(|name| suspects.as_ref().is_none_or(|before| before.contains(name)));
-        suspects = Some(loose.clone());
-        loose
-    });
+    let told = std::panic::catch_unwind(AssertUnwindSafe(|| {
+        eventually_none("volumes of no container", || {
+            // Another server's new volume is loose for a moment; one that stays so is left over.
+            let mut loose = loose_volumes(age);
+            loose.retain(|volume| suspects.as_ref().is_none_or(|before| before.contains(volume)));
+            suspects = Some(loose.clone());
+            loose
+        });
+    }));
+    if let Err(panic) = told {
+        // It may be another test's: one tells of it, and not all that run meanwhile.
+        for name in suspects.iter().flatten().filter_map(|volume| volume.split_whitespace().next()) {
+            let _ = output(Command::new("podman").args(["volume", "rm", "--", name]), b"");
+        }
+        std::panic::resume_unwind(panic);
+    }
     remove_image_names(instance);
 }
 
@@ -158,25 +168,28 @@ pub fn remove(instance: &str) {
     remove_image_names(instance);
 }
 
-/// Volumes that no container uses, younger than `age`.
+/// Volumes that no container uses, younger than `age`: the name of each, and when it was made.
 fn loose_volumes(age: Duration) -> Vec<String> {
-    let format = "{{.Name}} {{.CreatedAt.Unix}}";
+    let format = "{{.Name}} {{.CreatedAt.Unix}} {{.CreatedAt}}";
     let all = list(&["volume", "ls", "--filter", "dangling=true", "--format", format]);
     let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs();
     let young = |line: &str| {
-        let (name, made) = line.split_once(' ')?;
-        let made: u64 = made.parse().unwrap();
-        (made + age.as_secs() >= now).then(|| name.to_owned())
+        let made: u64 = line.split_whitespace().nth(1)?.parse().unwrap();
+        (made + age.as_secs() >= now).then(|| line.to_owned())
     };
     all.iter().filter_map(|line| young(line)).collect()
 }
 
-/// Takes away the names under which the instance keeps its images: it will not come back. While no server changes names:
-/// podman before 4.8 would lose some.
+/// Runs a verb of podman's that changes names of images, while no server changes any: podman before 4.8 would lose some.
+pub fn rename(args: &[&str]) -> Output {
+    let directory = std::env::var_os("XDG_RUNTIME_DIR").unwrap();
+    output(Command::new("flock").arg(directory).arg("podman").args(args), b"")
+}
+
+/// Takes away the names under which the instance keeps its images: it will not come back.
 fn remove_image_names(instance: &str) {
     for name in image_names(instance) {
-        let directory = std::env::var_os("XDG_RUNTIME_DIR").unwrap();
-        let _ = output(Command::new("flock").arg(directory).args(["podman", "rmi", "--", &name]), b"");
+        let _ = rename(&["rmi", "--", &name]);
     }
 }
 

@@ -1,9 +1,13 @@
 //! The description of the API: that the server is as it says, and that people can read it.
 
-use crate::harness::{Options, Server, clients, drive};
+use std::time::Duration;
+
+use crate::harness::{Options, Server, clients, drive_within};
 
 /// The longest that requests may be made up, in seconds.
 const FUZZING: &str = "40";
+/// That, and its start, and a last request that takes as long as one may.
+const PATIENCE: Duration = Duration::from_secs(240);
 
 #[test]
 fn the_server_is_as_it_is_described() {
@@ -14,7 +18,7 @@ fn the_server_is_as_it_is_described() {
     let of_ours = ["--generation-deterministic", "--no-color", "--max-examples", "20"];
     // Which languages and limits there are is a matter of configuration: a request may be valid and yet be refused.
     let but = ["--exclude-checks", "positive_data_acceptance", "--max-time", FUZZING, "--request-timeout", "60"];
-    let said = drive(&schemathesis, &[&["run", url.as_str()], &of_ours[..], &but].concat());
+    let said = drive_within(PATIENCE, &schemathesis, &[&["run", url.as_str()], &of_ours[..], &but].concat());
     assert!(said.contains("Tested: 8"), "{said}");
     assert!(!said.contains("unresolvable"), "{said}");
     server.stop();

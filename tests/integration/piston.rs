@@ -111,7 +111,7 @@ fn the_status_tells_how_it_ended() {
     };
     let (status, signal, verdict, _) = ended("kill -SEGV $$", "args", json!([]));
     assert_eq!((status, signal, verdict), (json!("SG"), json!("SIGSEGV"), json!("signalled")));
-    let (status, signal, verdict, run) = ended("echo so far; sleep 100", "run_timeout", json!(1000));
+    let (status, signal, verdict, run) = ended("echo so far; sleep 100", "run_timeout", json!(3000));
     assert_eq!((status, signal, verdict), (json!("TO"), json!("SIGKILL"), json!("time_limit")));
     assert_eq!((&run["stdout"], &run["code"]), (&json!("so far\n"), &json!(null)));
     assert!(run["message"].as_str().unwrap().contains("out of time"), "{run}");

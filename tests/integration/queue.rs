@@ -71,7 +71,7 @@ fn the_same_code_again_is_answered_from_memory() {
 
 #[test]
 fn what_a_limit_cut_short_is_never_answered_from_memory() {
-    let server = serve(2, "[limits]\nrun_time = \"1s\"\noutput_total = \"1MiB\"");
+    let server = serve(2, "[limits]\nrun_time = \"3s\"\noutput_total = \"1MiB\"");
     for end in ["sleep 60", "yes"] {
         let code = format!("{UUID}; {end}");
         let uuid = |answer: Answer| answer.run_output.lines().next().unwrap().to_owned();
@@ -94,10 +94,15 @@ fn an_answer_is_forgotten_after_its_time_and_none_is_kept_without_room() {
 #[test]
 fn a_request_that_finds_the_queue_full_is_told_to_come_back() {
     let server = serve(1, "[limits]\nrun_time = \"60s\"\n[queue]\nlength = 2\nwait = \"120s\"");
-    let mark = marked_seconds(3);
-    let running = server.begin(&format!("sleep {mark}; echo ran"));
+    let mark = marked_seconds(50);
+    // What ends it is not told.
+    let running = server.begin(&format!("{{ sleep {mark}; }} 2>/dev/null; echo ran"));
     wait_running(&mark);
     let queued: Vec<Pending> = (0..5).map(|n| server.begin(&format!("echo {n}"))).collect();
+    eventually("three are refused", || {
+        (queued.iter().filter(|pending| pending.has_begun()).count() == 3).then_some(())
+    });
+    leftovers::end_marked(&mark);
     let replies: Vec<_> = queued.into_iter().map(Pending::reply).collect();
     let refused: Vec<_> = replies.iter().filter(|reply| reply.status == 503).collect();
     assert_eq!(refused.len(), 3, "two may wait: {replies:?}");

@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
 use crate::harness::{eventually, output, unique_name};
-use crate::leftovers::{list, podman};
+use crate::leftovers::{list, podman, rename};
 
 /// What most images are made from: a shell and busybox.
 pub const SHELL: &str = "localhost/coderunner-bash:latest";
@@ -73,9 +73,10 @@ impl Registry {
     /// Builds a version of an image and pushes it: only the registry has it then. Returns its id.
     pub fn push(&self, image: &Image, base: &str, files: &[(&str, &str)]) -> String {
         let local = format!("localhost/coderunner-{}:latest", unique_name());
-        let id = build(&local, &image.name, base, files);
+        let id = build(&local, &image.name, base, "", files);
         podman(&["push", "--quiet", "--tls-verify=false", "--", &local, &image.name]);
-        podman(&["rmi", "--", &local]);
+        let removed = rename(&["rmi", "--", &local]);
+        assert!(removed.status.success(), "{}", String::from_utf8_lossy(&removed.stderr));
         id
     }
 
@@ -131,15 +132,26 @@ impl Image {
 
     /// Builds a version of it where it is. Returns its id.
     pub fn build(&self, files: &[(&str, &str)]) -> String {
-        build(&self.name, &self.name, SHELL, files)
+        build(&self.name, &self.name, SHELL, "", files)
+    }
+
+    /// Builds a version of it with a further step. Returns its id.
+    pub fn build_with(&self, step: &str) -> String {
+        build(&self.name, &self.name, SHELL, step, &[])
     }
 
     /// Id of the version that podman knows by the name; `None` where it knows none.
     pub fn id(&self) -> Option<String> {
         let inspect = ["image", "inspect", "--format", "{{.Id}}", "--", &self.name];
-        let output = output(Command::new("podman").args(inspect), b"");
-        let id = String::from_utf8(output.stdout).unwrap().trim().to_owned();
-        (!id.is_empty()).then_some(id)
+        eventually("podman knows the name or does not", || {
+            let output = output(Command::new("podman").args(inspect), b"");
+            if output.status.success() {
+                return Some(Some(String::from_utf8(output.stdout).unwrap().trim().to_owned()));
+            }
+            // It fails otherwise where another image is made or deleted meanwhile.
+            let said = String::from_utf8_lossy(&output.stderr);
+            (said.contains("image not known") && !said.contains("reading image")).then_some(None)
+        })
     }
 
     /// Ids of all versions that podman has, also of those without a name.
@@ -170,17 +182,19 @@ impl Drop for Image {
     }
 }
 
-fn build(name: &str, label: &str, base: &str, files: &[(&str, &str)]) -> String {
+fn build(name: &str, label: &str, base: &str, step: &str, files: &[(&str, &str)]) -> String {
     let dir = TempDir::with_prefix("coderunner-test-build-").unwrap();
     let root = dir.path().join("root");
     fs::create_dir(&root).unwrap();
     for (file, content) in files {
         fs::write(root.join(file), content).unwrap();
     }
-    let recipe = format!("FROM {base}\nLABEL {LABEL}={label}\nCOPY root /\n");
+    // Times of files are whole seconds: two images could share a layer, and go wrong when either is deleted.
+    fs::write(root.join("unique"), unique_name()).unwrap();
+    let recipe = format!("FROM {base}\nLABEL {LABEL}={label}\n{step}\nCOPY root /\n");
     fs::write(dir.path().join("Containerfile"), recipe).unwrap();
     let context = dir.path().to_str().unwrap();
-    let args = ["build", "--quiet", "--layers=false", "--pull=never", "--tag", name, context];
+    let args = ["build", "--quiet", "--layers=false", "--pull=never", "--network=none", "--tag", name, context];
     let built = eventually("podman builds an image", || {
         let built = output(Command::new("podman").args(args), b"");
         // It loses its way where another image is deleted meanwhile.

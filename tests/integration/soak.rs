@@ -56,7 +56,7 @@ const KINDS: [Kind; 17] = [
     kind("bash", "cat /dev/zero >/tmp/full 2>/dev/null; ls -l /tmp | wc -l; : NUMBER", &["ok"], "2\n"),
     kind("bash", "while mkdir d 2>/dev/null && cd d; do :; done; echo NUMBER", &["ok"], "NUMBER\n"),
     kind("bash", "yes NUMBER", &["output_limit"], "NUMBER\n"),
-    Kind { with: &[("run_timeout", 300)], ..kind("bash", "echo NUMBER; sleep 100", &["time_limit"], "NUMBER\n") },
+    Kind { with: &[("run_timeout", 2000)], ..kind("bash", "echo NUMBER; sleep 100", &["time_limit"], "NUMBER\n") },
     Kind {
         with: &[("run_cpu_time", 200)],
         ..kind("c", "int main(void) { for (;;); return NUMBER; }", &["time_limit"], "")

@@ -9,7 +9,7 @@ fn serve(engine: &str, containers: usize) -> Server {
     Server::start(Options {
         languages: &["python"],
         containers,
-        config: &format!("engine = \"{engine}\"\n[limits]\nrun_time = \"30s\""),
+        config: &format!("engine = \"{engine}\"\n[limits]\nrun_time = \"30s\"\nrun_cpu_time = \"30s\""),
         ..Options::default()
     })
 }

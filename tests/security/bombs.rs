@@ -74,7 +74,11 @@ fn zombies_and_orphans_count_and_go(engine: &str) {
 }
 
 fn memory_of_each_kind_is_charged(engine: &str) {
-    let server = serve(engine, "python", "[limits]\nmemory = \"64MiB\"\nopen_files = 256\nrun_time = \"60s\"");
+    let server = serve(
+        engine,
+        "python",
+        "[limits]\nmemory = \"64MiB\"\nopen_files = 256\nrun_time = \"60s\"\nrun_cpu_time = \"60s\"",
+    );
     let kinds = [
         // Files without a name, mapped by nobody.
         "
@@ -239,11 +243,11 @@ fn timers_queues_and_descriptors_have_an_end(engine: &str) {
         print()
     ";
     let printed = "timers True\nqueue -1\nlocked -1\nin flight True\nraised \n";
-    prints(engine, "python", "[limits]\nopen_files = 64\nrun_time = \"60s\"", probe, printed);
+    prints(engine, "python", "[limits]\nopen_files = 64\nrun_time = \"60s\"\nrun_cpu_time = \"60s\"", probe, printed);
 }
 
 fn huge_arguments_and_environments_are_the_programs_own_trouble(engine: &str) {
-    let server = serve(engine, "python", "[limits]\nrun_time = \"60s\"");
+    let server = serve(engine, "python", "[limits]\nrun_time = \"60s\"\nrun_cpu_time = \"60s\"");
     let huge = "
         import os, subprocess, sys
         if len(sys.argv) > 1:
@@ -263,7 +267,11 @@ fn huge_arguments_and_environments_are_the_programs_own_trouble(engine: &str) {
 }
 
 fn output_of_any_shape_is_bounded(engine: &str) {
-    let server = serve(engine, "python", "[limits]\noutput = \"64KiB\"\noutput_total = \"1MiB\"\nrun_time = \"60s\"");
+    let server = serve(
+        engine,
+        "python",
+        "[limits]\noutput = \"64KiB\"\noutput_total = \"1MiB\"\nrun_time = \"60s\"\nrun_cpu_time = \"60s\"",
+    );
     // One byte in each packet of a pipe that was told to keep them apart.
     let packets = "
         import fcntl, os

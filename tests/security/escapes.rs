@@ -1,11 +1,9 @@
 //! Ways out: of the mount, pid and user namespaces, to init, to the kernel, to root.
 
-use std::process::Command;
-
 use super::{attack, prints, serve};
 use crate::client::Answer;
-use crate::harness::{Options, Server, code, output};
-use crate::leftovers::podman;
+use crate::harness::{Options, Server, code};
+use crate::registry::Image;
 
 on_each_engine! {
     no_system_call_leads_out
@@ -236,15 +234,13 @@ fn nothing_of_the_kernels_or_of_inits_can_be_written(engine: &str) {
 }
 
 fn a_setuid_program_of_the_image_gives_no_rights(engine: &str) {
-    let name = format!("localhost/coderunner-{}:latest", crate::harness::unique_name());
-    let recipe = b"FROM localhost/coderunner-bash:latest\n\
-        RUN mkdir -p /usr/local/bin && cp /usr/bin/busybox /usr/local/bin/ && chmod 6755 /usr/local/bin/busybox\n";
-    let build = ["build", "--quiet", "--layers=false", "--pull=never", "--network=none", "--tag", &name, "-"];
-    let built = output(Command::new("podman").args(build), recipe);
-    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    let image = Image::local();
+    image.build_with(
+        "RUN mkdir -p /usr/local/bin && cp /usr/bin/busybox /usr/local/bin/ && chmod 6755 /usr/local/bin/busybox",
+    );
     let server = Server::start(Options {
         languages: &["bash"],
-        config: &format!("engine = \"{engine}\"\n[language.bash]\nimage = \"{name}\""),
+        config: &format!("engine = \"{engine}\"\n[language.bash]\nimage = {:?}", image.name),
         ..Options::default()
     });
     let run = r#"
@@ -255,7 +251,6 @@ fn a_setuid_program_of_the_image_gives_no_rights(engine: &str) {
     "#;
     assert_eq!(attack(&server, "bash", &code(run)), Answer::ran("6755\nsame\nsame\nrefused\n"));
     server.stop();
-    podman(&["rmi", "--", &name]);
 }
 
 fn init_outlives_whatever_its_programs_do(engine: &str) {

@@ -21,7 +21,7 @@ answer = await client.execute({
   files: [{ name: "my_cool_code.py", content: "print(input())" }],
   stdin: "typed",
   args: [],
-  runTimeout: 2500,
+  runTimeout: 25000,
 });
 assert.equal(answer.run.output, "typed\n", JSON.stringify(answer));
 
