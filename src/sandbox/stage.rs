@@ -29,6 +29,9 @@ const READS_AT_ONCE: usize = 1000;
 /// Time between two further reads: shorter than anybody sees, and a pipe holds what comes meanwhile.
 const READ_PAUSE: Duration = Duration::from_millis(1);
 
+/// Packets in one piece after a pause: as many as the largest pipe of an ordinary user holds (1 MiB of pages).
+const PACKETS: usize = 256;
+
 impl Sandbox {
     /// Runs one stage to its end. Whatever it prints is read all the time, so it never waits for us.
     pub(super) async fn stage(
@@ -195,6 +198,14 @@ impl Reader {
             Ok(1..) => {
                 self.reads += 1;
                 if self.reads > READS_AT_ONCE {
+                    // A pipe told to keep packets apart gives one in each read: those of the pause are read now. Of
+                    // a packet that the buffer has no room for the rest would be lost.
+                    for _ in 1..PACKETS {
+                        let room = self.buffer.capacity() - self.buffer.len();
+                        if room < nix::libc::PIPE_BUF || !matches!(pipe.try_read_buf(&mut self.buffer), Ok(1..)) {
+                            break;
+                        }
+                    }
                     self.next = Instant::now() + READ_PAUSE;
                 }
                 Some(std::mem::take(&mut self.buffer))

@@ -230,9 +230,13 @@ fn templates_that_a_hanging_podman_does_not_remove_hold_up_no_end() {
     let hangs = StandIn::new(&format!("[ ! -e hang ] || exec sleep {mark}"));
     let config = hangs.config();
     let env = [("CODERUNNER_ENGINE", "direct")];
-    let options = Options { languages: &["bash", "python"], env: &env, ..options(&config) };
+    let languages = ["bash", "python", "c"];
+    // Most have no sandbox then, and nothing but the end removes theirs.
+    let options = Options { languages: &languages, containers: 1, env: &env, ..options(&config) };
     let mut server = Server::start(options.clone());
-    server.wait_each_ready();
+    for language in languages {
+        server.wait_log(&["an image is in use", &format!("coderunner-{language}:")]);
+    }
     hangs.put("hang");
     server.signal(Signal::SIGTERM);
     let asked = Instant::now();
