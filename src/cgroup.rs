@@ -1,4 +1,5 @@
-//! The part of the cgroup tree that was delegated to this server, for containers that it limits itself.
+//! The part of the cgroup tree that was delegated to this server, for containers that it limits itself, and what the
+//! kernel counts in a cgroup.
 
 use std::fs::{self, File};
 use std::io;
@@ -56,38 +57,23 @@ impl Delegated {
         Ok(Delegated { path: Path::new("/").join(base) })
     }
 
-    /// Makes a container's cgroup with these limits, by file, and returns its directory.
-    pub fn make(&self, name: &str, limits: &[(String, String)]) -> io::Result<File> {
+    /// Makes a container's cgroup with these limits, by file.
+    pub fn make(&self, name: &str, limits: &[(String, String)]) -> io::Result<OwnCgroup> {
         let dir = self.dir().join(name);
         let explain =
             |error: io::Error, path: &Path| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
         fs::create_dir(&dir).map_err(|error| explain(error, &dir))?;
+        let made = OwnCgroup { dir };
         // Programs may read what they used, whatever the server's umask.
-        let open = fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)).map_err(|error| explain(error, &dir));
-        let set = limits.iter().try_for_each(|(file, value)| match fs::write(dir.join(file), value) {
-            // A kernel that does not account for swap.
-            Err(error) if error.kind() == io::ErrorKind::NotFound && file == "memory.swap.max" => Ok(()),
-            written => written.map_err(|error| explain(error, &dir.join(file))),
-        });
-        let opened = open.and(set).and_then(|()| File::open(&dir).map_err(|error| explain(error, &dir)));
-        opened.inspect_err(|_| self.remove(name))
-    }
-
-    /// Removes a container's cgroup, if it is there and empty.
-    pub fn remove(&self, name: &str) {
-        let _ = fs::remove_dir(self.dir().join(name));
-    }
-
-    /// Kills whatever is in a container's cgroup, and removes it as soon as that is dead.
-    pub async fn kill(&self, name: &str) {
-        let dir = self.dir().join(name);
-        // Kernels before 5.14 do not have it: what is in there ends by itself then.
-        let _ = fs::write(dir.join("cgroup.kill"), "1");
-        let deadline = Instant::now() + KILL_TIME;
-        let is_busy = |error: io::Error| error.kind() == io::ErrorKind::ResourceBusy;
-        while fs::remove_dir(&dir).is_err_and(is_busy) && Instant::now() < deadline {
-            sleep(KILL_PAUSE).await;
+        fs::set_permissions(&made.dir, fs::Permissions::from_mode(0o755)).map_err(|error| explain(error, &made.dir))?;
+        for (file, value) in limits {
+            match fs::write(made.dir.join(file), value) {
+                // A kernel that does not account for swap.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && file == "memory.swap.max" => {}
+                written => written.map_err(|error| explain(error, &made.dir.join(file)))?,
+            }
         }
+        Ok(made)
     }
 
     /// Removes the empty cgroups that an earlier server left.
@@ -95,7 +81,7 @@ impl Delegated {
         let Ok(entries) = fs::read_dir(self.dir()) else { return };
         for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
             if entry.file_name() != LEAF {
-                self.remove(&entry.file_name().to_string_lossy());
+                drop(OwnCgroup { dir: entry.path() });
             }
         }
     }
@@ -105,11 +91,101 @@ impl Delegated {
     }
 }
 
+/// A container's cgroup, which goes with this if it is empty.
+#[derive(Debug)]
+pub struct OwnCgroup {
+    dir: PathBuf,
+}
+
+impl OwnCgroup {
+    /// Its directory.
+    pub fn open(&self) -> io::Result<File> {
+        File::open(&self.dir)
+    }
+
+    /// What was counted in it since it was made.
+    pub fn counters(&self) -> Counters {
+        Counters::read(&self.dir)
+    }
+
+    /// Kills whatever is in it, and removes it as soon as that is dead.
+    pub async fn kill(&self) {
+        // Kernels before 5.14 do not have it: what is in there ends by itself then.
+        let _ = fs::write(self.dir.join("cgroup.kill"), "1");
+        let deadline = Instant::now() + KILL_TIME;
+        let is_busy = |error: io::Error| error.kind() == io::ErrorKind::ResourceBusy;
+        while fs::remove_dir(&self.dir).is_err_and(is_busy) && Instant::now() < deadline {
+            sleep(KILL_PAUSE).await;
+        }
+    }
+}
+
+impl Drop for OwnCgroup {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.dir);
+    }
+}
+
+/// What the kernel counted in a cgroup: nothing where it does not count there.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// User and system time.
+    pub cpu: Option<Duration>,
+    /// Most memory at once, in bytes.
+    pub peak: Option<u64>,
+    /// How often it reached its own memory limit.
+    pub ooms: u64,
+    /// Processes that were killed for want of memory.
+    pub oom_kills: u64,
+    /// Forks refused at the process limit.
+    pub forks_refused: u64,
+}
+
+impl Counters {
+    /// Those of the cgroup at this directory.
+    pub fn read(dir: &Path) -> Counters {
+        let read = |name: &str| fs::read_to_string(dir.join(name)).unwrap_or_default();
+        let events = read("memory.events");
+        Counters {
+            cpu: field(&read("cpu.stat"), "usage_usec").map(Duration::from_micros),
+            peak: read("memory.peak").trim().parse().ok(),
+            ooms: field(&events, "oom").unwrap_or(0),
+            oom_kills: field(&events, "oom_kill").unwrap_or(0),
+            forks_refused: field(&read("pids.events"), "max").unwrap_or(0),
+        }
+    }
+
+    /// Whether since `before` processes were killed for the memory that others use: below the cgroup's own limit.
+    pub fn starved_since(&self, before: &Counters) -> bool {
+        self.oom_kills > before.oom_kills && self.ooms == before.ooms
+    }
+}
+
+/// A field of one of the kernel's lists of names and numbers.
+pub fn field(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+}
+
 #[cfg(test)]
 mod tests {
     use std::process::{Command, Stdio};
 
     use super::*;
+
+    #[test]
+    fn whose_memory_was_out_is_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        let counted = |events: &str| {
+            fs::write(dir.path().join("memory.events"), events).unwrap();
+            Counters::read(dir.path())
+        };
+        let before = counted("low 0\nhigh 0\nmax 7\noom 1\noom_kill 1\noom_group_kill 0\n");
+        assert_eq!((before.ooms, before.oom_kills, before.peak, before.cpu), (1, 1, None, None));
+        assert!(!before.starved_since(&before));
+        assert!(!before.starved_since(&Counters::default()), "its own limit");
+        assert!(counted("oom 1\noom_kill 2\n").starved_since(&before), "below its limit");
+        assert!(!counted("oom 2\noom_kill 2\n").starved_since(&before));
+    }
 
     /// Where this process may make cgroups.
     #[tokio::test]
@@ -118,12 +194,13 @@ mod tests {
         if !Path::new(ROOT).join("cgroup.controllers").exists() || below.make(&name, &[]).is_err() {
             return;
         }
+        let made = below.make(&name, &[]).unwrap();
         let dir = below.dir().join(&name);
         let mut inside = Command::new("sleep").arg("1000").stdin(Stdio::null()).spawn().unwrap();
         fs::write(dir.join("cgroup.procs"), inside.id().to_string()).unwrap();
-        below.remove(&name);
+        drop(OwnCgroup { dir: dir.clone() });
         assert!(dir.exists(), "it is not empty");
-        below.kill(&name).await;
+        made.kill().await;
         assert!(!dir.exists());
         assert_eq!(inside.wait().unwrap().code(), None, "killed");
     }

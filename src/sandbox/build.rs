@@ -119,6 +119,8 @@ mod tests {
             image: String::new(),
             enforced: Enforced::default(),
             own_cgroup: false,
+            cgroup: None,
+            spent_us: 0,
             prepared,
             gone: CancellationToken::new(),
             _released: CancellationToken::new().drop_guard(),

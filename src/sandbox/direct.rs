@@ -83,18 +83,6 @@ impl Drop for Template {
     }
 }
 
-/// A sandbox's cgroup, which goes with it.
-struct OwnCgroup {
-    below: Delegated,
-    name: String,
-}
-
-impl Drop for OwnCgroup {
-    fn drop(&mut self) {
-        self.below.remove(&self.name);
-    }
-}
-
 impl DirectEngine {
     /// An engine that limits its containers by cgroups below `cgroup`; without one it cannot limit them.
     pub fn new(podman: Podman, settings: EngineSettings, cgroup: Option<Delegated>) -> DirectEngine {
@@ -130,35 +118,31 @@ impl DirectEngine {
         let agent = self.agent()?;
         let template = self.template(&agent, &language, &image).await?;
         let job_dir = self.settings.job_directory()?;
-        let name = self.name("box");
-        let io = SandboxError::io;
-        let (cgroup, own) = match &self.cgroup {
-            Some(below) => {
-                let made = below.make(&name, &template.limits.0).map_err(io("cannot make a cgroup"))?;
-                (Some(made), Some(Arc::new(OwnCgroup { below: below.clone(), name })))
-            }
-            None => (None, None),
-        };
-        let killed = own.clone();
+        let make = |below: &Delegated| below.make(&self.name("box"), &template.limits.0).map(Arc::new);
+        let cannot = |error| SandboxError::io("cannot make a cgroup")(error);
+        let cgroup = self.cgroup.as_ref().map(make).transpose().map_err(cannot)?;
+        let opened = cgroup.as_ref().map(|own| own.open()).transpose().map_err(cannot)?;
+        let killed = cgroup.clone();
         let (channel, theirs) = Channel::pair()?;
-        let ordered = agent.stamp(&template.name, job_dir.path(), slot.number, theirs, cgroup)?;
+        let ordered = agent.stamp(&template.name, job_dir.path(), slot.number, theirs, opened)?;
         let started = Started {
             channel,
             job_dir: job_dir.path().to_owned(),
             image,
             slot,
-            own_cgroup: own.is_some(),
+            own_cgroup: cgroup.is_some(),
+            cgroup: cgroup.clone(),
             ended: ordered.done,
             remove: Box::pin(async move {
                 if let Err(reason) = agent.kill(ordered.id).await {
                     tracing::debug!(reason, "the agent cannot kill a sandbox");
                     // Without a cgroup init ends by itself: the sandbox is given up, and its channel with it.
                     if let Some(own) = killed {
-                        own.below.kill(&own.name).await;
+                        own.kill().await;
                     }
                 }
             }),
-            owned: Box::new((own, job_dir, Arc::clone(&template))),
+            owned: Box::new((cgroup, job_dir, Arc::clone(&template))),
         };
         let made = self.settings.raise(started, &language).await;
         if made.is_err() {

@@ -31,6 +31,7 @@ use seccompiler::BpfProgram;
 
 use super::protocol::{self, CHANNEL_FD, Enforced, FromInit, JOB_DIR, StageSpec, ToInit, VERSION, WORK_DIR};
 use super::{at, seccomp};
+use crate::cgroup::{Counters, field};
 use crate::job::{Ended, Usage};
 
 /// Longest that killed processes may take to die; they can be stuck in the kernel, and then the container goes.
@@ -216,7 +217,7 @@ impl Init {
         let wall = started.elapsed();
         self.kill_all(&mut reaped)?;
         let after = self.cgroup.counters();
-        if after.oom_kills > before.oom_kills && after.ooms == before.ooms {
+        if after.starved_since(&before) {
             return Ok(Some(FromInit::HostMemory));
         }
         let artifact = spec.artifact.as_ref().is_none_or(|name| is_file(&Path::new(WORK_DIR).join(name)));
@@ -591,16 +592,6 @@ struct Cgroup {
     own: bool,
 }
 
-#[derive(Default)]
-struct Counters {
-    cpu: Option<Duration>,
-    peak: Option<u64>,
-    /// How often it reached its own limit.
-    ooms: u64,
-    oom_kills: u64,
-    forks_refused: u64,
-}
-
 impl Cgroup {
     fn enforced(&self) -> Enforced {
         let is_set = |name: &str| self.read(name).is_some_and(|text| !text.starts_with("max"));
@@ -608,14 +599,7 @@ impl Cgroup {
     }
 
     fn counters(&self) -> Counters {
-        let events = self.read("memory.events").unwrap_or_default();
-        Counters {
-            cpu: self.field("cpu.stat", "usage_usec").map(Duration::from_micros),
-            peak: self.read("memory.peak").and_then(|text| text.trim().parse().ok()),
-            ooms: field(&events, "oom").unwrap_or(0),
-            oom_kills: field(&events, "oom_kill").unwrap_or(0),
-            forks_refused: self.field("pids.events", "max").unwrap_or(0),
-        }
+        if self.own { Counters::read(Path::new(CGROUP)) } else { Counters::default() }
     }
 
     /// What cannot be given back: memory of processes and files of a tmpfs, but no cached pages of the image.
@@ -624,7 +608,7 @@ impl Cgroup {
     }
 
     fn cpu_since(&self, before: &Counters) -> Option<Duration> {
-        Some(self.counters().cpu?.saturating_sub(before.cpu?))
+        Some(Duration::from_micros(self.field("cpu.stat", "usage_usec")?).saturating_sub(before.cpu?))
     }
 
     fn read(&self, name: &str) -> Option<String> {
@@ -634,10 +618,6 @@ impl Cgroup {
     fn field(&self, file: &str, name: &str) -> Option<u64> {
         field(&self.read(file)?, name)
     }
-}
-
-fn field(text: &str, name: &str) -> Option<u64> {
-    text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
 }
 
 fn usage(wall: Duration, before: &Counters, after: &Counters, reaped: &Reaped) -> Usage {

@@ -16,6 +16,7 @@ use super::channel::Channel;
 use super::protocol::{self, FromInit};
 use super::reaper::Living;
 use super::{Sandbox, SandboxError, Slot};
+use crate::cgroup::OwnCgroup;
 use crate::language::Language;
 use crate::metrics;
 
@@ -57,6 +58,8 @@ pub(super) struct Started {
     pub slot: Slot,
     /// Whether it has a cgroup of its own.
     pub own_cgroup: bool,
+    /// That, where this process can see it.
+    pub cgroup: Option<Arc<OwnCgroup>>,
     /// Ends when the container has ended and is removed; an error says what was not as it should be.
     pub ended: BoxFuture<'static, Result<(), String>>,
     /// Removes it by force.
@@ -79,7 +82,7 @@ impl EngineSettings {
     /// Hands a container to a keeper, and returns it as a sandbox once its init is ready. Whatever fails, the
     /// keeper cleans up.
     pub(super) async fn raise(&self, started: Started, language: &Language) -> Result<Sandbox, SandboxError> {
-        let Started { channel, job_dir, image, slot, own_cgroup, ended, remove, owned } = started;
+        let Started { channel, job_dir, image, slot, own_cgroup, cgroup, ended, remove, owned } = started;
         let (uid, number) = (slot.uid(&self.instance), slot.number);
         let (released, gone) = (CancellationToken::new(), CancellationToken::new());
         let last_words = Arc::new(OnceLock::new());
@@ -98,6 +101,8 @@ impl EngineSettings {
             image,
             enforced: protocol::Enforced::default(),
             own_cgroup,
+            cgroup,
+            spent_us: 0,
             prepared: false,
             gone,
             _released: released.drop_guard(),

@@ -36,6 +36,7 @@ use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use crate::cgroup::OwnCgroup;
 use crate::job::{Job, Outcome, Stage, StageOutcome, Stream, Verdict};
 use crate::language::Language;
 use crate::process::ProcessError;
@@ -224,6 +225,10 @@ pub struct Sandbox {
     /// What its init saw of the limits.
     pub enforced: Enforced,
     own_cgroup: bool,
+    /// That, where this process can see it: what was counted there outlives init.
+    cgroup: Option<Arc<OwnCgroup>>,
+    /// CPU time of the stages before, in microseconds.
+    spent_us: u64,
     /// Whether init has placed the files of a job.
     prepared: bool,
     gone: CancellationToken,

@@ -329,6 +329,7 @@ impl PodmanEngine {
             image,
             slot,
             own_cgroup: true,
+            cgroup: None,
             // podman removes what it ran (--rm), unless it failed half-way or was killed.
             ended: Box::pin(async move { running.end().await }),
             remove: Box::pin(async move { podman.remove_or_warn(&name).await }),

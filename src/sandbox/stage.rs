@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, fchmod};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
@@ -13,7 +14,8 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::protocol::{FromInit, StageSpec, ToInit};
 use super::{Event, Live, STAGE_GRACE, Sandbox, SandboxError};
-use crate::job::{Job, Output, Stage, StageOutcome, Stream, Streams};
+use crate::cgroup::Counters;
+use crate::job::{Ended, Job, Output, Stage, StageOutcome, Stream, Streams, Usage};
 use crate::language::Language;
 
 /// How long the pipes may take to end after init said that every process is dead.
@@ -58,7 +60,8 @@ impl Sandbox {
         tokio::pin!(feeding);
         let (mut fed, mut killed) = (false, false);
 
-        let deadline = Instant::now() + job.limits.time(stage) + STAGE_GRACE;
+        let started = Instant::now();
+        let deadline = started + job.limits.time(stage) + STAGE_GRACE;
         let mut printed = Printed { stage, job, events: live.events.as_ref(), output: Output::default() };
         let mut out = Reader::new(Stream::Stdout, Some(stdout));
         let mut err = Reader::new(Stream::Stderr, stderr);
@@ -78,9 +81,9 @@ impl Sandbox {
                     Some(FromInit::Ready { .. } | FromInit::Prepared | FromInit::Packed) => {
                         return Err(SandboxError::Init("an answer to something else".into()));
                     }
-                    None => return Err(self.ended("its channel is closed")),
+                    None => break self.ended_under(started, "its channel is closed")?,
                 },
-                () = self.gone.cancelled() => return Err(self.ended("its container has ended")),
+                () = self.gone.cancelled() => break self.ended_under(started, "its container has ended")?,
                 () = sleep_until(deadline) => return Err(SandboxError::Silent(STAGE_GRACE)),
                 // Nothing that is typed goes to a sandbox that turns out to be lost.
                 () = &mut feeding, if self.prepared && !fed => fed = true,
@@ -88,12 +91,12 @@ impl Sandbox {
                 Some(chunk) = err.next() => printed.take(Stream::Stderr, chunk),
                 // More than init has taken yet are as good as one, and may not take the room of its orders.
                 Some(signal) = next_signal(&mut live.signals) => if self.channel.has_room() {
-                    self.channel.send(&ToInit::Signal(signal), &[])?;
+                    self.tell(&ToInit::Signal(signal))?;
                 },
             }
             if printed.output.overflowed && !killed {
                 killed = true;
-                self.channel.send(&ToInit::Kill, &[])?;
+                self.tell(&ToInit::Kill)?;
             }
         };
         let drained = timeout_at(Instant::now() + DRAIN_TIME, async {
@@ -108,12 +111,43 @@ impl Sandbox {
         if drained.await.is_err() {
             tracing::warn!(?stage, "pipes stayed open after every process had ended");
         }
+        self.spent_us += usage.cpu_us;
         let outcome = StageOutcome { stage, ended, artifact, usage, output: printed.output };
         if let Some(events) = &live.events {
             let _ = events.send(Event::Ended(Arc::new(outcome.clone())));
         }
         Ok(outcome)
     }
+
+    /// An order during a stage. Of an init that has gone the channel tells.
+    fn tell(&self, order: &ToInit) -> Result<(), SandboxError> {
+        match self.channel.send(order, &[]) {
+            Err(SandboxError::Gone(_)) => Ok(()),
+            sent => sent,
+        }
+    }
+
+    /// What it means that the container ended under a stage. At the memory limit the kernel may take init for the largest
+    /// process, with which all others end: a program can hold its memory in files and be no larger.
+    fn ended_under(&self, started: Instant, seen: &str) -> Result<(Ended, bool, Usage), SandboxError> {
+        let counted = self.cgroup.as_ref().filter(|_| self.prepared).map(|own| own.counters());
+        let Some(counted) = counted.filter(|counted| counted.oom_kills > 0) else { return Err(self.ended(seen)) };
+        if counted.starved_since(&Counters::default()) {
+            return Err(SandboxError::HostMemory);
+        }
+        let usage = Usage {
+            wall_us: micros(started.elapsed()),
+            cpu_us: micros(counted.cpu.unwrap_or_default()).saturating_sub(self.spent_us),
+            memory: counted.peak.unwrap_or_default(),
+            oom_kills: counted.oom_kills,
+            forks_refused: counted.forks_refused,
+        };
+        Ok((Ended::Signalled(Signal::SIGKILL as i32), false, usage))
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn spec(stage: Stage, language: &Language, job: &Job) -> StageSpec {
@@ -121,7 +155,6 @@ fn spec(stage: Stage, language: &Language, job: &Job) -> StageSpec {
     if stage == Stage::Run {
         argv.extend(job.args.iter().cloned());
     }
-    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     StageSpec {
         argv,
         env: language.environment(),
