@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
+use crate::sandbox::at;
+
 /// Where cgroup v2 is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
 
@@ -45,14 +47,13 @@ impl Delegated {
             return Err(io::Error::other("this process is in the root cgroup"));
         }
         let dir = Path::new(ROOT).join(base);
-        let explain = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", dir.display()));
         let leaf = dir.join(LEAF);
         match fs::create_dir(&leaf) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(explain(error)),
-            _ => fs::write(leaf.join("cgroup.procs"), std::process::id().to_string()).map_err(explain)?,
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return at(dir.display(), Err(error)),
+            _ => at(dir.display(), fs::write(leaf.join("cgroup.procs"), std::process::id().to_string()))?,
         }
         for controller in CONTROLLERS {
-            fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}")).map_err(explain)?;
+            at(dir.display(), fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}")))?;
         }
         Ok(Delegated { path: Path::new("/").join(base) })
     }
@@ -60,17 +61,16 @@ impl Delegated {
     /// Makes a container's cgroup with these limits, by file.
     pub fn make(&self, name: &str, limits: &[(String, String)]) -> io::Result<OwnCgroup> {
         let dir = self.dir().join(name);
-        let explain =
-            |error: io::Error, path: &Path| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
-        fs::create_dir(&dir).map_err(|error| explain(error, &dir))?;
+        at(dir.display(), fs::create_dir(&dir))?;
         let made = OwnCgroup { dir };
         // Programs may read what they used, whatever the server's umask.
-        fs::set_permissions(&made.dir, fs::Permissions::from_mode(0o755)).map_err(|error| explain(error, &made.dir))?;
+        at(made.dir.display(), fs::set_permissions(&made.dir, fs::Permissions::from_mode(0o755)))?;
         for (file, value) in limits {
-            match fs::write(made.dir.join(file), value) {
+            let path = made.dir.join(file);
+            match fs::write(&path, value) {
                 // A kernel that does not account for swap.
                 Err(error) if error.kind() == io::ErrorKind::NotFound && file == "memory.swap.max" => {}
-                written => written.map_err(|error| explain(error, &made.dir.join(file)))?,
+                written => at(path.display(), written)?,
             }
         }
         Ok(made)
@@ -81,7 +81,7 @@ impl Delegated {
         let Ok(entries) = fs::read_dir(self.dir()) else { return };
         for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
             if entry.file_name() != LEAF {
-                drop(OwnCgroup { dir: entry.path() });
+                let _ = fs::remove_dir(entry.path());
             }
         }
     }
@@ -100,7 +100,7 @@ pub struct OwnCgroup {
 impl OwnCgroup {
     /// Its directory.
     pub fn open(&self) -> io::Result<File> {
-        File::open(&self.dir)
+        at(self.dir.display(), File::open(&self.dir))
     }
 
     /// What was counted in it since it was made.

@@ -30,7 +30,7 @@ use nix::unistd::{
 use seccompiler::BpfProgram;
 
 use super::protocol::{self, CHANNEL_FD, Enforced, FromInit, JOB_DIR, StageSpec, ToInit, VERSION, WORK_DIR};
-use super::{at, seccomp};
+use super::{at, micros, seccomp};
 use crate::cgroup::{Counters, field};
 use crate::job::{Ended, Usage};
 
@@ -630,7 +630,6 @@ fn usage(wall: Duration, before: &Counters, after: &Counters, reaped: &Reaped) -
         (Some(before), Some(after)) if after > before => after,
         _ => reaped.max_rss,
     };
-    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     Usage {
         wall_us: micros(wall),
         cpu_us: micros(cpu),

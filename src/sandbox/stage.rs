@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::protocol::{FromInit, StageSpec, ToInit};
-use super::{Event, Live, STAGE_GRACE, Sandbox, SandboxError};
+use super::{Event, Live, STAGE_GRACE, Sandbox, SandboxError, micros};
 use crate::cgroup::Counters;
 use crate::job::{Ended, Job, Output, Stage, StageOutcome, Stream, Streams, Usage};
 use crate::language::Language;
@@ -144,10 +144,6 @@ impl Sandbox {
         };
         Ok((Ended::Signalled(Signal::SIGKILL as i32), false, usage))
     }
-}
-
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn spec(stage: Stage, language: &Language, job: &Job) -> StageSpec {
