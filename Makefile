@@ -41,7 +41,7 @@ run: setup build ## start a server and post a hello program; LANGUAGE=c, LISTEN=
 	@setpriv --pdeathsig TERM packaging/dev/run $(EXECUTABLE) $(LANGUAGE)
 
 test: setup ## run every test, with both engines
-	@packaging/images/build c python bash
+	@packaging/images/build c python bash toolchains
 	@packaging/dev/clients
 	@packaging/dev/cargo test --locked
 	@echo 'again, with the other engine:'

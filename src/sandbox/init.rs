@@ -19,6 +19,7 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, clone};
+use nix::sys::ptrace;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -27,10 +28,11 @@ use nix::unistd::{
     Gid, Pid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, execve, setegid, seteuid, setgroups, setresgid,
     setresuid, setsid,
 };
+use rustix::process::{PidfdFlags, pidfd_open};
 use seccompiler::BpfProgram;
 
 use super::protocol::{self, CHANNEL_FD, Enforced, FromInit, JOB_DIR, StageSpec, ToInit, VERSION, WORK_DIR};
-use super::{at, micros, seccomp};
+use super::{at, landlock, micros, seccomp};
 use crate::cgroup::{Counters, field};
 use crate::job::{Ended, Usage};
 
@@ -59,7 +61,7 @@ pub type Environment = Vec<(OsString, OsString)>;
 pub fn main() -> ExitCode {
     // SAFETY: first thing in a process of one thread: it is what the server passed, and nobody else knows it.
     let channel = unsafe { OwnedFd::from_raw_fd(CHANNEL_FD) };
-    let lived = seccomp::filters().and_then(|filters| live(channel, std::env::vars_os().collect(), filters));
+    let lived = seccomp::filter().and_then(|filter| live(channel, std::env::vars_os().collect(), filter));
     match lived {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -69,9 +71,9 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Serves the channel until it closes. `environment` is what the image sets, and podman for it; `filters` are those of
-/// [`seccomp::filters`]. Whatever else this process has open goes: what is left of another life must not be used after this.
-pub fn live(channel: OwnedFd, environment: Environment, filters: [BpfProgram; 2]) -> io::Result<()> {
+/// Serves the channel until it closes. `environment` is what the image sets, and podman for it; `filter` is that of
+/// [`seccomp::filter`]. Whatever else this process has open goes: what is left of another life must not be used after this.
+pub fn live(channel: OwnedFd, environment: Environment, filter: BpfProgram) -> io::Result<()> {
     let kept = channel.as_raw_fd().cast_unsigned();
     for (first, last) in [(3, kept - 1), (kept + 1, u32::MAX)] {
         if first <= last {
@@ -79,22 +81,23 @@ pub fn live(channel: OwnedFd, environment: Environment, filters: [BpfProgram; 2]
             unsafe { libc::close_range(first, last, 0) };
         }
     }
-    Init::new(channel, environment, filters)?.serve()
+    Init::new(channel, environment, filter)?.serve()
 }
 
 struct Init {
     channel: OwnedFd,
     children: SignalFd,
     cgroup: Cgroup,
-    /// Ready before there is a job.
-    filters: [BpfProgram; 2],
+    /// Ready before there is a job, as the next one.
+    filter: BpfProgram,
+    rules: landlock::Rules,
     ids: Option<(Uid, Gid)>,
     /// What every program gets.
     environment: Environment,
 }
 
 impl Init {
-    fn new(channel: OwnedFd, environment: Environment, filters: [BpfProgram; 2]) -> io::Result<Init> {
+    fn new(channel: OwnedFd, environment: Environment, filter: BpfProgram) -> io::Result<Init> {
         nix::fcntl::fcntl(&channel, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
         // Nobody reads our memory or descriptors through /proc/1.
         nix::sys::prctl::set_dumpable(false)?;
@@ -103,10 +106,11 @@ impl Init {
         mask.thread_block()?;
         let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         let cgroup = Cgroup { own: true };
+        let rules = landlock::rules(&WRITABLE).map_err(io::Error::other)?;
         // podman's own marks are not the image's.
         let environment =
             environment.into_iter().filter(|(name, _)| name != "container" && name != "HOSTNAME" && name != "TERM");
-        Ok(Init { channel, children, cgroup, filters, ids: None, environment: environment.collect() })
+        Ok(Init { channel, children, cgroup, filter, rules, ids: None, environment: environment.collect() })
     }
 
     fn serve(mut self) -> io::Result<()> {
@@ -200,8 +204,8 @@ impl Init {
         };
         let before = self.cgroup.counters();
         let started = Instant::now();
-        let mut reaped = Reaped::default();
         let spawned = spawn(spec, &pipes, ids, self);
+        let mut reaped = Reaped::of(spawned.as_ref().ok().copied());
         // The programs hold them now.
         drop(pipes);
         let ended = match spawned {
@@ -237,17 +241,23 @@ impl Init {
         let cpu_limit = Duration::from_micros(spec.cpu_time_us);
         let mut next_cpu_check = started + cpu_limit.min(Duration::from_micros(spec.time_us)) / 4;
         let mut next_memory_check = spec.memory.map(|_| started);
+        let its_end = pidfd_open(pid_of(main)?, PidfdFlags::empty())?;
+        let mut main_is_dead = false;
         loop {
             let mut more = true;
             for _ in 0..REAPS {
-                match reaped.reap()? {
-                    Some((pid, ended)) if pid == main => return Ok(Some(ended)),
-                    Some(_) => {}
-                    None => {
-                        more = false;
-                        break;
-                    }
+                more = reaped.reap()?;
+                if reaped.main_ended.is_some() {
+                    return Ok(reaped.main_ended.take());
                 }
+                if !more {
+                    break;
+                }
+            }
+            if main_is_dead && !more {
+                // Another program traces it, and would have to let it go first.
+                self.kill_all(reaped)?;
+                return Ok(Some(reaped.main_ended.take().unwrap_or(Ended::Killed)));
             }
             let now = Instant::now();
             if now >= deadline {
@@ -277,6 +287,7 @@ impl Init {
             let mut fds = [
                 PollFd::new(self.channel.as_fd(), PollFlags::POLLIN),
                 PollFd::new(self.children.as_fd(), PollFlags::POLLIN),
+                PollFd::new(its_end.as_fd(), PollFlags::POLLIN),
             ];
             match poll(&mut fds, PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)) {
                 Ok(_) | Err(Errno::EINTR) => {}
@@ -285,6 +296,7 @@ impl Init {
             if fds[1].any().unwrap_or(true) {
                 while let Ok(Some(_)) = self.children.read_signal() {}
             }
+            main_is_dead = fds[2].any().unwrap_or(true);
             if fds[0].any().unwrap_or(true) {
                 match protocol::receive(self.channel.as_fd())? {
                     None => return Ok(None),
@@ -307,7 +319,7 @@ impl Init {
         loop {
             // As PID 1, -1 is everything but ourselves.
             let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
-            while reaped.reap()?.is_some() {}
+            while reaped.reap()? {}
             if reaped.none_left {
                 return Ok(());
             }
@@ -319,6 +331,11 @@ impl Init {
             while let Ok(Some(_)) = self.children.read_signal() {}
         }
     }
+}
+
+/// A process by the other crate's type.
+fn pid_of(pid: Pid) -> io::Result<rustix::process::Pid> {
+    rustix::process::Pid::from_raw(pid.as_raw()).ok_or_else(|| io::Error::other("a process without a number"))
 }
 
 /// The one pipe that came beside a message.
@@ -352,7 +369,7 @@ fn spawn(spec: &StageSpec, pipes: &[OwnedFd; 3], ids: (Uid, Gid), init: &Init) -
     let mut stack = vec![0; CHILD_STACK];
     let mut failure = None;
     let child = || {
-        let prepared = confine(pipes, ids, &limits, &init.filters);
+        let prepared = confine(pipes, ids, &limits, init);
         failure = Some(prepared.map_or_else(|error| error, |()| program.replace_us()));
         libc::EXIT_FAILURE as isize
     };
@@ -374,12 +391,7 @@ fn spawn(spec: &StageSpec, pipes: &[OwnedFd; 3], ids: (Uid, Gid), init: &Init) -
 const CHILD_STACK: usize = 64 * 1024;
 
 /// Takes from this process, which is to become a program, what programs do not have.
-fn confine(
-    pipes: &[OwnedFd; 3],
-    (uid, gid): (Uid, Gid),
-    limits: &[(Resource, u64)],
-    filters: &[BpfProgram],
-) -> io::Result<()> {
+fn confine(pipes: &[OwnedFd; 3], (uid, gid): (Uid, Gid), limits: &[(Resource, u64)], init: &Init) -> io::Result<()> {
     let [stdin, stdout, stderr] = pipes;
     dup2_stdin(stdin)?;
     dup2_stdout(stdout)?;
@@ -398,8 +410,9 @@ fn confine(
     setresuid(uid, uid, uid)?;
     SigSet::empty().thread_set_mask()?;
     default_signals();
-    // Last: they hold from here on. They set no_new_privs too.
-    filters.iter().try_for_each(|filter| seccompiler::apply_filter(filter)).map_err(io::Error::other)
+    init.rules.try_clone()?.restrict_self().map_err(io::Error::other)?;
+    // Last: it holds from here on. It sets no_new_privs too.
+    seccompiler::apply_filter(&init.filter).map_err(io::Error::other)
 }
 
 /// What a child becomes.
@@ -504,17 +517,24 @@ fn cpus() -> u32 {
     std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1))
 }
 
-/// What the ended children of a stage used.
+/// What the ended children of a stage used, and how its main process ended.
 #[derive(Default)]
 struct Reaped {
     cpu: Duration,
     max_rss: u64,
     none_left: bool,
+    main: Option<Pid>,
+    main_ended: Option<Ended>,
 }
 
 impl Reaped {
-    /// Reaps one child that has ended, if there is one.
-    fn reap(&mut self) -> io::Result<Option<(Pid, Ended)>> {
+    /// Of a stage with this main process.
+    fn of(main: Option<Pid>) -> Reaped {
+        Reaped { main, ..Reaped::default() }
+    }
+
+    /// Reaps one child that has ended; whether there was one.
+    fn reap(&mut self) -> io::Result<bool> {
         let mut status = 0;
         // SAFETY: rusage is plain numbers, for which zero is a value; wait4 writes to these two and
         // nothing else. nix has no wait4, and only it tells the usage of one child.
@@ -523,27 +543,34 @@ impl Reaped {
             (libc::wait4(-1, &raw mut status, libc::WNOHANG, &raw mut rusage), rusage)
         };
         match pid {
-            0 => Ok(None),
+            0 => Ok(false),
             -1 => match Errno::last() {
                 Errno::ECHILD => {
                     self.none_left = true;
-                    Ok(None)
+                    Ok(false)
                 }
                 Errno::EINTR => self.reap(),
                 error => Err(error.into()),
             },
+            pid if libc::WIFSTOPPED(status) => {
+                // It asked to be traced by its parent. We do not trace, and a stop is no end.
+                let signal = Signal::try_from(libc::WSTOPSIG(status)).ok().filter(|signal| *signal != Signal::SIGTRAP);
+                let _ = ptrace::detach(Pid::from_raw(pid), signal);
+                Ok(true)
+            }
             pid => {
                 let time = |t: libc::timeval| {
                     Duration::new(t.tv_sec.unsigned_abs(), u32::try_from(t.tv_usec).unwrap_or(0) * 1000)
                 };
                 self.cpu += time(rusage.ru_utime) + time(rusage.ru_stime);
                 self.max_rss = self.max_rss.max(rusage.ru_maxrss.unsigned_abs() * 1024);
-                let ended = if libc::WIFSIGNALED(status) {
-                    Ended::Signalled(libc::WTERMSIG(status))
-                } else {
-                    Ended::Exited(libc::WEXITSTATUS(status))
-                };
-                Ok(Some((Pid::from_raw(pid), ended)))
+                if self.main == Some(Pid::from_raw(pid)) {
+                    self.main_ended = Some(match libc::WIFSIGNALED(status) {
+                        true => Ended::Signalled(libc::WTERMSIG(status)),
+                        false => Ended::Exited(libc::WEXITSTATUS(status)),
+                    });
+                }
+                Ok(true)
             }
         }
     }

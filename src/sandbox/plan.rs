@@ -12,8 +12,8 @@ use rustix::mount::MountAttrFlags;
 use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize};
 
-use super::profile;
 use super::protocol::JOB_DIR;
+use super::seccomp::podman_profile;
 
 /// All that makes a sandbox but its job directory, its place in the network, and its cgroup.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -43,7 +43,7 @@ pub struct Plan {
     /// None leaves the server's own.
     pub oom_score: Option<i32>,
     /// podman's seccomp profile, compiled.
-    pub filter: Vec<profile::Step>,
+    pub filter: Vec<podman_profile::Step>,
     /// What the kernel is to count.
     pub limits: Limits,
 }
@@ -196,7 +196,7 @@ impl Plan {
                 .collect(),
             capabilities: held.map(|one| capability(*one)).try_fold(0, |set, one| one.map(|one| set | one.bits()))?,
             oom_score: process.oom_score_adj(),
-            filter: profile::compiled(seccomp)
+            filter: podman_profile::compiled(seccomp)
                 .ok_or_else(|| "podman's seccomp profile is not a list of what is allowed".to_owned())?,
             limits: limits(linux.resources().as_ref())?,
         };

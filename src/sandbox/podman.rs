@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,6 +16,7 @@ use tokio::sync::Mutex;
 use super::channel::Channel;
 use super::keeper::{EngineSettings, Started};
 use super::protocol::{JOB_DIR, WORK_DIR};
+use super::stamp::{DEVICES, LINKS};
 use super::{Engine, LABEL, LABEL_INSTANCE, LABEL_LANGUAGE, Sandbox, SandboxError, SandboxSpec, forgotten};
 use crate::language::Language;
 use crate::process::{Cmd, Passed, ProcessError, xdg_runtime_dir};
@@ -30,6 +32,9 @@ pub const INIT: &str = "/run/coderunner-init";
 
 /// The places that programs may write to, and whether they may execute what they wrote there.
 pub(super) const WRITABLE: [(&str, &str); 3] = [(WORK_DIR, "exec"), ("/tmp", "exec"), ("/dev/shm", "noexec")];
+
+/// In a directory of devices: all that there is to be is there. podman's own `/dev` has one of this name, too.
+const COMPLETE: &str = "mqueue";
 
 /// What podman says when its own process that holds the user namespace was killed, and all containers with it.
 const NAMESPACE_LOST: &str = "invalid internal status";
@@ -319,7 +324,9 @@ impl PodmanEngine {
         let number = self.made.fetch_add(1, Ordering::Relaxed);
         let name = forgotten::name(&self.settings.instance, "box", number);
         let mark = self.settings.living.mark(&name);
-        let args = run_args(&name, &self.settings, &language, &image, job_dir.path());
+        let dev = self.settings.jobs.with_file_name("dev");
+        lay_out_dev(&dev).map_err(SandboxError::io("cannot make the directory of a container's devices"))?;
+        let args = run_args(&name, &self.settings, &language, &image, job_dir.path(), &dev);
         let (channel, theirs) = Channel::pair()?;
         let mut running = self.podman.cmd(args).spawn(Passed::Third(theirs))?;
         let podman = self.podman.clone();
@@ -351,7 +358,14 @@ impl Engine for PodmanEngine {
 
 /// The command that makes a sandbox. Nothing of a request is in it: code, arguments and input go
 /// through the job directory and the channel.
-fn run_args(name: &str, settings: &EngineSettings, language: &Language, image: &str, job_dir: &Path) -> Vec<OsString> {
+fn run_args(
+    name: &str,
+    settings: &EngineSettings,
+    language: &Language,
+    image: &str,
+    job_dir: &Path,
+    dev: &Path,
+) -> Vec<OsString> {
     let mut args: Vec<OsString> = ["run", "--rm", "--sdnotify=ignore", "--sig-proxy=false", "--preserve-fds=1"]
         .into_iter()
         .map(OsString::from)
@@ -361,8 +375,31 @@ fn run_args(name: &str, settings: &EngineSettings, language: &Language, image: &
         args.push(format!("--mount={}", volume(place, options, limits.directory_size(), limits.inodes)).into());
     }
     args.push(format!("--volume={}:{JOB_DIR}:ro", job_dir.display()).into());
+    // Where /dev is brought along the OCI runtime mounts no devices into it; its own mounts would let anybody change the
+    // times of the host's files.
+    args.push(format!("--volume={}:/dev:ro,nosuid,noexec", dev.display()).into());
+    args.extend(DEVICES.map(|device| format!("--volume=/dev/{device}:/dev/{device}:ro,nosuid,noexec").into()));
     args.extend(walls(name, settings, language, image));
     args
+}
+
+/// Makes a directory to be mounted at /dev: names to mount devices on, and the usual links. It goes with the directory of
+/// the instance that it is in.
+fn lay_out_dev(dev: &Path) -> std::io::Result<()> {
+    if dev.join(COMPLETE).exists() {
+        return Ok(());
+    }
+    let there = |error: &std::io::Error| error.kind() == std::io::ErrorKind::AlreadyExists;
+    let made = |result: std::io::Result<()>| result.or_else(|error| if there(&error) { Ok(()) } else { Err(error) });
+    std::fs::create_dir_all(dev)?;
+    ["pts", "shm"].iter().try_for_each(|name| made(std::fs::create_dir(dev.join(name))))?;
+    DEVICES.iter().try_for_each(|name| File::create(dev.join(name)).map(drop))?;
+    LINKS.iter().try_for_each(|(name, target)| made(symlink(target, dev.join(name))))?;
+    // The last one says that the others are there; podman's ids are to see all of it, whatever the server's umask.
+    for (name, mode) in [("pts", 0o755), ("shm", 0o755), ("", 0o755)] {
+        std::fs::set_permissions(dev.join(name), std::fs::Permissions::from_mode(mode))?;
+    }
+    made(std::fs::create_dir(dev.join(COMPLETE)))
 }
 
 /// What makes a container a sandbox, whichever engine starts it; the image at the end.
@@ -448,7 +485,7 @@ mod tests {
     }
 
     fn args(language: &Language) -> Vec<String> {
-        run_args("name", &settings(), language, "sha256:id", Path::new("/run/jobs/job-1"))
+        run_args("name", &settings(), language, "sha256:id", Path::new("/run/jobs/job-1"), Path::new("/run/dev"))
             .into_iter()
             .map(|arg| arg.into_string().unwrap())
             .collect()

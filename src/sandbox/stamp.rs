@@ -38,10 +38,10 @@ use super::plan::{DEV, Kind, Place, Plan, What};
 use super::{at, init, seccomp};
 
 /// The devices that every container has.
-const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
+pub const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
 
 /// Names below [`DEV`] that stand for others.
-const LINKS: [(&str, &str); 5] = [
+pub const LINKS: [(&str, &str); 5] = [
     ("fd", "/proc/self/fd"),
     ("stdin", "/proc/self/fd/0"),
     ("stdout", "/proc/self/fd/1"),
@@ -70,7 +70,7 @@ pub struct Mould {
     /// podman's, for init.
     filter: BpfProgram,
     /// Ours, for programs.
-    filters: [BpfProgram; 2],
+    programs: BpfProgram,
     /// The namespace with its mounts.
     mounts: File,
     /// By which podman's mount of the image is known: it goes with the template, which somebody may delete.
@@ -106,7 +106,7 @@ impl Mould {
         drop(go);
         let device = fs::metadata(&plan.root)?.dev();
         let filter = plan.filter.iter().map(|&(code, jt, jf, k)| sock_filter { code, jt, jf, k }).collect();
-        Ok((Mould { plan, filter, filters: seccomp::filters()?, mounts, device }, child))
+        Ok((Mould { plan, filter, programs: seccomp::filter()?, mounts, device }, child))
     }
 
     /// Makes a sandbox. The rest is told by its init.
@@ -117,7 +117,7 @@ impl Mould {
         Child::spawn(namespaces, cgroup, || {
             self.furnish(&own)?;
             self.give_up()?;
-            init::live(own.channel, environment(&self.plan), self.filters.clone())
+            init::live(own.channel, environment(&self.plan), self.programs.clone())
         })
     }
 
@@ -227,7 +227,8 @@ fn lay_out(plan: &Plan) -> io::Result<()> {
         if place.at == Path::new(DEV) {
             for (name, device) in DEVICES.into_iter().zip(&devices) {
                 let path = place.at.join(name);
-                let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
+                // Read-only: what is written to a device passes, but nobody changes the times of the host's own file.
+                let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NOEXEC;
                 let mounted = || move_to(device, &path).and_then(|()| restrict(&path, flags));
                 at(path.display(), File::create(&path).and_then(|_| Ok(mounted()?)))?;
             }
@@ -237,7 +238,7 @@ fn lay_out(plan: &Plan) -> io::Result<()> {
     cover(plan, |path| !is_of_processes(path))?;
     let closed = MountFlags::RDONLY | MountFlags::NOSUID;
     at("the image", restrict(Path::new("/"), closed | MountFlags::NODEV))?;
-    at(DEV, restrict(Path::new(DEV), closed | MountFlags::NOEXEC))
+    at(DEV, restrict(Path::new(DEV), closed | MountFlags::NOEXEC | MountFlags::NODEV))
 }
 
 /// What a mould has at a place; `None` where each sandbox brings its own. A /proc it needs too, or there could be no other.

@@ -151,7 +151,6 @@ fn walls_that_are_missing_are_told(engine: &str) {
         ("masked paths", "can be read"),
         // Sockets are seen on the host's network, unless another test has the port already.
         ("network", "interface"),
-        ("neighbour", ""),
     ] {
         let check = report.check(Some(engine), name);
         assert!(check.status == "fail" && check.seen.contains(seen), "{check:?}");

@@ -108,8 +108,8 @@ fn no_system_call_leads_out(engine: &str) {
             REFUSED(syscall(SYS_setgroups, 1, page));
             REFUSED(syscall(SYS_capset, version, capabilities));
             REFUSED(prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, 7, 0, 0) ? (errno = EPERM, -1) : 0);
-            REFUSED(prctl(PR_SET_SECUREBITS, 0));
-            REFUSED(prctl(PR_CAPBSET_DROP, 7));
+            REFUSED(prctl(PR_SET_SECUREBITS, 0) ? (errno = EPERM, -1) : 0);
+            REFUSED(prctl(PR_CAPBSET_DROP, 7) ? (errno = EPERM, -1) : 0);
             REFUSED(prctl(PR_SET_NO_NEW_PRIVS, 0, 0, 0, 0) ? (errno = EPERM, -1) : 0);
             REFUSED(prctl(PR_SET_SECCOMP, 0, 0) ? (errno = EPERM, -1) : 0);
             REFUSED(chown("/tmp/a", 0, 0));

@@ -1,12 +1,19 @@
-//! Each refusal of our own filter, tried from inside. Those of podman's are with the other walls.
+//! Each refusal of our own filter, tried from inside, and of what stands behind it. Those of podman's are with the other
+//! walls.
 
-use super::prints;
+use serde_json::json;
+
+use super::{prints, serve};
+use crate::harness::{code, eventually, marked_seconds};
 
 on_each_engine! {
     no_socket_but_a_local_one
     no_call_by_another_number
     nothing_of_the_whole_hosts_can_be_used_up_or_watched
     no_clone_makes_a_namespace
+    nothing_uncounted_is_held_and_nothing_shared_is_changed
+    a_stop_under_ptrace_is_no_end
+    a_tracer_keeps_no_stage_from_its_end
 }
 
 fn no_socket_but_a_local_one(engine: &str) {
@@ -79,21 +86,19 @@ fn nothing_of_the_whole_hosts_can_be_used_up_or_watched(engine: &str) {
         import ctypes, errno, os, platform
         libc = ctypes.CDLL(None, use_errno=True)
         x86 = platform.machine() == 'x86_64'
-        def refused(name, x86_number, number, *args):
+        def refused(name, x86_number, number, *args, why=errno.ENOSYS):
             ctypes.set_errno(0)
             result = libc.syscall(ctypes.c_long(x86_number if x86 else number), *map(ctypes.c_long, args))
-            if result != -1 or ctypes.get_errno() != errno.ENOSYS:
+            if result != -1 or ctypes.get_errno() != why:
                 print(name, result, ctypes.get_errno())
         context = ctypes.c_ulong(0)
         refused('io_setup', 206, 0, 60000, ctypes.addressof(context))
         refused('inotify_init1', 294, 26, 0)
         refused('fanotify_init', 300, 262, 0, 0)
-        refused('sync', 162, 81)
-        refused('syncfs', 306, 267, os.open('/', os.O_RDONLY))
         refused('io_uring_enter', 426, 426, 0, 0, 0, 0, 0)
         refused('io_uring_register', 427, 427, 0, 0, 0, 0)
         if x86: refused('inotify_init', 253, 0)
-        refused('fcntl of F_NOTIFY', 72, 25, os.open('/', os.O_RDONLY), 1026, 1)
+        refused('fcntl of F_NOTIFY', 72, 25, os.open('/', os.O_RDONLY), 1026, 1, why=errno.EINVAL)
         try:
             print('a terminal', os.open('/dev/ptmx', os.O_RDWR))
         except OSError as error:
@@ -132,4 +137,118 @@ fn no_clone_makes_a_namespace(engine: &str) {
         }
     "#;
     prints(engine, "c", "", clones, "end\n");
+}
+
+/// Memory that no cgroup counts, work that the host does, state that all containers share.
+fn nothing_uncounted_is_held_and_nothing_shared_is_changed(engine: &str) {
+    let calls = r#"
+        import ctypes, errno, fcntl, os, socket, struct
+        libc = ctypes.CDLL(None, use_errno=True)
+        def tried(name, call):
+            try:
+                call()
+                print(name, 'done')
+            except OSError as error:
+                print(name, errno.errorcode[error.errno])
+        def c(function, *args):
+            def call():
+                ctypes.set_errno(0)
+                result = function(*args)
+                if result in (-1, 2 ** 64 - 1) or result > 0 and function is libc.posix_fadvise:
+                    raise OSError(ctypes.get_errno() or result, '')
+            return call
+        libc.mmap.restype = ctypes.c_ulong
+        os.mkdir('/tmp/d')
+        acl = struct.pack('<I', 2) + b''.join(struct.pack('<HHI', tag, 7, who) for tag, who in
+            [(1, 2 ** 32 - 1), (2, 1), (4, 2 ** 32 - 1), (16, 2 ** 32 - 1), (32, 2 ** 32 - 1)])
+        tried('default ACL', lambda: os.setxattr('/tmp/d', 'system.posix_acl_default', acl))
+        tried('attribute', lambda: os.setxattr('/tmp/d', 'user.x', b'x'))
+        local = socket.socketpair()[0]
+        for name, request in ('SIOCGIFBR', 0x8940), ('SIOCGIFVLAN', 0x8982), ('SIOCGIFNAME', 0x8910):
+            tried(name, lambda: fcntl.ioctl(local, request, bytes(64)))
+        program = ctypes.create_string_buffer(struct.pack('HBBI', 6, 0, 0, 0))
+        fprog = struct.pack('HxxxxxxP', 1, ctypes.addressof(program))
+        tried('SO_ATTACH_FILTER', lambda: local.setsockopt(socket.SOL_SOCKET, 26, fprog))
+        tried('PR_SET_SECCOMP', c(libc.prctl, 22, 2, ctypes.c_char_p(fprog)))
+        tried('PR_SET_VMA', c(libc.prctl, 0x53564d41, 0, 0, 0, 0))
+        tried('MAP_HUGETLB', c(libc.mmap, None, 2 << 20, 3, 0x40022, -1, 0))
+        tried('MFD_HUGETLB', c(libc.memfd_create, b'x', 4))
+        tried('O_DIRECT', lambda: os.open('/usr/bin/python3', os.O_RDONLY | os.O_DIRECT))
+        tried('F_SETFL of O_DIRECT', lambda: fcntl.fcntl(os.pipe()[0], fcntl.F_SETFL, os.O_DIRECT))
+        # Of no file they would fail if the kernel heard of them.
+        for name in 'fsync', 'fdatasync', 'syncfs':
+            tried(name, c(getattr(libc, name), 999))
+        tried('posix_fadvise', c(libc.posix_fadvise, 999, 0, 0, 4))
+        tried('readahead', c(libc.readahead, 999, 0, 4096))
+        def write(path):
+            with open(path, 'w') as file: file.write('0')
+        tried('utime of a device', lambda: os.utime('/dev/null'))
+        tried('oom_score_adj', lambda: write('/proc/self/oom_score_adj'))
+        tried('comm', lambda: write('/proc/self/comm'))
+        print(open('/proc/self/oom_score_adj').read().strip())
+        write('/dev/null'); write('/work/own'); write('/tmp/own'); write('/dev/shm/own')
+        os.truncate('/work/own', 0); os.rename('/work/own', '/work/other'); os.utime('/work/other')
+    "#;
+    let printed = "\
+        default ACL ENOTSUP\nattribute ENOTSUP\nSIOCGIFBR ENOTTY\nSIOCGIFVLAN ENOTTY\nSIOCGIFNAME ENOTTY\n\
+        SO_ATTACH_FILTER ENOPROTOOPT\nPR_SET_SECCOMP EINVAL\nPR_SET_VMA EINVAL\nMAP_HUGETLB ENOMEM\nMFD_HUGETLB EINVAL\n\
+        O_DIRECT EINVAL\nF_SETFL of O_DIRECT EINVAL\nfsync done\nfdatasync done\nsyncfs done\nposix_fadvise done\n\
+        readahead done\nutime of a device EROFS\noom_score_adj EACCES\ncomm EACCES\n1000\n";
+    prints(engine, "python", "", calls, printed);
+}
+
+/// Posts a program in C and returns how its run ended: exit code and verdict.
+fn ended(server: &crate::harness::Server, program: &str) -> (i64, String) {
+    let body = json!({"language": "c", "files": [{"content": code(program)}]});
+    let reply =
+        server.request("POST", "/api/v2/execute", &[("Content-Type", "application/json")], body.to_string().as_bytes());
+    let answer = reply.json();
+    (answer["run"]["code"].as_i64().unwrap_or(-1), answer["verdict"].as_str().unwrap_or("none").to_owned())
+}
+
+fn a_stop_under_ptrace_is_no_end(engine: &str) {
+    let server = serve(engine, "c", "");
+    let traced = r#"
+        #include <signal.h>
+        #include <sys/ptrace.h>
+        #include <unistd.h>
+        int main(void) {
+            ptrace(PTRACE_TRACEME, 0, 0, 0);
+            raise(SIGCHLD);
+            raise(SIGURG);
+            usleep(100000);
+            return 7;
+        }
+    "#;
+    assert_eq!(ended(&server, traced), (7, "runtime_error".to_owned()));
+    server.stop();
+}
+
+fn a_tracer_keeps_no_stage_from_its_end(engine: &str) {
+    let server = serve(engine, "c", "");
+    let mark = marked_seconds(0);
+    // Its child holds it: nobody hears of its end before the child lets go, which it never does.
+    let held = r#"
+        #include <signal.h>
+        #include <sys/prctl.h>
+        #include <sys/ptrace.h>
+        #include <unistd.h>
+        #define MARK "SECONDS"
+        int main(void) {
+            int ready[2];
+            char byte;
+            pipe(ready);
+            prctl(0x59616d61, -1ul, 0, 0, 0);
+            if (fork() == 0) {
+                ptrace(0x4206, getppid(), 0, 0); /* PTRACE_SEIZE */
+                write(ready[1], "x", 1);
+                for (;;) pause();
+            }
+            read(ready[0], &byte, 1);
+            return 3;
+        }
+    "#;
+    let ended = eventually("an answer", || Some(ended(&server, &held.replace("SECONDS", &mark))));
+    assert_eq!(ended, (3, "runtime_error".to_owned()));
+    server.stop();
 }

@@ -9,6 +9,7 @@ mod engines;
 mod escapes;
 mod files;
 mod filter;
+mod toolchains;
 
 use crate::client::Answer;
 use crate::harness::{Options, Server, code, marked_seconds};

@@ -1,0 +1,146 @@
+//! The system calls that programs get: those that compilers and runtimes need, and no others.
+//!
+//! podman's own filter, which stands before this one, is made for containers of friends and allows whatever no container
+//! could be harmed by. It does not ask what a call costs the host: memory that no cgroup counts, work that the kernel does on
+//! its own account, state that all containers share. A list of such calls is never complete, so here is the other one. Each
+//! group says what needs it; what is in none fails as if the kernel did not have it, which programs are made to handle.
+
+mod compile;
+mod list;
+pub mod podman_profile;
+
+use std::io;
+use std::str::FromStr;
+
+use nix::libc;
+use seccompiler::BpfProgram;
+use syscalls::Sysno;
+
+use compile::{Answer, Check, Rule, Rules, compile};
+use list::{ALLOWED, DONE_NOTHING, NO_ATTRIBUTES, arguments};
+
+/// The filter, to be installed by each program's process before it becomes the program.
+pub fn filter() -> io::Result<BpfProgram> {
+    compile(&rules(), Answer::Errno(libc::ENOSYS))
+}
+
+fn rules() -> Rules {
+    let always = |names: &'static str, answer| names.split_whitespace().map(move |name| (name, Rule::Always(answer)));
+    let allowed = ALLOWED.iter().flat_map(|(_, names)| always(names, Answer::Allow));
+    let nothing = always(DONE_NOTHING, Answer::Errno(0));
+    let attributes = always(NO_ATTRIBUTES, Answer::Errno(libc::ENOTSUP));
+    let all = allowed.chain(nothing).chain(attributes).chain(arguments());
+    // Names of calls that this architecture does not have stand for nothing.
+    all.filter_map(|(name, rule)| Some((Sysno::from_str(name).ok()?.id().cast_unsigned(), rule))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::compile::tests::verdict;
+    use super::*;
+
+    fn answer(call: Sysno, arguments: [u64; 6]) -> Answer {
+        verdict(&filter().unwrap(), call.id().cast_unsigned(), arguments)
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn each_name_is_a_call_and_stands_once() {
+        let listed = ALLOWED.iter().map(|(_, names)| *names).chain([DONE_NOTHING, NO_ATTRIBUTES]);
+        let names = listed.flat_map(str::split_whitespace).chain(arguments().map(|(name, _)| name));
+        let names: Vec<&str> = names.collect();
+        for name in &names {
+            assert!(Sysno::from_str(name).is_ok(), "{name}");
+        }
+        assert_eq!(names.iter().collect::<BTreeSet<_>>().len(), names.len());
+    }
+
+    #[test]
+    fn what_reaches_the_host_is_refused() {
+        let refused = [
+            Sysno::unshare,
+            Sysno::setns,
+            Sysno::clone3,
+            Sysno::mount,
+            Sysno::fsopen,
+            Sysno::pivot_root,
+            Sysno::chroot,
+            Sysno::add_key,
+            Sysno::keyctl,
+            Sysno::request_key,
+            Sysno::io_uring_setup,
+            Sysno::io_setup,
+            Sysno::bpf,
+            Sysno::seccomp,
+            Sysno::perf_event_open,
+            Sysno::userfaultfd,
+            Sysno::inotify_init1,
+            Sysno::fanotify_init,
+            Sysno::mq_open,
+            Sysno::memfd_secret,
+            Sysno::openat2,
+            Sysno::open_by_handle_at,
+            Sysno::cachestat,
+            Sysno::process_madvise,
+            Sysno::kcmp,
+            Sysno::landlock_create_ruleset,
+            Sysno::quotactl,
+            Sysno::syslog,
+        ];
+        for call in refused {
+            assert_eq!(answer(call, [0; 6]), Answer::Errno(libc::ENOSYS), "{call}");
+        }
+        for call in [Sysno::fsync, Sysno::fdatasync, Sysno::fadvise64, Sysno::sync, Sysno::syncfs] {
+            assert_eq!(answer(call, [0; 6]), Answer::Errno(0), "{call}");
+        }
+        for call in [Sysno::setxattr, Sysno::fsetxattr, Sysno::getxattr, Sysno::listxattr] {
+            assert_eq!(answer(call, [0; 6]), Answer::Errno(libc::ENOTSUP), "{call}");
+        }
+    }
+
+    #[test]
+    fn arguments_decide_where_a_call_does_many_things() {
+        let allows = |call, arguments| answer(call, arguments) == Answer::Allow;
+        for (call, argument, good, bad) in [
+            (Sysno::clone, 0, 0x11, 0x1000_0011_u64),
+            (Sysno::clone, 0, 0x003d_0f00, 0x0002_0000),
+            (Sysno::mmap, 3, 0x22, 0x4_0022),
+            (Sysno::memfd_create, 1, 1, 5),
+            (Sysno::shmget, 2, 0o1600, 0o5600),
+            (Sysno::socket, 0, 1, 2),
+            (Sysno::socketpair, 0, 1, 16),
+            (Sysno::ioctl, 1, 0x541b, 0x8940),
+            (Sysno::ioctl, 1, 0x5401, 0x5412),
+            (Sysno::prctl, 0, 15, 22),
+            (Sysno::fcntl, 1, 3, 1026),
+            (Sysno::openat, 2, 0o2_000_000, 0o40_000),
+            (Sysno::madvise, 2, 4, 12),
+            (Sysno::personality, 0, 0xffff_ffff, 0x0040_0000),
+            (Sysno::membarrier, 0, 8, 2),
+            (Sysno::preadv2, 5, 8, 0x80),
+        ] {
+            for (value, allowed) in [(good, true), (bad, false), (bad | 1 << 40, false)] {
+                let mut arguments = [0; 6];
+                arguments[argument] = value;
+                assert_eq!(allows(call, arguments), allowed, "{call}: {value:#x}");
+            }
+        }
+        let setsockopt = |level, option| allows(Sysno::setsockopt, [3, level, option, 0, 0, 0]);
+        assert!(setsockopt(1, 7) && !setsockopt(1, 26) && !setsockopt(6, 7));
+        let set_flags = |flags| allows(Sysno::fcntl, [0, 4, flags, 0, 0, 0]);
+        assert!(set_flags(0o4000) && !set_flags(0o44000));
+        assert_eq!(answer(Sysno::msync, [0, 1, 4, 0, 0, 0]), Answer::Errno(0));
+        assert!(allows(Sysno::msync, [0, 1, 1, 0, 0, 0]));
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn other_numbers_of_the_same_calls_are_refused() {
+        let filter = filter().unwrap();
+        for call in 0..600 {
+            assert_eq!(verdict(&filter, 0x4000_0000 | call, [0; 6]), Answer::Errno(libc::ENOSYS), "{call}");
+        }
+    }
+}
