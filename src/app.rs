@@ -21,6 +21,7 @@ use crate::image::{ImageUpdater, Order, Wanted};
 use crate::instance::{self, Instance};
 use crate::language::Language;
 use crate::metrics::{self, Export, Measured};
+use crate::print;
 use crate::process::ProcessError;
 use crate::ready::Readiness;
 use crate::runner::{Runner, Tasks};
@@ -208,6 +209,7 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     }
     workshop.close().await;
     tracing::info!("stopped");
+    anyhow::ensure!(!shutdown::by_panic(), "ended by a panic, of which the log tells");
     Ok(())
 }
 
@@ -323,15 +325,14 @@ fn updater(
 pub async fn update(settings: &Settings) -> anyhow::Result<bool> {
     refuse_root()?;
     let socket = instance::control_path(&settings.instance)?;
-    let ordered = control::update(&socket).await.with_context(|| format!("cannot order on {}", socket.display()))?;
-    if let Some(ok) = ordered {
+    if let Some(ok) = control::update(&socket).await? {
         return Ok(ok);
     }
     let workshop = Workshop::open(settings)?;
     let reports = updater(&workshop, settings, settings.enabled()?, |_, _| (), || false)?.update().await;
     workshop.close().await;
     let (text, ok) = control::summary(&reports);
-    print!("{text}");
+    print::stdout(text)?;
     Ok(ok)
 }
 
