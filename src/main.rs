@@ -12,6 +12,7 @@ mod cgroup;
 mod config;
 mod control;
 mod doctor;
+mod failures;
 #[cfg(any(test, fuzzing))]
 #[allow(clippy::unwrap_used)]
 mod fuzz;
