@@ -2,12 +2,12 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::{Mutex, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio_util::task::TaskTracker;
 
 use crate::access::Gate;
@@ -21,6 +21,7 @@ use crate::image::{ImageUpdater, Order, Wanted};
 use crate::instance::{self, Instance};
 use crate::language::Language;
 use crate::metrics::{self, Export, Measured};
+use crate::print;
 use crate::process::ProcessError;
 use crate::ready::Readiness;
 use crate::runner::{Runner, Tasks};
@@ -150,13 +151,15 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     let (announced, asked) = (Arc::clone(&pool), Arc::clone(&pool));
     let podman = workshop.podman.clone();
     let announce = move |language: &str, image| {
-        if let Image::Ready(id) = &image {
+        if let Image::Ready(id) = &image
+            && announced.image(language).ok().as_ref() != Some(id)
+        {
             tokio::spawn(note_age(podman.clone(), language.to_owned(), id.clone()));
         }
         announced.set_image(language, image);
     };
-    let ailing = move || asked.statuses().iter().any(|(_, status)| status.problem.is_some());
-    let updater = updater(&workshop, &settings, languages, announce, ailing)?;
+    let ails = move |language: &str| asked.status(language).problem.is_some();
+    let updater = updater(&workshop, &settings, languages, announce, ails)?;
     let stop_background = phases.stop.child_token();
     let background = TaskTracker::new();
     if !settings.require_limits {
@@ -208,6 +211,7 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     }
     workshop.close().await;
     tracing::info!("stopped");
+    anyhow::ensure!(!shutdown::by_panic(), "ended by a panic, of which the log tells");
     Ok(())
 }
 
@@ -304,7 +308,7 @@ fn updater(
     settings: &Settings,
     languages: Vec<Arc<Language>>,
     announce: impl Fn(&str, Image) + Send + Sync + 'static,
-    ailing: impl Fn() -> bool + Send + Sync + 'static,
+    ails: impl Fn(&str) -> bool + Send + Sync + 'static,
 ) -> anyhow::Result<ImageUpdater> {
     Ok(ImageUpdater {
         podman: workshop.podman.clone(),
@@ -313,9 +317,10 @@ fn updater(
         languages,
         settings: settings.update,
         stamp: state_dir()?.join(format!("{}.updated", workshop.instance.name)),
-        checking: Mutex::default(),
+        checking: tokio::sync::Mutex::default(),
         announce: Box::new(announce),
-        ailing: Box::new(ailing),
+        ails: Box::new(ails),
+        memory: Mutex::default(),
     })
 }
 
@@ -323,15 +328,14 @@ fn updater(
 pub async fn update(settings: &Settings) -> anyhow::Result<bool> {
     refuse_root()?;
     let socket = instance::control_path(&settings.instance)?;
-    let ordered = control::update(&socket).await.with_context(|| format!("cannot order on {}", socket.display()))?;
-    if let Some(ok) = ordered {
+    if let Some(ok) = control::update(&socket).await? {
         return Ok(ok);
     }
     let workshop = Workshop::open(settings)?;
-    let reports = updater(&workshop, settings, settings.enabled()?, |_, _| (), || false)?.update().await;
+    let reports = updater(&workshop, settings, settings.enabled()?, |_, _| (), |_| false)?.update().await;
     workshop.close().await;
     let (text, ok) = control::summary(&reports);
-    print!("{text}");
+    print::stdout(text)?;
     Ok(ok)
 }
 

@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use tracing::Instrument;
 
+use crate::shutdown;
+
 tokio::task_local! {
     static CALLER: Caller;
 }
@@ -57,7 +59,8 @@ impl Caller {
         CALLER.try_with(Clone::clone).ok()
     }
 
-    /// For a task that is spawned: does what it does on behalf of whoever spawns it, and its log lines are of that span.
+    /// For a task that is spawned: does what it does on behalf of whoever spawns it, and its log lines are of that span. A
+    /// panic in it ends nothing else.
     pub fn pass_on<F: Future>(future: F) -> impl Future<Output = F::Output> {
         let caller = Caller::current();
         let passed_on = async move {
@@ -66,7 +69,7 @@ impl Caller {
                 None => future.await,
             }
         };
-        passed_on.in_current_span()
+        shutdown::apart(passed_on).in_current_span()
     }
 
     /// Does something on this caller's behalf. Tasks that it spawns are not: they have to be told.

@@ -5,12 +5,14 @@
 use std::path::Path;
 use std::time::Duration;
 
+use anyhow::{Context, bail};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::image::{self, Order, Report};
+use crate::print;
 
 /// How long who connects may take to say what it wants.
 const ORDER_TIME: Duration = Duration::from_secs(5);
@@ -64,22 +66,23 @@ pub fn summary(reports: &[Report]) -> (String, bool) {
 }
 
 /// Has the server behind this socket update its images; prints its answer. `None` where no server listens.
-pub async fn update(socket: &Path) -> std::io::Result<Option<bool>> {
+pub async fn update(socket: &Path) -> anyhow::Result<Option<bool>> {
+    let cannot = || format!("cannot order on {}", socket.display());
     let mut stream = match UnixStream::connect(socket).await {
         Ok(stream) => stream,
         Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused) => {
             return Ok(None);
         }
-        Err(error) => return Err(error),
+        Err(error) => return Err(error).with_context(cannot),
     };
-    stream.write_all(b"update\n").await?;
+    stream.write_all(b"update\n").await.with_context(cannot)?;
     let mut lines = BufReader::new(stream).lines();
-    while let Some(line) = lines.next_line().await? {
+    while let Some(line) = lines.next_line().await.with_context(cannot)? {
         match line.as_str() {
             "done" => return Ok(Some(true)),
             "failed" => return Ok(Some(false)),
-            line => println!("{line}"),
+            line => print::stdout(format!("{line}\n"))?,
         }
     }
-    Err(std::io::Error::other("the server ended in the middle of its answer"))
+    bail!("{}: the server ended in the middle of its answer", cannot())
 }

@@ -4,16 +4,18 @@
 //! made from: only a new image that passed its health program takes that name, and whatever happens in
 //! between, also a kill, the old one stays in use.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::join_all;
-use tokio::sync::{Mutex, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::UpdateSettings;
+use crate::failures::{Failed, Failures};
 use crate::language::Language;
 use crate::metrics;
 use crate::process::ProcessError;
@@ -26,16 +28,15 @@ const CURRENT: &str = "localhost/coderunner-current";
 /// Our names of images that are to be deleted once their last container is gone.
 const OLD: &str = "localhost/coderunner-old";
 
-/// First and longest pause before a failed pull or check is tried again, doubled in between.
-const RETRY_FIRST: Duration = Duration::from_secs(10);
-const RETRY_LONGEST: Duration = Duration::from_secs(3600);
+/// How long sandboxes may fail before it is looked whether their image is there still: somebody may have deleted it. Twice
+/// as long before each further look, up to a bound: most likely something else is wrong.
+const AILING_FIRST: Duration = Duration::from_secs(5);
+const AILING_LONGEST: Duration = Duration::from_secs(30);
 
-/// How long sandboxes may fail before it is looked whether their image is there still: somebody may have deleted it.
-const AILING_CHECK: Duration = Duration::from_secs(5);
-
-/// How often, and how many times, deleting a replaced image is tried while jobs still run on it.
+/// How many times deleting a replaced image is tried while jobs still run on it, and the first pause, doubled each time:
+/// half a minute together.
+const DELETE_TRIES: u32 = 6;
 const DELETE_PAUSE: Duration = Duration::from_secs(1);
-const DELETE_TRIES: u32 = 30;
 
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -147,12 +148,26 @@ pub struct ImageUpdater {
     /// A file whose time is that of the last update.
     pub stamp: PathBuf,
     /// Held while a health program runs: there is one slot for them.
-    pub checking: Mutex<()>,
+    pub checking: tokio::sync::Mutex<()>,
     /// Is told the image of a language whenever it changes.
     pub announce: Announce,
     /// Whether sandboxes of a language cannot be made.
-    pub ailing: Box<dyn Fn() -> bool + Send + Sync>,
+    pub ails: Box<dyn Fn(&str) -> bool + Send + Sync>,
+    /// What it remembers meanwhile.
+    pub memory: Mutex<Memory>,
 }
+
+/// What an updater remembers.
+#[derive(Debug, Default)]
+pub struct Memory {
+    /// Names that were pulled when they were last tried.
+    pulled: BTreeSet<String>,
+    /// When all were last looked for: the stamp may be one that cannot be written.
+    looked: Option<SystemTime>,
+}
+
+/// An image's name, and the languages that are made from it.
+type Named = (String, Vec<Arc<Language>>);
 
 impl ImageUpdater {
     /// Keeps the images up to date, whatever is wanted at the time.
@@ -174,55 +189,80 @@ impl ImageUpdater {
 
     /// Finds or pulls all images, then looks for newer ones whenever it is time or somebody asks.
     async fn keep(&self, orders: &mut mpsc::Receiver<Order>) {
-        let mut retry = RETRY_FIRST;
-        let mut complete = self.find_all().await;
+        let mut failures = Failures::default();
+        let mut ailing_pause = AILING_FIRST;
+        self.find(self.by_image(), &mut failures).await;
         loop {
-            let pause = match complete {
-                true => {
-                    retry = RETRY_FIRST;
-                    self.until_due()
-                }
-                false => {
-                    retry = (retry * 2).min(RETRY_LONGEST);
-                    retry / 2
-                }
-            };
+            let retry = failures.next();
             tokio::select! {
                 order = orders.recv() => {
                     let Some(reply) = order else { return };
-                    let reports = self.look().await;
-                    complete = all_well(&reports);
+                    let reports = self.look_for_all(&mut failures).await;
                     // Before the wait for jobs on replaced images. Who asked may have left.
                     let _ = reply.send(reports);
                     self.delete_old(DELETE_TRIES).await;
                 }
-                () = tokio::time::sleep(pause) => complete = all_well(&self.update().await),
-                () = self.ails(), if complete => complete = self.find_all().await,
+                () = tokio::time::sleep(self.until_due()) => {
+                    self.look_for_all(&mut failures).await;
+                    self.delete_old(DELETE_TRIES).await;
+                }
+                () = tokio::time::sleep_until(retry.unwrap_or_else(Instant::now)), if retry.is_some() => {
+                    self.try_again(&mut failures).await;
+                }
+                ailing = self.ailing(&failures, &mut ailing_pause) => self.find(ailing, &mut failures).await,
             }
         }
     }
 
-    async fn ails(&self) {
+    /// Waits until images whose languages have no sandboxes may have gone. One that is missing is looked for anyway.
+    async fn ailing(&self, failures: &Failures, pause: &mut Duration) -> Vec<Named> {
         loop {
-            tokio::time::sleep(AILING_CHECK).await;
-            if (self.ailing)() {
-                return;
+            tokio::time::sleep(*pause).await;
+            let ails = |(name, languages): &Named| {
+                !failures.is_missing(name) && languages.iter().any(|language| (self.ails)(&language.name))
+            };
+            let ailing: Vec<Named> = self.by_image().into_iter().filter(ails).collect();
+            if !ailing.is_empty() {
+                *pause = (*pause * 2).min(AILING_LONGEST);
+                return ailing;
             }
+            *pause = AILING_FIRST;
+        }
+    }
+
+    /// Tries again what failed and is due.
+    async fn try_again(&self, failures: &mut Failures) {
+        let now = Instant::now();
+        let due = self.by_image().into_iter().filter_map(|named| Some((failures.due(&named.0, now)?, named)));
+        let (newer, any): (Vec<_>, Vec<_>) = due.partition(|(pull, _)| *pull);
+        let images = |those: Vec<(bool, Named)>| those.into_iter().map(|(_, named)| named).collect::<Vec<_>>();
+        self.find(images(any), failures).await;
+        if !newer.is_empty() {
+            self.look(images(newer), failures).await;
+            self.delete_old(DELETE_TRIES).await;
         }
     }
 
     /// Looks for a newer image of each name, uses those that pass their health programs, deletes the others.
     pub async fn update(&self) -> Vec<Report> {
-        let reports = self.look().await;
+        let reports = self.look_for_all(&mut Failures::default()).await;
         self.delete_old(DELETE_TRIES).await;
         reports
     }
 
-    async fn look(&self) -> Vec<Report> {
+    async fn look_for_all(&self, failures: &mut Failures) -> Vec<Report> {
+        let reports = self.look(self.by_image(), failures).await;
+        self.note_update();
+        reports
+    }
+
+    async fn look(&self, images: Vec<Named>, failures: &mut Failures) -> Vec<Report> {
         self.delete_old(1).await;
         let mut reports = Vec::new();
-        for (name, languages) in self.by_image() {
-            let updated = match self.current(&name).await {
+        for (name, languages) in images {
+            let current = self.current(&name).await;
+            let kept = !matches!(current, Ok(None));
+            let updated = match current {
                 Ok(current) => {
                     if let Some(id) = &current {
                         self.announce_all(&languages, &Image::Ready(id.clone()));
@@ -238,26 +278,35 @@ impl ImageUpdater {
             let report = (name, updated);
             metrics::image_update(report.1.word());
             match &report.1 {
-                Updated::Failed(_) => tracing::warn!("image {}", line(&report)),
-                _ => tracing::info!("image {}", line(&report)),
+                Updated::Failed(error) => {
+                    tracing::warn!("image {}", line(&report));
+                    let how = Failed { newer: true, kept, ..self.how(&report.0, error) };
+                    failures.note(&report.0, how, Instant::now());
+                }
+                _ => {
+                    tracing::info!("image {}", line(&report));
+                    failures.forget(&report.0);
+                }
             }
             reports.push(report);
         }
-        self.note_update();
         reports
     }
 
-    /// Announces the images that are here, then pulls the missing ones. Whether all are there now.
-    async fn find_all(&self) -> bool {
-        let (mut missing, mut complete) = (Vec::new(), true);
-        for (name, languages) in self.by_image() {
+    /// Announces those of these images that are here, then pulls the missing ones.
+    async fn find(&self, images: Vec<Named>, failures: &mut Failures) {
+        let mut missing = Vec::new();
+        for (name, languages) in images {
             match self.current(&name).await {
-                Ok(Some(id)) => self.announce_all(&languages, &Image::Ready(id)),
+                Ok(Some(id)) => {
+                    self.announce_all(&languages, &Image::Ready(id));
+                    failures.found(&name);
+                }
                 Ok(None) => missing.push((name, languages)),
                 Err(error) => {
-                    complete = false;
                     tracing::error!(image = name, %error, "cannot look for an image");
                     self.announce_all(&languages, &Image::Unknown(trying_again(&error.into())));
+                    failures.note(&name, Failed::default(), Instant::now());
                 }
             }
         }
@@ -268,14 +317,26 @@ impl ImageUpdater {
                 tracing::error!(image = name, %error, "cannot use an image");
                 self.announce_failure(languages, error);
             }
-            fetched.is_ok()
+            (name, fetched)
         }))
         .await;
-        complete && fetched.into_iter().all(|ok| ok)
+        for (name, fetched) in fetched {
+            match fetched {
+                Ok(()) => failures.forget(name),
+                Err(error) => failures.note(name, self.how(name, &error), Instant::now()),
+            }
+        }
+    }
+
+    /// How an image failed.
+    fn how(&self, name: &str, error: &ImageError) -> Failed {
+        let unfit = matches!(error, ImageError::Sandbox(_) | ImageError::Unhealthy { .. });
+        Failed { unfit, pulled: self.memory().pulled.remove(name), ..Failed::default() }
     }
 
     /// The first image of a name: the one that is here, or a pulled one.
     async fn fetch(&self, name: &str, languages: &[Arc<Language>]) -> Result<(), ImageError> {
+        self.memory().pulled.remove(name);
         let id = match self.podman.image_id(name).await? {
             Some(id) => id,
             None => {
@@ -300,6 +361,7 @@ impl ImageUpdater {
         languages: &[Arc<Language>],
         current: Option<&str>,
     ) -> Result<Updated, ImageError> {
+        self.memory().pulled.remove(name);
         let public = self.podman.image_id(name).await?;
         let new = match is_local(name) {
             true => public.clone().ok_or_else(|| ImageError::NoLocal(name.into()))?,
@@ -358,7 +420,9 @@ impl ImageUpdater {
         }
         tracing::info!(image = name, "pulling");
         let progress = |line: &str| tracing::info!(image = name, "{}", line.trim());
-        self.podman.pull(name, self.settings.pull_timeout, progress).await.map_err(ImageError::Pull)
+        let id = self.podman.pull(name, self.settings.pull_timeout, progress).await.map_err(ImageError::Pull)?;
+        self.memory().pulled.insert(name.to_owned());
+        Ok(id)
     }
 
     /// Deletes replaced and broken images whose containers have gone; waits a while for those that have not.
@@ -380,7 +444,7 @@ impl ImageUpdater {
                 }
             }
             if tries < most {
-                tokio::time::sleep(DELETE_PAUSE).await;
+                tokio::time::sleep(DELETE_PAUSE * 2_u32.pow(tries - 1)).await;
             }
         }
     }
@@ -417,7 +481,7 @@ impl ImageUpdater {
     }
 
     /// The languages by their image, the default language's image first.
-    fn by_image(&self) -> Vec<(String, Vec<Arc<Language>>)> {
+    fn by_image(&self) -> Vec<Named> {
         let mut order: Vec<String> = Vec::new();
         let mut groups: BTreeMap<String, Vec<Arc<Language>>> = BTreeMap::new();
         for language in &self.languages {
@@ -439,9 +503,10 @@ impl ImageUpdater {
 
     fn until_due(&self) -> Duration {
         let now = SystemTime::now();
+        let noted = std::fs::metadata(&self.stamp).and_then(|meta| meta.modified()).ok();
         // Where the clock was set back, from now on.
-        let noted = std::fs::metadata(&self.stamp).and_then(|meta| meta.modified()).ok().filter(|noted| *noted <= now);
-        let updated = noted.unwrap_or_else(|| {
+        let last = [noted, self.memory().looked].into_iter().flatten().filter(|time| *time <= now).max();
+        let updated = last.unwrap_or_else(|| {
             self.note_update();
             now
         });
@@ -449,7 +514,12 @@ impl ImageUpdater {
         self.settings.interval.saturating_sub(age).max(Duration::from_secs(1))
     }
 
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn note_update(&self) {
+        self.memory().looked = Some(SystemTime::now());
         let note = || {
             self.stamp.parent().map_or(Ok(()), std::fs::create_dir_all)?;
             std::fs::write(&self.stamp, b"")

@@ -12,6 +12,7 @@ mod cgroup;
 mod config;
 mod control;
 mod doctor;
+mod failures;
 #[cfg(any(test, fuzzing))]
 #[allow(clippy::unwrap_used)]
 mod fuzz;
@@ -19,8 +20,10 @@ mod image;
 mod instance;
 mod job;
 mod language;
+mod log;
 mod metrics;
 mod once;
+mod print;
 mod process;
 mod ready;
 mod runner;
@@ -37,11 +40,12 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use bytesize::ByteSize;
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use config::{EngineKind, Overrides, Settings};
 use doctor::probe::{self, Probe};
+use print::Unprinted;
 
 /// Compiles and runs code of strangers, each run in a fresh rootless container.
 #[derive(Debug, Parser)]
@@ -49,17 +53,9 @@ use doctor::probe::{self, Probe};
 struct Cli {
     /// How the log is written
     #[arg(long, global = true, value_name = "FORMAT", env = "CODERUNNER_LOG_FORMAT", default_value = "text")]
-    log_format: LogFormat,
+    log_format: log::Format,
     #[command(subcommand)]
     verb: Verb,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum LogFormat {
-    /// A line for people.
-    Text,
-    /// A JSON object per line.
-    Json,
 }
 
 #[derive(Debug, Subcommand)]
@@ -159,7 +155,10 @@ struct Common {
 }
 
 fn main() -> ExitCode {
-    let Cli { verb, log_format } = Cli::parse();
+    let Cli { verb, log_format } = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(asked) => return help(&asked),
+    };
     match verb {
         // Before anything that makes threads.
         Verb::Init => return sandbox::init::main(),
@@ -167,6 +166,14 @@ fn main() -> ExitCode {
         Verb::Probe { probe, ref word } => return probe::main(probe, word),
         _ => {}
     }
+    // Until the very end.
+    let _flush = match log::start_writing() {
+        Ok(flush) => flush,
+        Err(error) => {
+            print::complain(&format!("coderunner: cannot start: {error}"));
+            return ExitCode::FAILURE;
+        }
+    };
     let level = match verb {
         Verb::Serve { .. } => "info",
         _ => "warn",
@@ -175,23 +182,17 @@ fn main() -> ExitCode {
     let filter = match EnvFilter::try_new(&filter) {
         Ok(filter) => filter,
         Err(_) => {
-            eprintln!("coderunner: CODERUNNER_LOG = {filter:?}: allowed are error, warn, info, debug, trace and off");
+            log::say(&format!(
+                "coderunner: CODERUNNER_LOG = {filter:?}: allowed are error, warn, info, debug, trace and off"
+            ));
             return ExitCode::FAILURE;
         }
     };
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false);
-    match log_format {
-        LogFormat::Text => log.init(),
-        LogFormat::Json => log.json().flatten_event(true).with_span_list(false).init(),
-    }
+    log::start(filter, log_format, std::io::stderr().is_terminal());
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("coderunner: cannot start: {error}");
+            log::say(&format!("coderunner: cannot start: {error}"));
             return ExitCode::FAILURE;
         }
     };
@@ -199,9 +200,27 @@ fn main() -> ExitCode {
     // A read of our stdin may be under way, and cannot be cancelled.
     runtime.shutdown_background();
     ended.unwrap_or_else(|error| {
-        eprintln!("coderunner: {}", told(&error));
+        if error.downcast_ref().is_some_and(Unprinted::is_unread) {
+            return ExitCode::from(print::CODE_UNREAD);
+        }
+        log::say(&format!("coderunner: {}", told(&error)));
         ExitCode::FAILURE
     })
+}
+
+/// Prints help, or what is wrong with the command line.
+fn help(asked: &clap::Error) -> ExitCode {
+    let code = ExitCode::from(u8::try_from(asked.exit_code()).unwrap_or(1));
+    match asked.print().map_err(Unprinted::on_stdout) {
+        // Of a wrong command line nobody has to hear to know its code.
+        _ if asked.use_stderr() => code,
+        Ok(()) => code,
+        Err(error) if error.is_unread() => ExitCode::from(print::CODE_UNREAD),
+        Err(error) => {
+            print::complain(&format!("coderunner: {error}"));
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// An error and its causes, but those that it tells itself.
@@ -241,7 +260,7 @@ async fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         }
         Verb::Update(common) => app::update(&load(&common)?).await.map(code),
         Verb::Config(common) => {
-            print!("{}", toml::to_string(&load(&common)?)?);
+            print::stdout(toml::to_string(&load(&common)?)?)?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::Key { owner } => {
@@ -249,14 +268,16 @@ async fn run(verb: Verb) -> anyhow::Result<ExitCode> {
                 anyhow::bail!("{owner:?} is no owner: 1 to 32 of a-z, 0-9, -, + and _, a letter first");
             }
             let (key, hash) = access::new_key().context("cannot read /dev/urandom")?;
-            println!("{key}");
-            eprintln!(
+            print::stdout(format!("{key}\n"))?;
+            log::say(&format!(
                 "The key is above; it is shown this once. For the configuration:\n[access.keys]\n{owner} = \"{hash}\""
-            );
+            ));
             Ok(ExitCode::SUCCESS)
         }
         Verb::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "coderunner", &mut std::io::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "coderunner", &mut script);
+            print::stdout(script)?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::Man { directory } => {

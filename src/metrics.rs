@@ -16,6 +16,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio_util::sync::CancellationToken;
 
 use crate::job::{Outcome, StageOutcome};
+use crate::log;
 use crate::runner::Runner;
 use crate::sandbox::{Engine, Sandbox, SandboxError, SandboxSpec};
 
@@ -38,6 +39,7 @@ const IMAGE_CREATED: &str = "coderunner_image_created_timestamp_seconds";
 const IMAGE_UPDATES: &str = "coderunner_image_updates_total";
 const PROBES: &str = "coderunner_probes_total";
 const ERRORS: &str = "coderunner_errors_total";
+const LOG_DROPPED: &str = "coderunner_log_dropped_lines_total";
 const BUILD: &str = "coderunner_build_info";
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -54,7 +56,7 @@ const TIMES: &[f64] = &[0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.
 const STARTS: &[f64] = &[0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0];
 
 /// All of them: kind, name, unit, help.
-const ALL: [(Kind, &str, Unit, &str); 20] = [
+const ALL: [(Kind, &str, Unit, &str); 21] = [
     (Kind::Counter, REQUESTS, Count, "Requests by route and status; 499 where the client left before the answer"),
     (Kind::Histogram(TIMES), REQUEST_TIME, Seconds, "Time from the head of a request to that of its answer, by route"),
     (Kind::Counter, RUNS, Count, "Programs that were run, by language and verdict; answers of the cache are none"),
@@ -74,6 +76,7 @@ const ALL: [(Kind, &str, Unit, &str); 20] = [
     (Kind::Counter, IMAGE_UPDATES, Count, "Looks for newer images, by result"),
     (Kind::Counter, PROBES, Count, "Health programs that /readyz ran, by language and result"),
     (Kind::Counter, ERRORS, Count, "Failures of the server's side, by kind"),
+    (Kind::Counter, LOG_DROPPED, Count, "Lines of the log that could not be written, or not in time"),
     (Kind::Gauge, BUILD, Count, "1, with the version of this server"),
 ];
 
@@ -130,6 +133,7 @@ impl Export {
     pub fn text(&self, runner: &Runner) -> String {
         let pool = runner.pool();
         gauge!(QUEUE_LENGTH).set(pool.queue_length() as f64);
+        counter!(LOG_DROPPED).absolute(log::dropped());
         gauge!(CACHE_BYTES).set(runner.cache_bytes() as f64);
         let mut languages = self.languages.lock().unwrap_or_else(PoisonError::into_inner);
         languages.extend(runner.languages().iter().map(|language| language.name.clone()));

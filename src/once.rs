@@ -1,7 +1,7 @@
 //! `coderunner run`: one program through the same sandbox, without HTTP.
 
 use std::ffi::OsStr;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::{Component, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +21,8 @@ use crate::config::{Overrides, Settings};
 use crate::image;
 use crate::job::{Ended, SourceFile, Stage, StageOutcome, Stream, Streams, Verdict};
 use crate::language::Language;
+use crate::log;
+use crate::print::{self, Unprinted};
 use crate::runner::{Runner, Tasks};
 use crate::sandbox::podman::Podman;
 use crate::sandbox::pool::{Image, Pool};
@@ -113,12 +115,15 @@ pub async fn run(once: Once) -> anyhow::Result<u8> {
         while let Some(event) = happening.recv().await {
             waiting.told(&event);
             if !once.json {
-                waiting.aside(|| print(event));
+                waiting.print(event).await?;
             }
         }
+        Ok(())
     };
+    // Where nobody reads what it prints, or a disk is full, it does not run on.
+    let running = async { Ok::<_, Unprinted>(runner.run_live(job, live).await) };
     let result = tokio::select! {
-        (result, ()) = async { tokio::join!(runner.run_live(job, live), printing) } => Some(result),
+        result = async { tokio::try_join!(running, printing) } => Some(result),
         () = phases.stop.cancelled() => None,
     };
     waiting.over();
@@ -126,14 +131,15 @@ pub async fn run(once: Once) -> anyhow::Result<u8> {
     pool.drain();
     workshop.close().await;
     match result {
-        Some(answer) => {
+        Some(result) => {
+            let (answer, ()) = result?;
             let answer = answer?;
             let outcome = &answer.outcome;
             let last = outcome.run.as_ref().or(outcome.compile.as_ref()).context("nothing was run")?;
             if once.json {
-                println!("{}", serde_json::to_string(&PistonAnswer::new(&language, &answer))?);
+                print::stdout(serde_json::to_string(&PistonAnswer::new(&language, &answer))? + "\n")?;
             } else if let Some(why) = last.notes() {
-                eprint!("{}", coloured(&why));
+                log::say(coloured(&why).trim_end_matches('\n'));
             }
             Ok(exit_code(last))
         }
@@ -195,7 +201,7 @@ impl Waiting {
     /// Something that takes long; told in lines where nobody sees the spinner.
     fn note(&self, what: String) {
         match self.0.is_hidden() {
-            true => eprintln!("{what}"),
+            true => log::say(&what),
             false => self.0.set_message(what),
         }
     }
@@ -217,9 +223,11 @@ impl Waiting {
         }
     }
 
-    /// Lets something be printed.
-    fn aside(&self, print: impl FnOnce()) {
-        self.0.suspend(print);
+    /// Lets something be printed, however long that takes.
+    async fn print(&self, event: Event) -> Result<(), Unprinted> {
+        let bar = self.0.clone();
+        let printing = tokio::task::spawn_blocking(move || bar.suspend(|| print(event)));
+        printing.await.unwrap_or_else(|error| Err(Unprinted::on_stdout(error.into())))
     }
 
     fn over(&self) {
@@ -250,16 +258,12 @@ fn exit_code(stage: &StageOutcome) -> u8 {
 }
 
 /// What the compiler prints goes to stderr; stdout is the program's.
-fn print(event: Event) {
-    // Who reads us may have left; the program runs on to its end.
-    let _ = match event {
-        Event::Output(Stage::Run, Stream::Stdout, bytes) => {
-            let mut stdout = std::io::stdout().lock();
-            stdout.write_all(&bytes).and_then(|()| stdout.flush())
-        }
-        Event::Output(_, _, bytes) => std::io::stderr().lock().write_all(&bytes),
+fn print(event: Event) -> Result<(), Unprinted> {
+    match event {
+        Event::Output(Stage::Run, Stream::Stdout, bytes) => print::stdout(bytes),
+        Event::Output(_, _, bytes) => print::stderr(bytes),
         Event::Queued(_) | Event::Started(_) | Event::Ended(_) => Ok(()),
-    };
+    }
 }
 
 /// Our stdin, in pieces. A terminal is passed on like a pipe.

@@ -19,6 +19,7 @@ use crate::language::{self, Language};
 use crate::metrics;
 use crate::sandbox::pool::{Pool, PoolError};
 use crate::sandbox::{LOST_SANDBOXES, Live, SandboxError, Wanted};
+use crate::shutdown;
 
 /// What a request is given.
 #[derive(Debug, Clone)]
@@ -139,7 +140,7 @@ impl Runner {
 
     /// Does something beside the runs, to its end whoever waits for it, or to the server's.
     pub fn spawn<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> JoinHandle<Option<T>> {
-        self.tasks.running.spawn(self.tasks.stop.clone().run_until_cancelled_owned(work))
+        self.tasks.running.spawn(shutdown::apart(self.tasks.stop.clone().run_until_cancelled_owned(work)))
     }
 
     /// Memory that kept answers take.
@@ -274,7 +275,7 @@ impl Runner {
             let _ = land.send(Some(result));
         };
         // Its log lines are those of the request that began it.
-        self.tasks.running.spawn(flying.in_current_span());
+        self.tasks.running.spawn(shutdown::apart(flying).in_current_span());
         Ok(flight)
     }
 }

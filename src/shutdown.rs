@@ -1,10 +1,15 @@
-//! Signals, as the phases that they stand for.
+//! Signals, as the phases that they stand for; and panics, which end what would be half alive after them.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures_util::StreamExt;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook_tokio::{Handle, Signals};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+
+use crate::log;
 
 /// What signals have asked for so far.
 #[derive(Debug, Clone, Default)]
@@ -13,6 +18,36 @@ pub struct Phases {
     pub stop: CancellationToken,
     /// The same again: do not wait for what runs.
     pub cut: CancellationToken,
+}
+
+/// Those of this process, for panics.
+static PHASES: OnceLock<Phases> = OnceLock::new();
+/// Whether a task panicked that others need.
+static PANICKED: AtomicBool = AtomicBool::new(false);
+
+tokio::task_local! {
+    static APART: ();
+}
+
+/// Does something that nothing but itself needs, as what a request asks for: a panic in it is the end of it alone.
+pub async fn apart<F: Future>(work: F) -> F::Output {
+    APART.scope((), work).await
+}
+
+/// Of a panic in any other task the process comes to its end, in order: nobody knows what does not work without it.
+/// Called by the hook of panics, where they happen.
+pub fn panicked() {
+    if APART.try_with(|()| ()).is_err()
+        && let Some(phases) = PHASES.get()
+    {
+        PANICKED.store(true, Ordering::SeqCst);
+        phases.stop.cancel();
+    }
+}
+
+/// Whether a panic ended it.
+pub fn by_panic() -> bool {
+    PANICKED.load(Ordering::SeqCst)
 }
 
 /// Listens for signals until dropped.
@@ -30,6 +65,7 @@ impl Drop for Listener {
 pub fn listen(phases: Phases, reload: mpsc::Sender<()>) -> std::io::Result<Listener> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
     let handle = signals.handle();
+    let _ = PHASES.set(phases.clone());
     tokio::spawn(async move {
         while let Some(signal) = signals.next().await {
             match signal {
@@ -45,10 +81,26 @@ pub fn listen(phases: Phases, reload: mpsc::Sender<()>) -> std::io::Result<Liste
                 }
                 _ => {
                     tracing::warn!("ended without cleaning up: the next start does it");
+                    log::flush();
                     std::process::exit(1);
                 }
             }
         }
     });
     Ok(Listener { handle })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_ends_the_process_in_order_but_for_one_in_work_apart() {
+        let phases = Phases::default();
+        let _listener = listen(phases.clone(), mpsc::channel(1).0).unwrap();
+        tokio::spawn(apart(async { panicked() })).await.unwrap();
+        assert!(!phases.stop.is_cancelled() && !by_panic());
+        tokio::spawn(async { panicked() }).await.unwrap();
+        assert!(phases.stop.is_cancelled() && by_panic());
+    }
 }

@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 
 use super::front::{self, Front};
 use crate::caller::Client;
+use crate::shutdown;
 
 /// Connections at once, where there are descriptors for twice as many; further ones wait to be accepted.
 const MAX_CONNECTIONS: usize = 10_000;
@@ -100,7 +101,7 @@ pub async fn serve(
             .serve_connection(TokioIo::new(stream), service)
             .with_upgrades();
         let closing = closing.clone();
-        connections.spawn(async move {
+        connections.spawn(shutdown::apart(async move {
             let mut connection = std::pin::pin!(connection);
             let ended = tokio::select! {
                 ended = connection.as_mut() => ended,
@@ -111,7 +112,7 @@ pub async fn serve(
             };
             // A client that breaks off is its own business.
             drop((ended, place));
-        });
+        }));
     }
     drop(listener);
     async move {

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use crate::app::Workshop;
 use crate::config::{EngineKind, Settings};
 use crate::image;
+use crate::print;
 use crate::sandbox::podman::Info;
 use crate::sandbox::protocol::Enforced;
 use crate::sandbox::{SandboxError, health};
@@ -96,27 +97,29 @@ impl Report {
         self.checks.push(check);
     }
 
-    fn print(&self) {
+    /// For people.
+    fn table(&self) -> String {
         let widest = |of: fn(&Check) -> &str| self.checks.iter().map(|check| of(check).chars().count()).max();
         let name = widest(|check| &check.name).unwrap_or_default();
         let expected = widest(|check| &check.expected).unwrap_or_default();
-        println!("      {:name$}  {:expected$}  SEEN", "", "EXPECTED");
+        let mut table = format!("      {:name$}  {:expected$}  SEEN\n", "", "EXPECTED");
         let mut engine = None;
         for check in &self.checks {
             if check.engine != engine {
                 engine = check.engine;
-                println!("{}", engine.map_or_else(String::new, |engine| format!("\nengine {engine}")));
+                table += &engine.map_or_else(|| "\n".to_owned(), |engine| format!("\nengine {engine}\n"));
             }
             let mark = match check.status {
                 Status::Ok => "ok",
                 Status::Note => "note",
                 Status::Fail => "FAIL",
             };
-            println!("{mark:4}  {:name$}  {:expected$}  {}", check.name, check.expected, check.seen);
+            table += &format!("{mark:4}  {:name$}  {:expected$}  {}\n", check.name, check.expected, check.seen);
             if let Some(mend) = &check.mend {
-                println!("      {:name$}  -> {mend}", "");
+                table += &format!("      {:name$}  -> {mend}\n", "");
             }
         }
+        table
     }
 }
 
@@ -137,10 +140,10 @@ pub async fn run(settings: &Settings, json: bool) -> anyhow::Result<bool> {
         walls::remove_image(&podman, &instance).await;
     }
     anyhow::ensure!(!interrupted, "interrupted");
-    match json {
-        true => println!("{}", serde_json::to_string_pretty(&report).context("cannot write the report")?),
-        false => report.print(),
-    }
+    print::stdout(match json {
+        true => serde_json::to_string_pretty(&report).context("cannot write the report")? + "\n",
+        false => report.table(),
+    })?;
     Ok(report.ok)
 }
 

@@ -21,6 +21,7 @@ use nix::unistd::{Uid, getgroups, getresgid, getresuid, setuid};
 use serde::{Deserialize, Serialize};
 
 use crate::job::Limits;
+use crate::print;
 
 /// The hidden verb that becomes a probe.
 pub const VERB: &str = "probe";
@@ -215,7 +216,7 @@ pub fn main(probe: Probe, word: &str) -> ExitCode {
     match run(probe, word) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("coderunner probe: {error}; it is run by coderunner doctor, not by hand");
+            print::complain(&format!("coderunner probe: {error}; it is run by coderunner doctor, not by hand"));
             ExitCode::FAILURE
         }
     }
@@ -234,16 +235,20 @@ fn run(probe: Probe, word: &str) -> io::Result<ExitCode> {
             const BLOCK: usize = 1 << 20;
             let blocks: Vec<Vec<u8>> = (0..number()? / BLOCK).map(|_| vec![1; BLOCK]).collect();
             // Used after all were made, so that they are.
-            println!("{}", ByteSize(blocks.iter().map(|block| std::hint::black_box(block).len() as u64).sum()));
+            writeln!(
+                io::stdout(),
+                "{}",
+                ByteSize(blocks.iter().map(|block| std::hint::black_box(block).len() as u64).sum())
+            )?;
         }
         Probe::Threads => {
             for made in 1..number()? {
                 if std::thread::Builder::new().spawn(|| std::thread::sleep(STAY)).is_err() {
-                    println!("{made}");
+                    writeln!(io::stdout(), "{made}")?;
                     return Ok(ExitCode::FAILURE);
                 }
             }
-            println!("{word}");
+            writeln!(io::stdout(), "{word}")?;
         }
         Probe::Spin => {
             let spin = || loop {
@@ -258,7 +263,7 @@ fn run(probe: Probe, word: &str) -> io::Result<ExitCode> {
         },
         Probe::Show => {
             let _shown = show(word)?;
-            println!("{}", Uid::current());
+            writeln!(io::stdout(), "{}", Uid::current())?;
             io::stdin().read_to_end(&mut Vec::new())?;
         }
         Probe::Leave => {
@@ -272,8 +277,7 @@ fn run(probe: Probe, word: &str) -> io::Result<ExitCode> {
 }
 
 fn tell(tried: &Tried) -> io::Result<()> {
-    println!("{}", serde_json::to_string(tried)?);
-    Ok(())
+    writeln!(io::stdout(), "{}", serde_json::to_string(tried)?)
 }
 
 fn walls(limits: &Limits) -> io::Result<Vec<Tried>> {

@@ -26,6 +26,7 @@ use super::channel::Channel;
 use super::plan::Plan;
 use super::podman::Podman;
 use super::stamp::{Child, Mould, Own, rehearse};
+use crate::print;
 use crate::process::Passed;
 
 /// The hidden verb that becomes the agent.
@@ -83,7 +84,7 @@ pub fn main() -> ExitCode {
 }
 
 fn failed(error: &std::io::Error) -> ExitCode {
-    eprintln!("coderunner agent: {error}; it is started by the server, not by hand");
+    print::complain(&format!("coderunner agent: {error}; it is started by the server, not by hand"));
     ExitCode::FAILURE
 }
 

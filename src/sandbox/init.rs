@@ -35,6 +35,7 @@ use super::protocol::{self, CHANNEL_FD, Enforced, FromInit, JOB_DIR, StageSpec, 
 use super::{at, landlock, micros, seccomp};
 use crate::cgroup::{Counters, field};
 use crate::job::{Ended, Usage};
+use crate::print;
 
 /// Longest that killed processes may take to die; they can be stuck in the kernel, and then the container goes.
 const REAP_TIME: Duration = Duration::from_secs(5);
@@ -65,7 +66,7 @@ pub fn main() -> ExitCode {
     match lived {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("coderunner init: {error}; it is started by the server, not by hand");
+            print::complain(&format!("coderunner init: {error}; it is started by the server, not by hand"));
             ExitCode::FAILURE
         }
     }

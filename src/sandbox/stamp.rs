@@ -36,6 +36,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::plan::{DEV, Kind, Place, Plan, What};
 use super::{at, init, seccomp};
+use crate::print;
 
 /// The devices that every container has.
 pub const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
@@ -417,7 +418,7 @@ impl Child {
                 let lived = catch_unwind(AssertUnwindSafe(life)).unwrap_or_else(|_| Err(io::Error::other("a panic")));
                 let code = lived.map_or_else(
                     |error| {
-                        eprintln!("{error}");
+                        print::complain(&error.to_string());
                         libc::EXIT_FAILURE
                     },
                     |()| libc::EXIT_SUCCESS,

@@ -285,3 +285,82 @@ fn version_and_help_are_told_without_any_configuration() {
         assert!(!text(&output.stdout).contains("PID 1"), "what is for itself alone is hidden");
     }
 }
+
+/// Runs a command with such a stdout and stderr to its end; nothing is left of a run.
+fn ends(command: &mut std::process::Command, stdout: Stdio, stderr: Stdio) -> Output {
+    let started = Instant::now();
+    let mut child = command.stdin(Stdio::null()).stdout(stdout).stderr(stderr).spawn().unwrap();
+    eventually("its end", || child.try_wait().unwrap());
+    leftovers::assert_none(&format!("run-{}", child.id()), started);
+    child.wait_with_output().unwrap()
+}
+
+fn full() -> Stdio {
+    std::fs::File::options().write(true).open("/dev/full").unwrap().into()
+}
+
+/// A pipe whose reader has left.
+fn unread() -> Stdio {
+    std::io::pipe().unwrap().1.into()
+}
+
+/// Looks at how a command takes it that its output cannot be written.
+fn ends_as_others_do(words: &str, mut command: impl FnMut() -> std::process::Command) {
+    let output = ends(&mut command(), unread(), Stdio::piped());
+    assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(128 + 13), ""), "{words}: as after SIGPIPE");
+    let output = ends(&mut command(), full(), Stdio::piped());
+    let said = stderr(&output);
+    assert_eq!((output.status.code(), said.lines().count()), (Some(1), 1), "{words}: {output:?}");
+    assert!(said.starts_with("coderunner: cannot write to stdout: No space left"), "{words}: {said}");
+}
+
+#[test]
+fn output_that_cannot_be_written_ends_a_verb_without_a_panic() {
+    let options = Once::options("");
+    let files = Files::new(&options);
+    for words in ["config", "key", "completions bash", "--help", "run --help"] {
+        ends_as_others_do(words, || match words {
+            "config" => files.command(words, &options),
+            _ => {
+                let mut command = std::process::Command::new(harness::executable());
+                command.args(words.split(' '));
+                command
+            }
+        });
+    }
+    // What goes wrong is told by the exit code where it cannot be told in words.
+    for (words, code) in [("run missing.sh", 1), ("completions no-shell", 2), ("agent", 1), ("init", 1)] {
+        for stderr in [full, unread] {
+            // Init is passed a descriptor, though not this.
+            let mut command = std::process::Command::new("sh");
+            command.args(["-c", "exec \"$@\" 3</dev/null", "sh"]).arg(harness::executable()).args(words.split(' '));
+            let output = ends(&mut command, Stdio::null(), stderr());
+            assert_eq!(output.status.code(), Some(code), "{words}");
+        }
+    }
+}
+
+#[test]
+fn a_run_whose_output_cannot_be_written_ends_and_leaves_nothing() {
+    let once = Once::new("[limits]\nrun_time = \"120s\"\nrun_cpu_time = \"120s\"");
+    let path = once.write("main.sh", "echo begun; while :; do sleep 0.1; echo more; done");
+    let short = once.write("short.sh", "echo done");
+    ends_as_others_do("run", || {
+        let mut command = once.files.command("run", &Once::options(once.config));
+        command.arg(&path);
+        command
+    });
+    ends_as_others_do("run --json", || {
+        let mut command = once.files.command("run", &Once::options(once.config));
+        command.arg("--json").arg(&short);
+        command
+    });
+}
+
+#[test]
+fn an_update_whose_reader_has_left_ends() {
+    let options = Options { languages: &["bash"], ..Options::default() };
+    let server = Server::start(options.clone());
+    ends_as_others_do("update", || server.files().command("update", &options));
+    server.stop();
+}

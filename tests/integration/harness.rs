@@ -6,7 +6,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -181,6 +181,25 @@ impl Server {
             // Either format of the log.
             let address = line.split_once("address=").or_else(|| line.split_once("\"address\":\""))?.1;
             Some(address.split(|c: char| c.is_whitespace() || c == '"').next()?.parse().unwrap())
+        });
+        server
+    }
+
+    /// Starts a server with this for its stderr, at an address that was free, and waits until it answers.
+    pub fn launch_to(stderr: Stdio, options: &Options) -> Server {
+        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let files = Files::new(options);
+        let mut command = files.command("serve", options);
+        command.env("CODERUNNER_LISTEN", address.to_string()).stdout(Stdio::null()).stderr(stderr);
+        let child = command.spawn().unwrap();
+        // It holds our side of a pipe.
+        drop(command);
+        let (instance, started) = (files.instance.clone(), Instant::now());
+        let mut server = Server { instance, address, child, log: Log::none(), started, files, stopped: false };
+        eventually("it answers", || {
+            let ended = server.child.try_wait().unwrap();
+            assert!(ended.is_none(), "the server ended at its start: {ended:?}");
+            TcpStream::connect(address).ok()
         });
         server
     }
@@ -482,6 +501,11 @@ struct Log {
 }
 
 impl Log {
+    /// Nobody's.
+    fn none() -> Log {
+        Log { bytes: Arc::default(), reader: std::thread::spawn(|| ()) }
+    }
+
     fn of(child: &mut Child) -> Log {
         let mut pipe = child.stderr.take().unwrap();
         let bytes = Arc::new(Mutex::new(Vec::new()));

@@ -505,3 +505,67 @@ fn a_server_killed_while_it_checks_a_new_version_comes_back_with_the_old_one(eng
     image.wait_stored(&[&third]);
     server.stop();
 }
+
+#[test]
+fn only_what_failed_is_tried_again_and_hardly_pulled() {
+    let registry = Registry::start();
+    let (good, other, bad) = (registry.image(), registry.image(), registry.image());
+    registry.push(&good, SHELL, &version("one"));
+    registry.push(&other, SHELL, &version("one"));
+    registry.push(&bad, SHELL, &[("version", "one"), ("health", "ill")]);
+    let language = |name: &str, image: &Image| {
+        format!(
+            "[language.{name}]\nimage = {:?}\nsource = \"main.sh\"\nrun = [\"sh\", \"main.sh\"]\n\
+             health = {{ code = \"cat /health\", output = \"well\" }}\n",
+            image.name
+        )
+    };
+    let config = config(&good) + &language("other", &other) + &language("third", &bad);
+    let env = registry.env();
+    let options = Options { languages: &["bash", "other", "third"], containers: 3, ..options(&config, &env) };
+    let server = Server::start(options.clone());
+    let failures = |count: usize| {
+        eventually("it was tried so often", || {
+            let log = server.log();
+            let failed =
+                log.lines().filter(|line| line.contains(&bad.name) && line.contains("health program of third"));
+            (failed.count() >= count).then_some(())
+        });
+    };
+    failures(1);
+    let pulls = || [&good, &other, &bad].map(|image| registry.pulls(image));
+    let first = pulls();
+    assert!(first.iter().all(|pulls| *pulls > 0), "{first:?}");
+    failures(3);
+    assert_eq!(pulls(), first, "those that work are left alone, and what is here is only checked again");
+
+    registry.push(&bad, SHELL, &version("two"));
+    let (code, text) = update(server.files(), &options);
+    assert_eq!((code, text.lines().count()), (0, 3), "{text}");
+    let then = pulls();
+    assert!(then.iter().zip(first).all(|(then, first)| *then > first), "{then:?}: who asks wants to know of all");
+    server.wait_each_ready();
+    server.stop();
+}
+
+#[test]
+fn the_time_of_a_look_that_cannot_be_kept_makes_no_more_of_them() {
+    let registry = Registry::start();
+    let image = registry.image();
+    registry.push(&image, SHELL, &version("one"));
+    let (config, env) = (config(&image), registry.env());
+    let options = options(&config, &env);
+    let files = Files::new(&options);
+    let stamp = files.dir().join(format!("state/coderunner/{}.updated", files.instance));
+    // Nothing can be written to this.
+    fs::create_dir_all(&stamp).unwrap();
+    File::open(&stamp).unwrap().set_modified(SystemTime::now() - Duration::from_secs(8 * 24 * 3600)).unwrap();
+    let server = Server::launch_with(files, &options);
+    server.wait_log(&["cannot note the time of an update"]);
+    server.wait_ready();
+    let pulls = registry.pulls(&image);
+    // Twice as long as would be enough.
+    std::thread::sleep(Duration::from_secs(10));
+    assert_eq!(registry.pulls(&image), pulls);
+    server.stop();
+}

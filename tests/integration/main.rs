@@ -26,6 +26,7 @@ mod http;
 mod images;
 mod leftovers;
 mod limits;
+mod log;
 mod openapi;
 mod operators;
 mod piston;

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use nix::sys::signal::Signal;
@@ -80,10 +81,23 @@ impl Registry {
         id
     }
 
+    /// How often an image's manifest was fetched: what registries count as pulls.
+    pub fn pulls(&self, image: &Image) -> usize {
+        let path = image.name.split(['/', ':']).rev().nth(1).unwrap();
+        let fetched = format!("\"GET /v2/{path}/manifests/");
+        let accesses = fs::read_to_string(self.accesses()).unwrap();
+        accesses.lines().filter(|line| line.contains(&fetched)).count()
+    }
+
+    /// What it was asked for.
+    fn accesses(&self) -> PathBuf {
+        self.dir.path().join("accesses")
+    }
+
     fn listen(&self) -> SocketAddr {
         let (config, log) = (self.dir.path().join("config.yml"), self.dir.path().join("log"));
         let text = format!(
-            "version: 0.1\nlog: {{level: info, accesslog: {{disabled: true}}}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\n\
+            "version: 0.1\nlog: {{level: info, accesslog: {{disabled: false}}}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\n\
              http: {{addr: '{}', secret: test}}\n",
             self.dir.path().join("storage").display(),
             self.address
@@ -94,7 +108,7 @@ impl Registry {
             .arg("serve")
             .arg(config)
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(fs::File::options().append(true).create(true).open(self.accesses()).unwrap())
             .stderr(fs::File::create(&log).unwrap());
         // SAFETY: prctl is async-signal-safe and allocates nothing.
         unsafe {
