@@ -9,6 +9,9 @@ pub mod auto;
 mod build;
 mod channel;
 pub mod direct;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+pub mod fake;
 mod forgotten;
 pub mod health;
 pub mod init;

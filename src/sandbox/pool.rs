@@ -445,7 +445,8 @@ async fn manage(shared: Arc<Shared>, mut given_back: mpsc::UnboundedReceiver<u32
     loop {
         let retry_at = loop {
             let mut state = shared.lock();
-            match state.next_step(cores, Instant::now()) {
+            let now = Instant::now();
+            match state.next_step(cores, now) {
                 Step::Make(name) => {
                     let Some(number) = state.free.pop() else { break None };
                     let Some(lane) = state.lanes.get_mut(&name) else {
@@ -471,7 +472,10 @@ async fn manage(shared: Arc<Shared>, mut given_back: mpsc::UnboundedReceiver<u32
                     drop(state);
                     drop(given_up);
                 }
-                Step::Nothing => break state.lanes.values().filter_map(|lane| lane.retry_at).min(),
+                // A pause that is over waits for something else now: an attempt, a slot or a core, which tell of themselves.
+                Step::Nothing => {
+                    break state.lanes.values().filter_map(|lane| lane.retry_at).filter(|at| *at > now).min();
+                }
             }
         };
         // Also wakes by itself: a ready sandbox may have died in silence.
@@ -685,6 +689,7 @@ mod tests {
     use futures_util::future::BoxFuture;
 
     use super::*;
+    use crate::sandbox::fake;
     use crate::sandbox::queue::Turn;
 
     fn state(slots: u32, names: &[&str]) -> State {
@@ -805,6 +810,35 @@ mod tests {
         let freed = mpsc::unbounded_channel().0;
         let (changed, stop) = (Notify::new(), CancellationToken::new());
         Shared { engine: Arc::new(Idle), state: Mutex::new(state), changed, freed, stop }
+    }
+
+    fn bash() -> Arc<Language> {
+        Arc::new(crate::config::tests::language("bash"))
+    }
+
+    fn queue_settings() -> QueueSettings {
+        QueueSettings { length: 10, wait: Duration::from_secs(30), fair: false }
+    }
+
+    /// A pool for bash, whose image is there, and the starts of its engine.
+    fn pool(slots: u32) -> (Arc<Pool>, mpsc::UnboundedReceiver<fake::Start>) {
+        let (engine, starts) = fake::engine();
+        let pool = Arc::new(Pool::new(engine, slots, queue_settings(), &[bash()]));
+        pool.set_image("bash", Image::Ready("id".into()));
+        (pool, starts)
+    }
+
+    #[test]
+    fn an_attempt_after_a_failure_is_waited_for_at_rest() {
+        fake::on_paused_clock(|| async {
+            let (pool, mut starts) = pool(1);
+            drop(starts.recv().await.unwrap());
+            let hangs = starts.recv().await.unwrap();
+            tokio::time::sleep(Duration::from_secs(30)).await;
+            let _init = hangs.succeed();
+            let made = pool.acquire("bash", &Client::default(), None).await;
+            assert!(made.is_ok(), "{made:?}");
+        });
     }
 
     #[tokio::test]
