@@ -240,6 +240,7 @@ impl Pool {
                 return;
             }
             lane.image = image;
+            let refusal = lane.image_id().err();
             lane.failures = 0;
             lane.retry_at = None;
             lane.last_error = None;
@@ -248,6 +249,10 @@ impl Pool {
             let making = std::mem::take(&mut lane.making);
             state.closing.extend(making);
             state.expect(&given_up);
+            // Those who wait are told what newcomers are.
+            if let Some(refusal) = refusal {
+                state.queue.refuse(language, &refusal);
+            }
             given_up
         };
         drop(given_up);
@@ -279,7 +284,8 @@ impl Pool {
                 };
                 state.lanes.insert(language.name.clone(), lane);
             }
-            for lane in before.into_values() {
+            for (name, lane) in before {
+                state.queue.refuse(&name, &PoolError::not_enabled(&name));
                 given_up.extend(lane.ready);
                 state.closing.extend(lane.making);
             }
@@ -838,6 +844,29 @@ mod tests {
             let _init = hangs.succeed();
             let made = pool.acquire("bash", &Client::default(), None).await;
             assert!(made.is_ok(), "{made:?}");
+        });
+    }
+
+    #[test]
+    fn who_waits_for_a_language_that_goes_is_refused_at_once() {
+        fake::on_paused_clock(|| async {
+            for image_goes in [true, false] {
+                let (pool, mut starts) = pool(1);
+                let begun = Instant::now();
+                let (waiter, client) = (Arc::clone(&pool), Client::default());
+                let waiting = tokio::spawn(async move { waiter.acquire("bash", &client, None).await });
+                let _hangs = starts.recv().await.unwrap();
+                while pool.queue_length() == 0 {
+                    tokio::task::yield_now().await;
+                }
+                match image_goes {
+                    true => pool.set_image("bash", Image::Missing("it was deleted".into())),
+                    false => pool.reconfigure(1, queue_settings(), &[]),
+                }
+                let refusal = waiting.await.unwrap().unwrap_err();
+                assert!(matches!(refusal, PoolError::Unavailable { .. }), "{refusal}");
+                assert_eq!(begun.elapsed(), Duration::ZERO);
+            }
         });
     }
 
