@@ -95,7 +95,7 @@ impl Init {
     }
 
     /// Ends the run stage that was begun.
-    pub fn end_well(self) {
+    pub fn end_well(&self) {
         self.say(&FromInit::StageEnded { ended: Ended::Exited(0), artifact: true, usage: Usage::default() });
     }
 
