@@ -294,9 +294,10 @@ async fn execute(
     client: &Client,
 ) -> Result<(Answer, String), RunError> {
     let (mut lost, mut queued) = (0, Duration::ZERO);
+    let came = tokio::time::Instant::now();
     loop {
         let asked = Instant::now();
-        let acquired = pool.acquire(&job.language, client, live.events.as_ref()).await;
+        let acquired = pool.acquire(&job.language, client, live.events.as_ref(), came).await;
         let sandbox = acquired.inspect_err(|error| metrics::error(error.kind()))?;
         queued += asked.elapsed();
         let _busy = metrics::sandbox_taken(&job.language, asked.elapsed());
@@ -324,6 +325,7 @@ async fn execute(
 mod tests {
     use bytesize::ByteSize;
     use tokio::sync::mpsc;
+    use tokio::time::Instant;
 
     use super::*;
     use crate::config::{CacheSettings, QueueSettings};
@@ -351,6 +353,24 @@ mod tests {
             let job = runner.language(None).unwrap().job("echo".into(), Streams::Merged);
             runner.run(job, reuse).await
         })
+    }
+
+    #[test]
+    fn a_request_whose_sandbox_was_lost_waits_no_longer_than_others() {
+        fake::on_paused_clock(|| async {
+            let (runner, mut starts) = runner(1);
+            let begun = Instant::now();
+            let running = begin(&runner, Reuse::Allowed);
+            let first = starts.recv().await.unwrap();
+            tokio::time::sleep(WAIT * 2 / 3).await;
+            let init = first.succeed();
+            init.hear().await;
+            drop(init);
+            let _never = starts.recv().await.unwrap();
+            let error = running.await.unwrap().unwrap_err();
+            assert!(matches!(error, RunError::Pool(PoolError::QueueTimeout { waited: WAIT })), "{error}");
+            assert_eq!(begun.elapsed().as_secs(), WAIT.as_secs());
+        });
     }
 
     #[test]

@@ -192,13 +192,14 @@ impl Pool {
         Pool { shared }
     }
 
-    /// Takes a ready sandbox of a language, or waits for one in the queue; a watcher is told its place there.
-    /// Dropping the future leaves the queue.
+    /// Takes a ready sandbox of a language, or waits for one in the queue, until `queue.wait` has passed since the request
+    /// `came`; a watcher is told its place there. Dropping the future leaves the queue.
     pub async fn acquire(
         &self,
         language: &str,
         client: &Client,
         watcher: Option<&mpsc::UnboundedSender<Event>>,
+        came: Instant,
     ) -> Result<Sandbox, PoolError> {
         let (place, turn, wait) = {
             let mut state = self.shared.lock();
@@ -219,7 +220,7 @@ impl Pool {
         };
         self.shared.changed.notify_one();
         let waited = tokio::select! {
-            waited = tokio::time::timeout(wait, turn) => waited,
+            waited = tokio::time::timeout(wait.saturating_sub(came.elapsed()), turn) => waited,
             never = place.tell(watcher) => match never {},
         };
         drop(place);
@@ -842,7 +843,7 @@ mod tests {
             let hangs = starts.recv().await.unwrap();
             tokio::time::sleep(Duration::from_secs(30)).await;
             let _init = hangs.succeed();
-            let made = pool.acquire("bash", &Client::default(), None).await;
+            let made = pool.acquire("bash", &Client::default(), None, Instant::now()).await;
             assert!(made.is_ok(), "{made:?}");
         });
     }
@@ -854,7 +855,7 @@ mod tests {
                 let (pool, mut starts) = pool(1);
                 let begun = Instant::now();
                 let (waiter, client) = (Arc::clone(&pool), Client::default());
-                let waiting = tokio::spawn(async move { waiter.acquire("bash", &client, None).await });
+                let waiting = tokio::spawn(async move { waiter.acquire("bash", &client, None, begun).await });
                 let _hangs = starts.recv().await.unwrap();
                 while pool.queue_length() == 0 {
                     tokio::task::yield_now().await;
