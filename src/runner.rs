@@ -314,7 +314,12 @@ async fn execute(
             }
             Err(error) => {
                 metrics::error(error.kind());
-                tracing::error!(language = job.language, %error, "a run failed");
+                match &error {
+                    // To clients it is no failure of the server's: nobody else tells of it.
+                    SandboxError::HostMemory => tracing::error!(language = job.language, %error, "a run failed"),
+                    // Whoever answers tells of it, under the id of each request.
+                    _ => tracing::debug!(language = job.language, %error, "a run failed"),
+                }
                 return Err(RunError::Sandbox(Arc::new(error)));
             }
         }
