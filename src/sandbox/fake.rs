@@ -64,7 +64,7 @@ impl Start {
             _released: released.clone().drop_guard(),
         };
         let _ = self.made.send(Ok(sandbox));
-        Init { channel: Channel::from_fd(theirs).unwrap(), gone, released, _job_dir: job_dir, _slot: self.spec.slot }
+        Init { channel: Channel::from_fd(theirs).unwrap(), gone, released, _job_dir: job_dir, slot: self.spec.slot }
     }
 }
 
@@ -74,7 +74,7 @@ pub struct Init {
     gone: CancellationToken,
     released: CancellationToken,
     _job_dir: TempDir,
-    _slot: Slot,
+    slot: Slot,
 }
 
 impl Init {
@@ -97,6 +97,11 @@ impl Init {
     /// Ends the run stage that was begun.
     pub fn end_well(&self) {
         self.say(&FromInit::StageEnded { ended: Ended::Exited(0), artifact: true, usage: Usage::default() });
+    }
+
+    /// The number of its slot.
+    pub fn slot(&self) -> u32 {
+        self.slot.number
     }
 
     /// Waits until the sandbox was given up.
