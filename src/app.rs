@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::{Mutex, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio_util::task::TaskTracker;
 
 use crate::access::Gate;
@@ -25,6 +25,7 @@ use crate::process::ProcessError;
 use crate::ready::Readiness;
 use crate::runner::{Runner, Tasks};
 use crate::sandbox::auto::Chosen;
+use crate::sandbox::health::Checks;
 use crate::sandbox::keeper::EngineSettings;
 use crate::sandbox::podman::Podman;
 use crate::sandbox::pool::{Image, Pool, Status};
@@ -313,7 +314,7 @@ fn updater(
         languages,
         settings: settings.update,
         stamp: state_dir()?.join(format!("{}.updated", workshop.instance.name)),
-        checking: Mutex::default(),
+        checks: Checks::default(),
         announce: Box::new(announce),
         ailing: Box::new(ailing),
     })

@@ -14,7 +14,8 @@ use crate::config::{EngineKind, Settings};
 use crate::image;
 use crate::sandbox::podman::Info;
 use crate::sandbox::protocol::Enforced;
-use crate::sandbox::{SandboxError, health};
+use crate::sandbox::SandboxError;
+use crate::sandbox::health::Checks;
 use crate::shutdown::{self, Phases};
 use probe::{Tried, Wall};
 use walls::Trial;
@@ -251,7 +252,7 @@ async fn languages(settings: &Settings, workshop: &Workshop, report: &mut Report
         let image = workshop.podman.image_id(&language.image).await;
         report.add(match image {
             Ok(Some(image)) => {
-                let checked = health::check(&*workshop.engine, &language, &image).await;
+                let checked = Checks::default().check(&*workshop.engine, &language, &image).await;
                 match checked.unwrap_or_else(|error| Some(error.to_string())) {
                     None => check("it does".into()),
                     Some(why) => check(why).or(false, format!("podman pull {}, or another image", language.image)),
