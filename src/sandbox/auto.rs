@@ -11,6 +11,7 @@ use super::podman::{Podman, PodmanEngine};
 use super::{Engine, Sandbox, SandboxError, SandboxSpec};
 use crate::cgroup::Delegated;
 use crate::config::EngineKind;
+use crate::language::Language;
 
 /// The engine that was asked for; `auto` is decided when the first sandbox is made, for podman may not work yet.
 pub struct Chosen {
@@ -88,5 +89,12 @@ impl Engine for Chosen {
                 engine.release(image).await;
             }
         })
+    }
+
+    fn keep_only(&self, languages: &[Arc<Language>]) {
+        // One that is not chosen yet has nothing.
+        if let Some(engine) = self.engine.get() {
+            engine.keep_only(languages);
+        }
     }
 }

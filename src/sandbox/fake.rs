@@ -12,6 +12,7 @@ use super::channel::Channel;
 use super::protocol::{Enforced, FromInit, ToInit};
 use super::{Engine, Sandbox, SandboxError, SandboxSpec, Slot};
 use crate::job::{Ended, Usage};
+use crate::language::Language;
 
 /// How long a test may take that takes a moment, on a clock that does not stand still.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -41,6 +42,8 @@ impl Engine for Fake {
     fn release<'a>(&'a self, _: Option<&'a str>) -> BoxFuture<'a, ()> {
         Box::pin(std::future::ready(()))
     }
+
+    fn keep_only(&self, _: &[Arc<Language>]) {}
 }
 
 impl Start {

@@ -344,6 +344,9 @@ impl Engine for PodmanEngine {
         Box::pin(self.make(spec))
     }
 
+    /// Nothing is kept.
+    fn keep_only(&self, _: &[Arc<Language>]) {}
+
     fn release<'a>(&'a self, _image: Option<&'a str>) -> BoxFuture<'a, ()> {
         Box::pin(std::future::ready(()))
     }

@@ -307,6 +307,7 @@ impl Pool {
             given_up
         };
         drop(given_up);
+        self.shared.engine.keep_only(languages);
         self.shared.changed.notify_one();
     }
 
@@ -847,6 +848,8 @@ mod tests {
         fn release<'a>(&'a self, _: Option<&'a str>) -> BoxFuture<'a, ()> {
             Box::pin(std::future::ready(()))
         }
+
+        fn keep_only(&self, _: &[Arc<Language>]) {}
     }
 
     fn shared(state: State) -> Shared {
