@@ -113,7 +113,7 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     let settings = Settings::load(file.as_deref(), &overrides)?;
     let phases = Phases::default();
     let (reload, reloads) = mpsc::channel(1);
-    let _signals = shutdown::listen(phases.clone(), reload).context("cannot listen for signals")?;
+    let _signals = shutdown::listen(phases.clone(), Some(reload)).context("cannot listen for signals")?;
     let passed = service::passed_listener().context("cannot use the socket that systemd passed")?;
     let workshop = Workshop::open(&settings)?;
     let listener = match passed {

@@ -7,7 +7,6 @@ mod walls;
 
 use anyhow::Context;
 use serde::Serialize;
-use tokio::sync::mpsc;
 
 use crate::app::Workshop;
 use crate::config::{EngineKind, Settings};
@@ -124,7 +123,7 @@ impl Report {
 /// Looks at everything and prints it, as a table or as JSON; whether all is well.
 pub async fn run(settings: &Settings, json: bool) -> anyhow::Result<bool> {
     let phases = Phases::default();
-    let _signals = shutdown::listen(phases.clone(), mpsc::channel(1).0).context("cannot listen for signals")?;
+    let _signals = shutdown::listen(phases.clone(), None).context("cannot listen for signals")?;
     let mut report = Report { ok: true, checks: Vec::new() };
     // Before podman is asked anything: see ENGINES.
     let workshops = ENGINES.map(|engine| (engine, workshop(settings, engine)));
