@@ -123,7 +123,7 @@ impl Places {
 /// The path of the socket.
 pub fn routes(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<(Response,)> {
     let (runner, settings) = (Arc::clone(runner), Arc::clone(settings));
-    let places = Places::new();
+    let places = Arc::new(Places::new());
     let path = warp::path!("api" / "v2" / "connect");
     let socket = path.and(warp::ws()).and(warp::ext::optional()).map(move |upgrade: Ws, connection: Option<Place>| {
         let place = match places.take(Caller::current().map(|caller| caller.client).unwrap_or_default()) {
@@ -319,7 +319,7 @@ mod tests {
         let rest: Vec<_> = (0..MAX_SOCKETS).map_while(|_| local().ok()).collect();
         assert_eq!(rest.len(), MAX_SOCKETS / 2 - 1);
         drop(rest);
-        held.remove(0);
+        drop(held.remove(0));
         assert!(alice().is_ok(), "what is given back can be had again");
     }
 }
