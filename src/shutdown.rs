@@ -29,10 +29,8 @@ impl Drop for Listener {
 /// Starts to listen. Each SIGHUP is told on `reload`; without one, the terminal was closed, which is an end as SIGTERM is,
 /// unless whoever started us had it ignored, as `nohup` does. A third SIGTERM ends the process at once.
 pub fn listen(phases: Phases, reload: Option<mpsc::Sender<()>>) -> std::io::Result<Listener> {
-    let mut signals = Signals::new([SIGTERM, SIGINT])?;
-    if reload.is_some() || !is_ignored(SIGHUP)? {
-        signals.add_signal(SIGHUP)?;
-    }
+    let hangup = (reload.is_some() || !is_ignored(SIGHUP)?).then_some(SIGHUP);
+    let mut signals = Signals::new([SIGTERM, SIGINT].into_iter().chain(hangup))?;
     let handle = signals.handle();
     tokio::spawn(async move {
         while let Some(signal) = signals.next().await {

@@ -1,6 +1,6 @@
 //! `coderunner doctor`: what it tries, what it says of walls that are not there, and that it leaves nothing.
 
-use std::process::Output;
+use std::process::{Output, Stdio};
 use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
@@ -225,11 +225,11 @@ fn a_doctor_that_is_interrupted_leaves_nothing() {
         let options = Options { languages: &["bash"], ..Options::default() };
         let files = Files::new(&options);
         let mut command = files.command("doctor", &options);
-        let mut child = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
+        let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let instance = format!("{}-doctor-direct", files.instance);
         eventually("a container of its own", || (!leftovers::containers(&instance).is_empty()).then_some(()));
         kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
-        let output = child.wait_with_output().unwrap();
+        let output = harness::finish(child, b"");
         assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0), "{signal}: no report");
         assert_nothing_left(&files.instance, started);
     }
