@@ -124,19 +124,26 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     };
     let address = listener.local_addr().context("cannot tell the address")?;
     if settings.require_limits {
-        let works = tokio::select! {
-            reported = report_host(&workshop.podman, workshop.delegated, true) => reported?,
-            () = phases.stop.cancelled() => false,
+        let trying = async {
+            // What podman says of the host need not be what a sandbox gets.
+            match report_host(&workshop.podman, workshop.delegated, true).await? {
+                true => anyhow::Ok(doctor::require_limits(&workshop).await),
+                false => Ok(Ok(())),
+            }
         };
-        // What podman says of the host need not be what a sandbox gets.
-        let limited = if works { doctor::require_limits(&workshop).await } else { Ok(()) };
-        match limited {
-            Err(refusal @ SandboxError::Unlimited(_)) => {
+        match phases.stop.run_until_cancelled(trying).await.transpose()? {
+            None => {
+                service::stopping();
+                doctor::close(workshop).await;
+                tracing::info!("stopped");
+                return Ok(());
+            }
+            Some(Err(refusal @ SandboxError::Unlimited(_))) => {
                 workshop.close().await;
                 return Err(refusal.into());
             }
-            Err(error) => tracing::error!(%error, "cannot try the limits: each sandbox is asked when it is made"),
-            Ok(()) => {}
+            Some(Err(error)) => tracing::error!(%error, "cannot try the limits: each sandbox is asked when it is made"),
+            Some(Ok(())) => {}
         }
     }
 

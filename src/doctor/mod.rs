@@ -5,8 +5,11 @@ mod host;
 pub mod probe;
 mod walls;
 
+use std::time::Duration;
+
 use anyhow::Context;
 use serde::Serialize;
+use tokio::time::timeout;
 
 use crate::app::Workshop;
 use crate::config::{EngineKind, Settings};
@@ -21,6 +24,10 @@ use walls::Trial;
 
 /// The engines, the one first that needs a cgroup of its own: that can only be taken before this process has children.
 const ENGINES: [EngineKind; 2] = [EngineKind::Direct, EngineKind::Podman];
+
+/// How long removing the image of a trial may take at the end. With what closing a workshop may take it is less than
+/// systemd waits for the end of a service.
+const IMAGE_TIME: Duration = Duration::from_secs(10);
 
 /// For what no setting can cause.
 const OUR_FAULT: &str =
@@ -132,9 +139,7 @@ pub async fn run(settings: &Settings, json: bool) -> anyhow::Result<bool> {
         () = phases.stop.cancelled() => true,
     };
     for workshop in workshops.into_iter().filter_map(|(_, workshop)| workshop.ok()) {
-        let (podman, instance) = (workshop.podman.clone(), workshop.instance.name.clone());
-        workshop.close().await;
-        walls::remove_image(&podman, &instance).await;
+        close(workshop).await;
     }
     anyhow::ensure!(!interrupted, "interrupted");
     match json {
@@ -144,13 +149,23 @@ pub async fn run(settings: &Settings, json: bool) -> anyhow::Result<bool> {
     Ok(report.ok)
 }
 
-/// Refuses a host where the kernel does not keep the limits of sandboxes: makes one and asks its init.
+/// Refuses a host where the kernel does not keep the limits of sandboxes: makes one and asks its init. Given up, it leaves
+/// what [`close`] removes.
 pub async fn require_limits(workshop: &Workshop) -> Result<(), SandboxError> {
-    let trial = Trial::begin(workshop).await?;
-    let enforced = trial.enforced().await;
+    let tried = async { Trial::begin(workshop).await?.enforced().await };
+    let enforced = tried.await;
     workshop.engine.release(None).await;
     walls::remove_image(&workshop.podman, &workshop.instance.name).await;
     enforced.map(drop)
+}
+
+/// Waits until all containers have gone, and removes what limits were tried with.
+pub async fn close(workshop: Workshop) {
+    let (podman, instance) = (workshop.podman.clone(), workshop.instance.name.clone());
+    workshop.close().await;
+    if timeout(IMAGE_TIME, walls::remove_image(&podman, &instance)).await.is_err() {
+        tracing::warn!("the image that limits are tried with may be left: podman does not answer");
+    }
 }
 
 /// Beside a server that runs, and with sandboxes whatever the kernel keeps: that is to be tried.
