@@ -9,6 +9,7 @@ use super::direct::DirectEngine;
 use super::keeper::EngineSettings;
 use super::podman::{Podman, PodmanEngine};
 use super::{Engine, Sandbox, SandboxError, SandboxSpec};
+use crate::aside::aside;
 use crate::cgroup::Delegated;
 use crate::config::EngineKind;
 use crate::language::Language;
@@ -51,7 +52,9 @@ impl Chosen {
         let info = self.podman.info().await?;
         let cgroup = self.cgroup.as_ref().ok().cloned();
         let limited = cgroup.is_some();
-        let direct = DirectEngine::new(self.podman.clone(), self.settings.clone(), cgroup);
+        let (of_podman, settings) = (self.podman.clone(), self.settings.clone());
+        let direct = aside(move || DirectEngine::new(of_podman, settings, cgroup)).await;
+        let direct = direct.map_err(SandboxError::io("cannot clear the cgroups of an earlier server"))?;
         let against = match (direct.preflight(&first.language, &first.image).await?, &self.cgroup) {
             (Some(reason), _) => Some(reason),
             // Where podman can keep limits, by the user's systemd, a faster engine that cannot is no gain.

@@ -22,6 +22,7 @@ use super::podman::{self, Podman, WRITABLE};
 use super::protocol::JOB_DIR;
 use super::reaper::Mark;
 use super::{Engine, Sandbox, SandboxError, SandboxSpec, forgotten};
+use crate::aside::aside;
 use crate::cgroup::Delegated;
 use crate::language::Language;
 
@@ -126,10 +127,16 @@ impl DirectEngine {
         let agent = self.agent()?;
         let template = self.template(&agent, &language, &image).await?;
         let job_dir = self.settings.job_directory()?;
-        let make = |below: &Delegated| below.make(&self.name("box"), &template.limits.0).map(Arc::new);
-        let cannot = |error| SandboxError::io("cannot make a cgroup")(error);
-        let cgroup = self.cgroup.as_ref().map(make).transpose().map_err(cannot)?;
-        let opened = cgroup.as_ref().map(|own| own.open()).transpose().map_err(cannot)?;
+        let (cgroup, opened) = match self.cgroup.clone() {
+            Some(below) => {
+                let (name, limits) = (self.name("box"), template.limits.0.clone());
+                let make = move || below.make(&name, &limits).and_then(|own| Ok((own.open()?, Arc::new(own))));
+                let made = aside(make).await.and_then(|made| made);
+                let (opened, own) = made.map_err(SandboxError::io("cannot make a cgroup"))?;
+                (Some(own), Some(opened))
+            }
+            None => (None, None),
+        };
         let killed = cgroup.clone();
         let (channel, theirs) = Channel::pair()?;
         let ordered = agent.stamp(&template.name, job_dir.path(), slot.number, theirs, opened)?;

@@ -16,6 +16,7 @@ use super::channel::Channel;
 use super::keeper::{EngineSettings, Started};
 use super::protocol::{JOB_DIR, WORK_DIR};
 use super::{Engine, LABEL, LABEL_INSTANCE, LABEL_LANGUAGE, Sandbox, SandboxError, SandboxSpec, forgotten};
+use crate::aside::aside;
 use crate::language::Language;
 use crate::process::{Cmd, Passed, ProcessError, xdg_runtime_dir};
 
@@ -159,7 +160,8 @@ impl Podman {
         let names =
             self.text(&["ps", "--all", "--format", "{{.Names}}", "--filter", &ours, "--filter", &filter]).await?;
         let mut names: Vec<String> = names.lines().map(str::to_owned).collect();
-        names.extend(forgotten::monitored(instance));
+        let instance = instance.to_owned();
+        names.extend(beside_podman(move || forgotten::monitored(&instance)).await?);
         names.sort_unstable();
         names.dedup();
         Ok(names)
@@ -173,7 +175,8 @@ impl Podman {
         let fixed = ["rm", "--force", "--volumes", "--ignore", "--time", "0", "--"];
         let args = fixed.into_iter().chain(names.iter().map(String::as_str));
         let removed = self.verb(args).await;
-        forgotten::kill(names);
+        let names = names.to_vec();
+        beside_podman(move || forgotten::kill(&names)).await?;
         removed.map(drop)
     }
 
@@ -273,6 +276,12 @@ impl Podman {
     pub async fn info(&self) -> Result<Info, ProcessError> {
         self.verb(["info", "--format", "json"]).await.map(|json| Info::parse(&json))
     }
+}
+
+/// Looks through `/proc`, which takes long where there are many processes.
+async fn beside_podman<T: Send + 'static>(look: impl FnOnce() -> T + Send + 'static) -> Result<T, ProcessError> {
+    let late = |source| ProcessError::Io { command: "looking for forgotten containers".into(), source };
+    aside(look).await.map_err(late)
 }
 
 /// Runs a quick verb, again where it came upon an image that is half made.
