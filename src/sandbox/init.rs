@@ -61,7 +61,9 @@ pub type Environment = Vec<(OsString, OsString)>;
 pub fn main() -> ExitCode {
     // SAFETY: first thing in a process of one thread: it is what the server passed, and nobody else knows it.
     let channel = unsafe { OwnedFd::from_raw_fd(CHANNEL_FD) };
-    let lived = seccomp::filters().and_then(|filters| live(channel, std::env::vars_os().collect(), filters));
+    // SAFETY: of what this process has open nobody owns anything but the channel.
+    let live = |filters| unsafe { live(channel, std::env::vars_os().collect(), filters) };
+    let lived = seccomp::filters().and_then(live);
     match lived {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -72,12 +74,17 @@ pub fn main() -> ExitCode {
 }
 
 /// Serves the channel until it closes. `environment` is what the image sets, and podman for it; `filters` are those of
-/// [`seccomp::filters`]. Whatever else this process has open goes: what is left of another life must not be used after this.
-pub fn live(channel: OwnedFd, environment: Environment, filters: [BpfProgram; 2]) -> io::Result<()> {
+/// [`seccomp::filters`]. Whatever else this process has open is closed.
+///
+/// # Safety
+///
+/// Who owns a descriptor besides the channel and the three standard ones must neither use nor drop it after this: its number
+/// may be another's by then. Of a copy of another process that means that it ends without going back to what that had begun.
+pub unsafe fn live(channel: OwnedFd, environment: Environment, filters: [BpfProgram; 2]) -> io::Result<()> {
     let kept = channel.as_raw_fd().cast_unsigned();
     for (first, last) in [(3, kept - 1), (kept + 1, u32::MAX)] {
         if first <= last {
-            // SAFETY: what is closed is used no more, as our callers promise.
+            // SAFETY: nobody uses or closes what is closed here, as our callers promise.
             unsafe { libc::close_range(first, last, 0) };
         }
     }
