@@ -26,6 +26,7 @@ use crate::process::ProcessError;
 use crate::ready::Readiness;
 use crate::runner::{Runner, Tasks};
 use crate::sandbox::auto::Chosen;
+use crate::sandbox::health::Checks;
 use crate::sandbox::keeper::EngineSettings;
 use crate::sandbox::podman::Podman;
 use crate::sandbox::pool::{Image, Pool, Status};
@@ -113,7 +114,7 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     let settings = Settings::load(file.as_deref(), &overrides)?;
     let phases = Phases::default();
     let (reload, reloads) = mpsc::channel(1);
-    let _signals = shutdown::listen(phases.clone(), reload).context("cannot listen for signals")?;
+    let _signals = shutdown::listen(phases.clone(), Some(reload)).context("cannot listen for signals")?;
     let passed = service::passed_listener().context("cannot use the socket that systemd passed")?;
     let workshop = Workshop::open(&settings)?;
     let listener = match passed {
@@ -124,19 +125,26 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     };
     let address = listener.local_addr().context("cannot tell the address")?;
     if settings.require_limits {
-        let works = tokio::select! {
-            reported = report_host(&workshop.podman, workshop.delegated, true) => reported?,
-            () = phases.stop.cancelled() => false,
+        let trying = async {
+            // What podman says of the host need not be what a sandbox gets.
+            match report_host(&workshop.podman, workshop.delegated, true).await? {
+                true => anyhow::Ok(doctor::require_limits(&workshop).await),
+                false => Ok(Ok(())),
+            }
         };
-        // What podman says of the host need not be what a sandbox gets.
-        let limited = if works { doctor::require_limits(&workshop).await } else { Ok(()) };
-        match limited {
-            Err(refusal @ SandboxError::Unlimited(_)) => {
+        match phases.stop.run_until_cancelled(trying).await.transpose()? {
+            None => {
+                service::stopping();
+                doctor::close(workshop).await;
+                tracing::info!("stopped");
+                return Ok(());
+            }
+            Some(Err(refusal @ SandboxError::Unlimited(_))) => {
                 workshop.close().await;
                 return Err(refusal.into());
             }
-            Err(error) => tracing::error!(%error, "cannot try the limits: each sandbox is asked when it is made"),
-            Ok(()) => {}
+            Some(Err(error)) => tracing::error!(%error, "cannot try the limits: each sandbox is asked when it is made"),
+            Some(Ok(())) => {}
         }
     }
 
@@ -317,7 +325,7 @@ fn updater(
         languages,
         settings: settings.update,
         stamp: state_dir()?.join(format!("{}.updated", workshop.instance.name)),
-        checking: tokio::sync::Mutex::default(),
+        checks: Checks::default(),
         announce: Box::new(announce),
         ails: Box::new(ails),
         memory: Mutex::default(),

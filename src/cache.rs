@@ -60,9 +60,7 @@ impl MemoCache {
         if let Some((replaced, _)) = entries.cache_set(key, (Arc::clone(outcome), Instant::now())) {
             self.bytes.fetch_sub(replaced.size(), Ordering::Relaxed);
         }
-        if self.bytes.load(Ordering::Relaxed) > self.capacity {
-            let _expired = entries.evict();
-        }
+        // Those whose time is over are among the least recently used soon: looking for them would be a walk through all.
         while self.bytes.load(Ordering::Relaxed) > self.capacity && entries.cache_size() > 1 {
             // The store's way of giving up its least recently used entry.
             let fewer = entries.cache_size() - 1;
@@ -74,6 +72,9 @@ impl MemoCache {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::resource::{UsageWho, getrusage};
+    use nix::sys::time::TimeValLike;
+
     use super::*;
     use crate::job::{Ended, Output, Stage, StageOutcome, Stream, Usage};
     use bytesize::ByteSize;
@@ -132,6 +133,32 @@ mod tests {
         }
         assert!(memo.get(&key(0)).is_none());
         assert!(memo.get(&key(99)).is_some());
+    }
+
+    #[test]
+    fn giving_up_the_oldest_takes_no_longer_where_there_are_many() {
+        let mut job = crate::job::tests::job(&[]);
+        let mut key = |n: u32| {
+            job.stdin = n.to_le_bytes().to_vec().into();
+            job.key("image")
+        };
+        let small = outcome(Ended::Exited(0), 1);
+        // CPU time of this thread for 500 entries more than there is room for.
+        let mut cost = |entries: u32| {
+            let memo = memo(Duration::from_secs(600), small.size() as u64 * u64::from(entries));
+            let keys: Vec<JobKey> = (0..entries + 500).map(&mut key).collect();
+            let (fill, more) = keys.split_at(entries as usize);
+            fill.iter().for_each(|key| memo.put(*key, &small));
+            let used = || {
+                let usage = getrusage(UsageWho::RUSAGE_THREAD).unwrap();
+                (usage.user_time().num_microseconds() + usage.system_time().num_microseconds()) as f64
+            };
+            let before = used();
+            more.iter().for_each(|key| memo.put(*key, &small));
+            used() - before
+        };
+        let (few, many) = (cost(100).max(4000.0), cost(20_000));
+        assert!(many < few * 20.0, "{many} us, and {few} us where there are few");
     }
 
     #[test]

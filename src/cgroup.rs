@@ -5,10 +5,10 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
-use tokio::time::{Instant, sleep};
-
+use crate::aside::aside;
 use crate::sandbox::at;
 
 /// Where cgroup v2 is mounted.
@@ -110,12 +110,18 @@ impl OwnCgroup {
 
     /// Kills whatever is in it, and removes it as soon as that is dead.
     pub async fn kill(&self) {
-        // Kernels before 5.14 do not have it: what is in there ends by itself then.
-        let _ = fs::write(self.dir.join("cgroup.kill"), "1");
-        let deadline = Instant::now() + KILL_TIME;
-        let is_busy = |error: io::Error| error.kind() == io::ErrorKind::ResourceBusy;
-        while fs::remove_dir(&self.dir).is_err_and(is_busy) && Instant::now() < deadline {
-            sleep(KILL_PAUSE).await;
+        let dir = self.dir.clone();
+        let killed = aside(move || {
+            // Kernels before 5.14 do not have it: what is in there ends by itself then.
+            let _ = fs::write(dir.join("cgroup.kill"), "1");
+            let deadline = Instant::now() + KILL_TIME;
+            let is_busy = |error: io::Error| error.kind() == io::ErrorKind::ResourceBusy;
+            while fs::remove_dir(&dir).is_err_and(is_busy) && Instant::now() < deadline {
+                sleep(KILL_PAUSE);
+            }
+        });
+        if let Err(error) = killed.await {
+            tracing::warn!(cgroup = %self.dir.display(), %error, "cannot kill what is in a cgroup");
         }
     }
 }
@@ -185,6 +191,24 @@ mod tests {
         assert!(!before.starved_since(&Counters::default()), "its own limit");
         assert!(counted("oom 1\noom_kill 2\n").starved_since(&before), "below its limit");
         assert!(!counted("oom 2\noom_kill 2\n").starved_since(&before));
+    }
+
+    #[test]
+    fn a_kernel_that_takes_its_time_over_a_kill_keeps_no_other_work_waiting() {
+        crate::sandbox::fake::on_paused_clock(|| async {
+            let below = tempfile::tempdir().unwrap();
+            let dir = below.path().join("box");
+            fs::create_dir(&dir).unwrap();
+            let kill = dir.join("cgroup.kill");
+            nix::unistd::mkfifo(&kill, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            let own = OwnCgroup { dir };
+            // The write is over when somebody reads.
+            let other_work = async {
+                tokio::task::yield_now().await;
+                assert_eq!(aside(move || fs::read(kill).unwrap()).await.unwrap(), b"1");
+            };
+            tokio::join!(own.kill(), other_work);
+        });
     }
 
     /// Where this process may make cgroups.

@@ -147,8 +147,8 @@ pub struct ImageUpdater {
     pub settings: UpdateSettings,
     /// A file whose time is that of the last update.
     pub stamp: PathBuf,
-    /// Held while a health program runs: there is one slot for them.
-    pub checking: tokio::sync::Mutex<()>,
+    /// Where health programs run.
+    pub checks: health::Checks,
     /// Is told the image of a language whenever it changes.
     pub announce: Announce,
     /// Whether sandboxes of a language cannot be made.
@@ -405,9 +405,8 @@ impl ImageUpdater {
 
     /// Runs the health program of each language in a sandbox of the image.
     async fn try_out(&self, id: &str, languages: &[Arc<Language>]) -> Result<(), ImageError> {
-        let _one_at_a_time = self.checking.lock().await;
         for language in languages {
-            if let Some(failure) = health::check(&*self.engine, language, id).await? {
+            if let Some(failure) = self.checks.check(&*self.engine, language, id).await? {
                 return Err(ImageError::Unhealthy { language: language.name.clone(), failure });
             }
         }

@@ -6,6 +6,7 @@
 mod access;
 mod api;
 mod app;
+mod aside;
 mod cache;
 mod caller;
 mod cgroup;

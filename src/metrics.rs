@@ -16,6 +16,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio_util::sync::CancellationToken;
 
 use crate::job::{Outcome, StageOutcome};
+use crate::language::Language;
 use crate::log;
 use crate::runner::Runner;
 use crate::sandbox::{Engine, Sandbox, SandboxError, SandboxSpec};
@@ -256,6 +257,10 @@ impl Engine for Measured {
 
     fn release<'a>(&'a self, image: Option<&'a str>) -> BoxFuture<'a, ()> {
         self.0.release(image)
+    }
+
+    fn keep_only(&self, languages: &[Arc<Language>]) {
+        self.0.keep_only(languages);
     }
 }
 

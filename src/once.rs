@@ -35,7 +35,7 @@ const CODE_TIME: u8 = 124;
 const CODE_COMPILE: u8 = 1;
 /// Exit code when the program was killed at another limit, as after SIGKILL.
 const CODE_KILLED: u8 = 137;
-/// Exit code when we were interrupted, as after SIGINT.
+/// Exit code when we were interrupted, as after SIGINT, whichever signal it was.
 const CODE_INTERRUPTED: u8 = 130;
 /// Added to the number of the signal that ended the program, as shells do.
 const CODE_SIGNAL: i32 = 128;
@@ -89,7 +89,7 @@ pub async fn run(once: Once) -> anyhow::Result<u8> {
     job.args = once.args;
 
     let phases = Phases::default();
-    let _signals = shutdown::listen(phases.clone(), mpsc::channel(1).0).context("cannot listen for signals")?;
+    let _signals = shutdown::listen(phases.clone(), None).context("cannot listen for signals")?;
     let waiting = Waiting::new();
     let workshop = Workshop::open(&settings)?;
     // Until there is an image nothing is made that would have to be removed.

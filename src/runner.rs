@@ -248,7 +248,8 @@ impl Runner {
         let (land, landed) = watch::channel(None);
         let given_up = CancellationToken::new();
         let flight = Arc::new(Flight { landed, _last_left: given_up.clone().drop_guard() });
-        flights.insert(key, Arc::downgrade(&flight));
+        let own = Arc::downgrade(&flight);
+        flights.insert(key, Weak::clone(&own));
         drop(flights);
 
         let (pool, memo, flights, stop) =
@@ -267,8 +268,8 @@ impl Runner {
             });
             {
                 let mut flights = flights.lock().unwrap_or_else(PoisonError::into_inner);
-                // A flight of the same job may have started after ours was given up.
-                if !given_up.is_cancelled() || flights.get(&key).is_some_and(|flight| flight.strong_count() == 0) {
+                // Another of the same job may have taken its place: after it was given up, or for one who wants it run anew.
+                if flights.get(&key).is_some_and(|flight| Weak::ptr_eq(flight, &own)) {
                     flights.remove(&key);
                 }
             }
@@ -294,9 +295,10 @@ async fn execute(
     client: &Client,
 ) -> Result<(Answer, String), RunError> {
     let (mut lost, mut queued) = (0, Duration::ZERO);
+    let came = tokio::time::Instant::now();
     loop {
         let asked = Instant::now();
-        let acquired = pool.acquire(&job.language, client, live.events.as_ref()).await;
+        let acquired = pool.acquire(&job.language, client, live.events.as_ref(), came).await;
         let sandbox = acquired.inspect_err(|error| metrics::error(error.kind()))?;
         queued += asked.elapsed();
         let _busy = metrics::sandbox_taken(&job.language, asked.elapsed());
@@ -313,9 +315,90 @@ async fn execute(
             }
             Err(error) => {
                 metrics::error(error.kind());
-                tracing::error!(language = job.language, %error, "a run failed");
+                match &error {
+                    // To clients it is no failure of the server's: nobody else tells of it.
+                    SandboxError::HostMemory => tracing::error!(language = job.language, %error, "a run failed"),
+                    // Whoever answers tells of it, under the id of each request.
+                    _ => tracing::debug!(language = job.language, %error, "a run failed"),
+                }
                 return Err(RunError::Sandbox(Arc::new(error)));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytesize::ByteSize;
+    use tokio::sync::mpsc;
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::config::{CacheSettings, QueueSettings};
+    use crate::job::Streams;
+    use crate::sandbox::fake;
+    use crate::sandbox::pool::Image;
+
+    const WAIT: Duration = Duration::from_secs(30);
+
+    /// A runner of bash that remembers nothing, and the starts of its engine.
+    fn runner(slots: u32) -> (Arc<Runner>, mpsc::UnboundedReceiver<fake::Start>) {
+        let (engine, starts) = fake::engine();
+        let queue = QueueSettings { length: 10, wait: WAIT, fair: false };
+        let languages = vec![Arc::new(crate::config::tests::language("bash"))];
+        let pool = Arc::new(Pool::new(engine, slots, queue, &languages));
+        pool.set_image("bash", Image::Ready("id".into()));
+        let memo = MemoCache::new(CacheSettings { ttl: Duration::from_secs(600), size: ByteSize(0) }).unwrap();
+        (Arc::new(Runner::new(languages, memo, pool, Tasks::default())), starts)
+    }
+
+    /// Begins to run the same job as all others.
+    fn begin(runner: &Arc<Runner>, reuse: Reuse) -> JoinHandle<Result<Answer, RunError>> {
+        let runner = Arc::clone(runner);
+        tokio::spawn(async move {
+            let job = runner.language(None).unwrap().job("echo".into(), Streams::Merged);
+            runner.run(job, reuse).await
+        })
+    }
+
+    #[test]
+    fn a_request_whose_sandbox_was_lost_waits_no_longer_than_others() {
+        fake::on_paused_clock(|| async {
+            let (runner, mut starts) = runner(1);
+            let begun = Instant::now();
+            let running = begin(&runner, Reuse::Allowed);
+            let first = starts.recv().await.unwrap();
+            tokio::time::sleep(WAIT * 2 / 3).await;
+            let init = first.succeed();
+            init.hear().await;
+            drop(init);
+            let _never = starts.recv().await.unwrap();
+            let error = running.await.unwrap().unwrap_err();
+            assert!(matches!(error, RunError::Pool(PoolError::QueueTimeout { waited: WAIT })), "{error}");
+            assert_eq!(begun.elapsed().as_secs(), WAIT.as_secs());
+        });
+    }
+
+    #[test]
+    fn the_end_of_a_run_leaves_the_flight_of_another_to_those_who_come() {
+        fake::on_paused_clock(|| async {
+            let (runner, mut starts) = runner(3);
+            let first = begin(&runner, Reuse::Allowed);
+            let one = starts.recv().await.unwrap().succeed();
+            one.begin().await;
+            let anew = begin(&runner, Reuse::Refused);
+            let two = starts.recv().await.unwrap().succeed();
+            two.begin().await;
+            one.end_well();
+            first.await.unwrap().unwrap();
+            let joins = begin(&runner, Reuse::Allowed);
+            let spare = starts.recv().await.unwrap().succeed();
+            // It would be given to the one who joins, if that took any.
+            assert!(tokio::time::timeout(Duration::from_secs(1), spare.hear()).await.is_err());
+            two.end_well();
+            anew.await.unwrap().unwrap();
+            joins.await.unwrap().unwrap();
+            drop(spare);
+        });
     }
 }

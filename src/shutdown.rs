@@ -14,7 +14,7 @@ use crate::log;
 /// What signals have asked for so far.
 #[derive(Debug, Clone, Default)]
 pub struct Phases {
-    /// SIGTERM or SIGINT: stop accepting and let what runs come to its end.
+    /// SIGTERM, SIGINT, or SIGHUP where that asks for no reload: stop accepting and let what runs come to its end.
     pub stop: CancellationToken,
     /// The same again: do not wait for what runs.
     pub cut: CancellationToken,
@@ -61,16 +61,18 @@ impl Drop for Listener {
     }
 }
 
-/// Starts to listen. Each SIGHUP is told on `reload`; a third SIGTERM ends the process at once.
-pub fn listen(phases: Phases, reload: mpsc::Sender<()>) -> std::io::Result<Listener> {
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
+/// Starts to listen. Each SIGHUP is told on `reload`; without one, the terminal was closed, which is an end as SIGTERM is,
+/// unless whoever started us had it ignored, as `nohup` does. A third SIGTERM ends the process at once.
+pub fn listen(phases: Phases, reload: Option<mpsc::Sender<()>>) -> std::io::Result<Listener> {
+    let hangup = (reload.is_some() || !is_ignored(SIGHUP)?).then_some(SIGHUP);
+    let mut signals = Signals::new([SIGTERM, SIGINT].into_iter().chain(hangup))?;
     let handle = signals.handle();
     let _ = PHASES.set(phases.clone());
     tokio::spawn(async move {
         while let Some(signal) = signals.next().await {
-            match signal {
+            match (signal, &reload) {
                 // A reload that waits already serves this one too.
-                SIGHUP => drop(reload.try_send(())),
+                (SIGHUP, Some(reload)) => drop(reload.try_send(())),
                 _ if !phases.stop.is_cancelled() => {
                     tracing::info!("stopping: running requests come to their end");
                     phases.stop.cancel();
@@ -90,6 +92,13 @@ pub fn listen(phases: Phases, reload: mpsc::Sender<()>) -> std::io::Result<Liste
     Ok(Listener { handle })
 }
 
+/// Whether this process ignores a signal.
+fn is_ignored(signal: i32) -> std::io::Result<bool> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let mask = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
+    Ok(mask.is_some_and(|mask| mask & (1 << (signal - 1)) != 0))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -97,7 +106,7 @@ mod tests {
     #[tokio::test]
     async fn a_panic_ends_the_process_in_order_but_for_one_in_work_apart() {
         let phases = Phases::default();
-        let _listener = listen(phases.clone(), mpsc::channel(1).0).unwrap();
+        let _listener = listen(phases.clone(), Some(mpsc::channel(1).0)).unwrap();
         tokio::spawn(apart(async { panicked() })).await.unwrap();
         assert!(!phases.stop.is_cancelled() && !by_panic());
         tokio::spawn(async { panicked() }).await.unwrap();

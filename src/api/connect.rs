@@ -1,7 +1,7 @@
 //! Piston's WebSocket: a run whose output comes as it is printed, and that can be typed to.
 
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -9,7 +9,7 @@ use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use nix::sys::signal::Signal;
 use serde::Deserialize;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use warp::filters::BoxedFilter;
@@ -23,8 +23,8 @@ use super::error::ApiError;
 use super::live::{Teller, Told};
 use super::openapi::Refused;
 use super::piston::Request;
-use super::server::Place;
-use crate::caller::Caller;
+use super::server::{Place, Shares};
+use crate::caller::{Caller, Client};
 use crate::runner::Runner;
 use crate::sandbox::Live;
 
@@ -92,14 +92,43 @@ impl Over {
     }
 }
 
+/// The places for sockets, and each client's share of them: as it may have half of the connections, it could have all
+/// sockets otherwise.
+struct Places {
+    all: Arc<Semaphore>,
+    shares: Mutex<Shares>,
+}
+
+impl Places {
+    fn new() -> Places {
+        Places { all: Arc::new(Semaphore::new(MAX_SOCKETS)), shares: Mutex::new(Shares::new(MAX_SOCKETS)) }
+    }
+
+    fn take(&self, client: Client) -> Result<(OwnedSemaphorePermit, Option<OwnedSemaphorePermit>), ApiError> {
+        let overloaded = |whose: &str| ApiError::Overloaded(format!("as many sockets{whose} are open as may be"));
+        let share = match &client {
+            // Whoever comes through a proxy on this host need not be alone behind its address.
+            Client::Address(address) if address.is_loopback() => None,
+            Client::Ourselves => None,
+            _ => {
+                let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
+                Some(shares.take(client).ok_or_else(|| overloaded(" of one client"))?)
+            }
+        };
+        let place = Arc::clone(&self.all).try_acquire_owned().map_err(|_| overloaded(""))?;
+        Ok((place, share))
+    }
+}
+
 /// The path of the socket.
 pub fn routes(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<(Response,)> {
     let (runner, settings) = (Arc::clone(runner), Arc::clone(settings));
-    let places = Arc::new(Semaphore::new(MAX_SOCKETS));
+    let places = Arc::new(Places::new());
     let path = warp::path!("api" / "v2" / "connect");
     let socket = path.and(warp::ws()).and(warp::ext::optional()).map(move |upgrade: Ws, connection: Option<Place>| {
-        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-            return ApiError::Overloaded(format!("{MAX_SOCKETS} sockets are open")).into_response();
+        let place = match places.take(Caller::current().map(|caller| caller.client).unwrap_or_default()) {
+            Ok(place) => place,
+            Err(refusal) => return refusal.into_response(),
         };
         let (runner, settings) = (Arc::clone(&runner), Arc::clone(&settings));
         let upgrade = upgrade.max_message_size(settings.body_limit).max_frame_size(settings.body_limit);
@@ -271,4 +300,26 @@ async fn next(stream: &mut SplitStream<WebSocket>) -> Result<Said, Over> {
 async fn send(sink: &mut Sink, told: &Told) -> Result<(), ()> {
     let message = Message::text(serde_json::to_string(told).map_err(drop)?);
     timeout(SEND_TIME, sink.send(message)).await.map_err(drop)?.map_err(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_client_takes_more_than_half_of_the_sockets() {
+        let places = Places::new();
+        let alice = || places.take(Client::Key("alice".into()));
+        let mut held: Vec<_> = (0..MAX_SOCKETS).map_while(|_| alice().ok()).collect();
+        assert_eq!(held.len(), MAX_SOCKETS / 2);
+        let elsewhere = Client::at([192, 0, 2, 1].into());
+        held.push(places.take(elsewhere).ok().unwrap());
+        // Those behind a proxy on this host have what is left, and no more.
+        let local = || places.take(Client::at([127, 0, 0, 1].into()));
+        let rest: Vec<_> = (0..MAX_SOCKETS).map_while(|_| local().ok()).collect();
+        assert_eq!(rest.len(), MAX_SOCKETS / 2 - 1);
+        drop(rest);
+        drop(held.remove(0));
+        assert!(alice().is_ok(), "what is given back can be had again");
+    }
 }

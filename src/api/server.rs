@@ -1,7 +1,6 @@
 //! Connections: accepted within a bound, closed gracefully.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -47,8 +46,8 @@ pub struct Place {
     _of_address: Option<Arc<OwnedSemaphorePermit>>,
 }
 
-/// How many places each address has left: half of all, so that none keeps out all others.
-struct Shares {
+/// How many places each client has left: half of all, so that none keeps out all others.
+pub(super) struct Shares {
     places: usize,
     left: HashMap<Client, Arc<Semaphore>>,
 }
@@ -81,7 +80,7 @@ pub async fn serve(
         // Whoever comes through a proxy of ours is not alone behind its address.
         let of_address = match peer.is_loopback() || fronts.borrow().gate.trusts(peer) {
             true => None,
-            false => match shares.take(peer) {
+            false => match shares.take(Client::at(peer)) {
                 Some(share) => Some(Arc::new(share)),
                 None => {
                     tracing::debug!(%peer, "no more connections of one address");
@@ -126,17 +125,18 @@ pub async fn serve(
 }
 
 impl Shares {
-    fn new(places: usize) -> Shares {
+    /// Those of so many places in all.
+    pub fn new(places: usize) -> Shares {
         Shares { places, left: HashMap::new() }
     }
 
-    /// A place of this address, if it has one left.
-    fn take(&mut self, peer: IpAddr) -> Option<OwnedSemaphorePermit> {
+    /// A place of this client, if it has one left.
+    pub fn take(&mut self, client: Client) -> Option<OwnedSemaphorePermit> {
         let share = self.places.div_ceil(2);
         if self.left.len() >= self.places {
             self.left.retain(|_, left| left.available_permits() < share);
         }
-        let left = self.left.entry(Client::at(peer)).or_insert_with(|| Arc::new(Semaphore::new(share)));
+        let left = self.left.entry(client).or_insert_with(|| Arc::new(Semaphore::new(share)));
         Arc::clone(left).try_acquire_owned().ok()
     }
 }
@@ -159,7 +159,7 @@ mod tests {
     #[test]
     fn no_address_takes_more_than_half_of_the_places() {
         let mut shares = Shares::new(10);
-        let mut take = |address: &str| shares.take(address.parse().unwrap());
+        let mut take = |address: &str| shares.take(Client::at(address.parse().unwrap()));
         let mut held: Vec<_> = (0..5).filter_map(|_| take("192.0.2.1")).collect();
         assert_eq!(held.len(), 5);
         assert!(take("192.0.2.1").is_none() && take("::ffff:192.0.2.1").is_none());
@@ -171,8 +171,8 @@ mod tests {
     #[test]
     fn addresses_that_have_left_are_forgotten() {
         let mut shares = Shares::new(10);
-        let _stays = shares.take([192, 0, 2, 1].into());
-        (0..=255).for_each(|last| drop(shares.take([198, 51, 100, last].into())));
+        let _stays = shares.take(Client::at([192, 0, 2, 1].into()));
+        (0..=255).for_each(|last| drop(shares.take(Client::at([198, 51, 100, last].into()))));
         assert!(shares.left.len() <= 10);
         assert!(shares.left.contains_key(&Client::at([192, 0, 2, 1].into())));
     }

@@ -5,23 +5,30 @@ mod host;
 pub mod probe;
 mod walls;
 
+use std::time::Duration;
+
 use anyhow::Context;
 use serde::Serialize;
-use tokio::sync::mpsc;
+use tokio::time::timeout;
 
 use crate::app::Workshop;
 use crate::config::{EngineKind, Settings};
 use crate::image;
 use crate::print;
+use crate::sandbox::SandboxError;
+use crate::sandbox::health::Checks;
 use crate::sandbox::podman::Info;
 use crate::sandbox::protocol::Enforced;
-use crate::sandbox::{SandboxError, health};
 use crate::shutdown::{self, Phases};
 use probe::{Tried, Wall};
 use walls::Trial;
 
 /// The engines, the one first that needs a cgroup of its own: that can only be taken before this process has children.
 const ENGINES: [EngineKind; 2] = [EngineKind::Direct, EngineKind::Podman];
+
+/// How long removing the image of a trial may take at the end. With what closing a workshop may take it is less than
+/// systemd waits for the end of a service.
+const IMAGE_TIME: Duration = Duration::from_secs(10);
 
 /// For what no setting can cause.
 const OUR_FAULT: &str =
@@ -126,7 +133,7 @@ impl Report {
 /// Looks at everything and prints it, as a table or as JSON; whether all is well.
 pub async fn run(settings: &Settings, json: bool) -> anyhow::Result<bool> {
     let phases = Phases::default();
-    let _signals = shutdown::listen(phases.clone(), mpsc::channel(1).0).context("cannot listen for signals")?;
+    let _signals = shutdown::listen(phases.clone(), None).context("cannot listen for signals")?;
     let mut report = Report { ok: true, checks: Vec::new() };
     // Before podman is asked anything: see ENGINES.
     let workshops = ENGINES.map(|engine| (engine, workshop(settings, engine)));
@@ -135,9 +142,7 @@ pub async fn run(settings: &Settings, json: bool) -> anyhow::Result<bool> {
         () = phases.stop.cancelled() => true,
     };
     for workshop in workshops.into_iter().filter_map(|(_, workshop)| workshop.ok()) {
-        let (podman, instance) = (workshop.podman.clone(), workshop.instance.name.clone());
-        workshop.close().await;
-        walls::remove_image(&podman, &instance).await;
+        close(workshop).await;
     }
     anyhow::ensure!(!interrupted, "interrupted");
     print::stdout(match json {
@@ -147,13 +152,23 @@ pub async fn run(settings: &Settings, json: bool) -> anyhow::Result<bool> {
     Ok(report.ok)
 }
 
-/// Refuses a host where the kernel does not keep the limits of sandboxes: makes one and asks its init.
+/// Refuses a host where the kernel does not keep the limits of sandboxes: makes one and asks its init. Given up, it leaves
+/// what [`close`] removes.
 pub async fn require_limits(workshop: &Workshop) -> Result<(), SandboxError> {
-    let trial = Trial::begin(workshop).await?;
-    let enforced = trial.enforced().await;
+    let tried = async { Trial::begin(workshop).await?.enforced().await };
+    let enforced = tried.await;
     workshop.engine.release(None).await;
     walls::remove_image(&workshop.podman, &workshop.instance.name).await;
     enforced.map(drop)
+}
+
+/// Waits until all containers have gone, and removes what limits were tried with.
+pub async fn close(workshop: Workshop) {
+    let (podman, instance) = (workshop.podman.clone(), workshop.instance.name.clone());
+    workshop.close().await;
+    if timeout(IMAGE_TIME, walls::remove_image(&podman, &instance)).await.is_err() {
+        tracing::warn!("the image that limits are tried with may be left: podman does not answer");
+    }
 }
 
 /// Beside a server that runs, and with sandboxes whatever the kernel keeps: that is to be tried.
@@ -254,7 +269,7 @@ async fn languages(settings: &Settings, workshop: &Workshop, report: &mut Report
         let image = workshop.podman.image_id(&language.image).await;
         report.add(match image {
             Ok(Some(image)) => {
-                let checked = health::check(&*workshop.engine, &language, &image).await;
+                let checked = Checks::default().check(&*workshop.engine, &language, &image).await;
                 match checked.unwrap_or_else(|error| Some(error.to_string())) {
                     None => check("it does".into()),
                     Some(why) => check(why).or(false, format!("podman pull {}, or another image", language.image)),

@@ -9,8 +9,10 @@ use super::direct::DirectEngine;
 use super::keeper::EngineSettings;
 use super::podman::{Podman, PodmanEngine};
 use super::{Engine, Sandbox, SandboxError, SandboxSpec};
+use crate::aside::aside;
 use crate::cgroup::Delegated;
 use crate::config::EngineKind;
+use crate::language::Language;
 
 /// The engine that was asked for; `auto` is decided when the first sandbox is made, for podman may not work yet.
 pub struct Chosen {
@@ -50,7 +52,9 @@ impl Chosen {
         let info = self.podman.info().await?;
         let cgroup = self.cgroup.as_ref().ok().cloned();
         let limited = cgroup.is_some();
-        let direct = DirectEngine::new(self.podman.clone(), self.settings.clone(), cgroup);
+        let (of_podman, settings) = (self.podman.clone(), self.settings.clone());
+        let direct = aside(move || DirectEngine::new(of_podman, settings, cgroup)).await;
+        let direct = direct.map_err(SandboxError::io("cannot clear the cgroups of an earlier server"))?;
         let against = match (direct.preflight(&first.language, &first.image).await?, &self.cgroup) {
             (Some(reason), _) => Some(reason),
             // Where podman can keep limits, by the user's systemd, a faster engine that cannot is no gain.
@@ -88,5 +92,12 @@ impl Engine for Chosen {
                 engine.release(image).await;
             }
         })
+    }
+
+    fn keep_only(&self, languages: &[Arc<Language>]) {
+        // One that is not chosen yet has nothing.
+        if let Some(engine) = self.engine.get() {
+            engine.keep_only(languages);
+        }
     }
 }

@@ -22,6 +22,7 @@ use super::podman::{self, Podman, WRITABLE};
 use super::protocol::JOB_DIR;
 use super::reaper::Mark;
 use super::{Engine, Sandbox, SandboxError, SandboxSpec, forgotten};
+use crate::aside::aside;
 use crate::cgroup::Delegated;
 use crate::language::Language;
 
@@ -37,7 +38,15 @@ pub struct DirectEngine {
     /// Replaced when it has ended.
     agent: Mutex<Option<Arc<Agent>>>,
     /// The lock is held to look for one, never while one is made.
-    places: Mutex<Vec<Arc<Place>>>,
+    places: Mutex<Places>,
+}
+
+/// The templates that are kept for further sandboxes.
+#[derive(Default)]
+struct Places {
+    kept: Vec<Arc<Place>>,
+    /// Languages whose templates are kept: of all, until somebody says which.
+    wanted: Option<Vec<Arc<Language>>>,
 }
 
 /// Where the template of a language and an image is, once it is made. Who needs it first makes it, the others wait for it,
@@ -118,10 +127,16 @@ impl DirectEngine {
         let agent = self.agent()?;
         let template = self.template(&agent, &language, &image).await?;
         let job_dir = self.settings.job_directory()?;
-        let make = |below: &Delegated| below.make(&self.name("box"), &template.limits.0).map(Arc::new);
-        let cannot = |error| SandboxError::io("cannot make a cgroup")(error);
-        let cgroup = self.cgroup.as_ref().map(make).transpose().map_err(cannot)?;
-        let opened = cgroup.as_ref().map(|own| own.open()).transpose().map_err(cannot)?;
+        let (cgroup, opened) = match self.cgroup.clone() {
+            Some(below) => {
+                let (name, limits) = (self.name("box"), template.limits.0.clone());
+                let make = move || below.make(&name, &limits).and_then(|own| Ok((own.open()?, Arc::new(own))));
+                let made = aside(make).await.and_then(|made| made);
+                let (opened, own) = made.map_err(SandboxError::io("cannot make a cgroup"))?;
+                (Some(own), Some(opened))
+            }
+            None => (None, None),
+        };
         let killed = cgroup.clone();
         let (channel, theirs) = Channel::pair()?;
         let ordered = agent.stamp(&template.name, job_dir.path(), slot.number, theirs, opened)?;
@@ -147,7 +162,7 @@ impl DirectEngine {
         let made = self.settings.raise(started, &language).await;
         if made.is_err() {
             // Somebody may have removed the template. If not, another one is as good.
-            self.places().retain(|place| !place.template.get().is_some_and(|kept| Arc::ptr_eq(kept, &template)));
+            self.places().kept.retain(|place| !place.template.get().is_some_and(|kept| Arc::ptr_eq(kept, &template)));
         }
         made
     }
@@ -160,7 +175,7 @@ impl DirectEngine {
         }
     }
 
-    fn places(&self) -> MutexGuard<'_, Vec<Arc<Place>>> {
+    fn places(&self) -> MutexGuard<'_, Places> {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -169,20 +184,23 @@ impl DirectEngine {
         let is_it = |place: &&Arc<Place>| {
             place.image == image && place.language == *language && Arc::ptr_eq(&place.agent, agent)
         };
-        if let Some(place) = places.iter().find(is_it) {
+        if let Some(place) = places.kept.iter().find(is_it) {
             return Arc::clone(place);
         }
         // Nobody asks again for those of a language as it was before. Mounts are the namespace's: templates of another one
         // would be copied in vain.
         let is_past = |past: &Language| past.name == language.name && *past != **language;
-        places.retain(|place| !is_past(&place.language) && !place.agent.is_gone());
+        places.kept.retain(|place| !is_past(&place.language) && !place.agent.is_gone());
         let place = Arc::new(Place {
             agent: Arc::clone(agent),
             language: Arc::clone(language),
             image: image.to_owned(),
             template: OnceCell::new(),
         });
-        places.push(Arc::clone(&place));
+        // Whoever asks for one that is no longer wanted began before that was said: his sandbox is the only one of it.
+        if places.wanted.as_ref().is_none_or(|wanted| wanted.contains(language)) {
+            places.kept.push(Arc::clone(&place));
+        }
         place
     }
 
@@ -260,11 +278,21 @@ impl Engine for DirectEngine {
     fn release<'a>(&'a self, image: Option<&'a str>) -> BoxFuture<'a, ()> {
         Box::pin(async move {
             let is_meant = |place: &mut Arc<Place>| image.is_none_or(|image| place.image == image);
-            let released: Vec<Arc<Place>> = self.places().extract_if(.., is_meant).collect();
+            let released: Vec<Arc<Place>> = self.places().kept.extract_if(.., is_meant).collect();
             // Of one that is in use the last sandbox removes it.
             let unused = released.into_iter().filter_map(|place| Arc::into_inner(place)?.template.into_inner());
             let unused = unused.filter_map(|template| Arc::into_inner(template)?.removal());
             join_all(unused).await;
         })
+    }
+
+    fn keep_only(&self, languages: &[Arc<Language>]) {
+        let is_other = |place: &mut Arc<Place>| !languages.contains(&place.language);
+        let given_up: Vec<Arc<Place>> = {
+            let mut places = self.places();
+            places.wanted = Some(languages.to_vec());
+            places.kept.extract_if(.., is_other).collect()
+        };
+        drop(given_up);
     }
 }

@@ -2,35 +2,98 @@
 
 use std::sync::Arc;
 
-use tokio::sync::mpsc;
+use tokio::sync::{Mutex, mpsc};
 
 use super::{Engine, HEALTH_SLOT, LOST_SANDBOXES, Live, SandboxError, SandboxSpec, Slot};
 use crate::job::{Outcome, Streams};
 use crate::language::Language;
 
-/// Runs the health program of a language in a sandbox of an image: what is wrong with the image, if anything is. One check
-/// at a time: all of them take the same slot. Nothing is left of the sandbox when it returns.
-pub async fn check(engine: &dyn Engine, language: &Arc<Language>, image: &str) -> Result<Option<String>, SandboxError> {
-    let mut lost = 0;
-    loop {
-        match run(engine, language, image).await {
-            Ok(outcome) => return Ok(language.health.failure(&outcome)),
-            Err(SandboxError::Lost) if lost < LOST_SANDBOXES => lost += 1,
-            Err(error) => return Err(error),
-        }
+/// Where images are checked, one at a time: all checks take the same slot. It comes back when the container is gone, also
+/// where whoever asked for a check gave it up; until then no other one begins.
+pub struct Checks {
+    free: mpsc::UnboundedSender<u32>,
+    freed: Mutex<mpsc::UnboundedReceiver<u32>>,
+}
+
+impl Default for Checks {
+    fn default() -> Checks {
+        let (free, freed) = mpsc::unbounded_channel();
+        drop(Slot::new(HEALTH_SLOT, free.clone()));
+        Checks { free, freed: Mutex::new(freed) }
     }
 }
 
-async fn run(engine: &dyn Engine, language: &Arc<Language>, image: &str) -> Result<Outcome, SandboxError> {
-    let (free, mut freed) = mpsc::unbounded_channel();
-    let spec =
-        SandboxSpec { language: Arc::clone(language), image: image.to_owned(), slot: Slot::new(HEALTH_SLOT, free) };
-    let job = language.job(language.health.code.clone().into(), Streams::Merged);
-    let outcome = match engine.start(spec).await {
-        Ok(sandbox) => sandbox.run(language, &job, &mut Live::default()).await,
-        Err(error) => Err(error),
-    };
-    // Until the container is gone its image cannot be deleted, nor its slot, and with it the uid, used again.
-    let _ = freed.recv().await;
-    outcome
+impl Checks {
+    /// Runs the health program of a language in a sandbox of an image: what is wrong with the image, if anything is.
+    /// Nothing is left of the sandbox when it returns.
+    pub async fn check(
+        &self,
+        engine: &dyn Engine,
+        language: &Arc<Language>,
+        image: &str,
+    ) -> Result<Option<String>, SandboxError> {
+        let mut lost = 0;
+        loop {
+            match self.run(engine, language, image).await {
+                Ok(outcome) => return Ok(language.health.failure(&outcome)),
+                Err(SandboxError::Lost) if lost < LOST_SANDBOXES => lost += 1,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn run(&self, engine: &dyn Engine, language: &Arc<Language>, image: &str) -> Result<Outcome, SandboxError> {
+        let mut freed = self.freed.lock().await;
+        // We hold a sender: it does not close. The keeper of the one before sees that it comes back.
+        let number = freed.recv().await.unwrap_or(HEALTH_SLOT);
+        let slot = Slot::new(number, self.free.clone());
+        let spec = SandboxSpec { language: Arc::clone(language), image: image.to_owned(), slot };
+        let job = language.job(language.health.code.clone().into(), Streams::Merged);
+        let outcome = match engine.start(spec).await {
+            Ok(sandbox) => sandbox.run(language, &job, &mut Live::default()).await,
+            Err(error) => Err(error),
+        };
+        // Until the container is gone its image cannot be deleted.
+        if let Some(number) = freed.recv().await {
+            drop(Slot::new(number, self.free.clone()));
+        }
+        outcome
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::sandbox::fake;
+
+    #[test]
+    fn no_check_begins_before_the_sandbox_of_one_that_was_given_up_is_gone() {
+        fake::on_paused_clock(|| async {
+            let (engine, mut starts) = fake::engine();
+            let checks = Arc::new(Checks::default());
+            let language = Arc::new(crate::config::tests::language("bash"));
+            let begin = || {
+                let (engine, checks, language) = (Arc::clone(&engine), Arc::clone(&checks), Arc::clone(&language));
+                tokio::spawn(async move { checks.check(&*engine, &language, "id").await })
+            };
+            let given_up = begin();
+            let init = starts.recv().await.unwrap().succeed();
+            init.begin().await;
+            given_up.abort();
+            init.released().await;
+            let next = begin();
+            let begun = tokio::time::timeout(Duration::from_secs(5), starts.recv()).await;
+            assert!(begun.is_err(), "two sandboxes are in the slot");
+            drop(init);
+            let init = starts.recv().await.unwrap().succeed();
+            init.begin().await;
+            init.end_well();
+            init.released().await;
+            drop(init);
+            let checked = next.await.unwrap().unwrap();
+            assert!(checked.unwrap().contains("printed"), "nothing was");
+        });
+    }
 }

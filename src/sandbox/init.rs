@@ -14,6 +14,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
+use std::{ptr, slice};
 
 use nix::errno::Errno;
 use nix::libc;
@@ -28,6 +29,7 @@ use nix::unistd::{
     Gid, Pid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, execve, setegid, seteuid, setgroups, setresgid,
     setresuid, setsid,
 };
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
 use rustix::process::{PidfdFlags, pidfd_open};
 use seccompiler::BpfProgram;
 
@@ -62,7 +64,9 @@ pub type Environment = Vec<(OsString, OsString)>;
 pub fn main() -> ExitCode {
     // SAFETY: first thing in a process of one thread: it is what the server passed, and nobody else knows it.
     let channel = unsafe { OwnedFd::from_raw_fd(CHANNEL_FD) };
-    let lived = seccomp::filter().and_then(|filter| live(channel, std::env::vars_os().collect(), filter));
+    // SAFETY: of what this process has open nobody owns anything but the channel.
+    let live = |filter| unsafe { live(channel, std::env::vars_os().collect(), filter) };
+    let lived = seccomp::filter().and_then(live);
     match lived {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -73,12 +77,17 @@ pub fn main() -> ExitCode {
 }
 
 /// Serves the channel until it closes. `environment` is what the image sets, and podman for it; `filter` is that of
-/// [`seccomp::filter`]. Whatever else this process has open goes: what is left of another life must not be used after this.
-pub fn live(channel: OwnedFd, environment: Environment, filter: BpfProgram) -> io::Result<()> {
+/// [`seccomp::filter`]. Whatever else this process has open is closed.
+///
+/// # Safety
+///
+/// Who owns a descriptor besides the channel and the three standard ones must neither use nor drop it after this: its number
+/// may be another's by then. Of a copy of another process that means that it ends without going back to what that had begun.
+pub unsafe fn live(channel: OwnedFd, environment: Environment, filter: BpfProgram) -> io::Result<()> {
     let kept = channel.as_raw_fd().cast_unsigned();
     for (first, last) in [(3, kept - 1), (kept + 1, u32::MAX)] {
         if first <= last {
-            // SAFETY: what is closed is used no more, as our callers promise.
+            // SAFETY: nobody uses or closes what is closed here, as our callers promise.
             unsafe { libc::close_range(first, last, 0) };
         }
     }
@@ -95,6 +104,7 @@ struct Init {
     ids: Option<(Uid, Gid)>,
     /// What every program gets.
     environment: Environment,
+    stack: Stack,
 }
 
 impl Init {
@@ -111,7 +121,16 @@ impl Init {
         // podman's own marks are not the image's.
         let environment =
             environment.into_iter().filter(|(name, _)| name != "container" && name != "HOSTNAME" && name != "TERM");
-        Ok(Init { channel, children, cgroup, filter, rules, ids: None, environment: environment.collect() })
+        Ok(Init {
+            channel,
+            children,
+            cgroup,
+            filter,
+            rules,
+            ids: None,
+            environment: environment.collect(),
+            stack: Stack::new()?,
+        })
     }
 
     fn serve(mut self) -> io::Result<()> {
@@ -364,13 +383,14 @@ fn open_to_all(place: &Path) -> io::Result<()> {
 ///
 /// The child shares our memory until it is the program, as with vfork: a copy of it would cost as much as all else. So
 /// it must leave nothing behind that we do not expect, and we stand still meanwhile.
-fn spawn(spec: &StageSpec, pipes: &[OwnedFd; 3], ids: (Uid, Gid), init: &Init) -> io::Result<Pid> {
+fn spawn(spec: &StageSpec, pipes: &[OwnedFd; 3], ids: (Uid, Gid), init: &mut Init) -> io::Result<Pid> {
     let program = Program::new(spec, &init.environment)?;
     let limits = resource_limits(spec, init.cgroup.enforced().processes);
-    let mut stack = vec![0; CHILD_STACK];
-    let mut failure = None;
+    let Init { filter, rules, stack, .. } = init;
+    let (mut confined, mut failure) = (false, None);
     let child = || {
-        let prepared = confine(pipes, ids, &limits, init);
+        let prepared = confine(pipes, ids, &limits, filter, rules);
+        confined = prepared.is_ok();
         failure = Some(prepared.map_or_else(|error| error, |()| program.replace_us()));
         libc::EXIT_FAILURE as isize
     };
@@ -378,21 +398,59 @@ fn spawn(spec: &StageSpec, pipes: &[OwnedFd; 3], ids: (Uid, Gid), init: &Init) -
     // SAFETY: the stack lives as long as the child uses it, for CLONE_VFORK returns when the child is the program or
     // has ended. Nothing else of ours runs meanwhile: this process has one thread. Nobody may look into the memory that
     // the child shares while it is already the programs' uid: it is not dumpable, and no program runs yet.
-    let pid = unsafe { clone(Box::new(child), &mut stack, flags, Some(libc::SIGCHLD)) }?;
-    match failure {
-        None => Ok(pid),
-        Some(error) => {
-            waitpid(pid, None)?;
-            Err(error)
-        }
+    let pid = unsafe { clone(Box::new(child), stack.room(), flags, Some(libc::SIGCHLD)) }?;
+    if confined && failure.is_none() {
+        return Ok(pid);
+    }
+    waitpid(pid, None)?;
+    Err(failure.unwrap_or_else(|| io::Error::other("a child ended before it was a program")))
+}
+
+/// Stack of a child in bytes until it is the program. The functions that it runs are not deep, but what they do where
+/// something fails is not ours alone; of what is not used the kernel gives nothing.
+const CHILD_STACK: usize = 256 * 1024;
+
+/// What is below it and may not be touched, in bytes: a page, of the largest that there are.
+const GUARD: usize = 64 * 1024;
+
+/// The stack of children, which begins at its end. One that needs more of it ends by a signal, and overwrites nothing of
+/// the memory that it shares with us. Mapped before there is a job, and used by one child at a time.
+struct Stack(*mut libc::c_void);
+
+impl Stack {
+    fn new() -> io::Result<Stack> {
+        let flags = MapFlags::PRIVATE | MapFlags::STACK | MapFlags::NORESERVE;
+        let rights = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: new memory, where the kernel has room for it.
+        let stack = Stack(unsafe { mmap_anonymous(ptr::null_mut(), GUARD + CHILD_STACK, rights, flags) }?);
+        // SAFETY: it is ours, and nobody uses it yet.
+        unsafe { mprotect(stack.0, GUARD, MprotectFlags::empty()) }?;
+        Ok(stack)
+    }
+
+    /// What is above the guard.
+    fn room(&mut self) -> &mut [u8] {
+        // SAFETY: it is mapped as long as we have it, can be read and written, and is zeros at first. Nobody else has it as
+        // long as it is borrowed.
+        unsafe { slice::from_raw_parts_mut(self.0.cast::<u8>().add(GUARD), CHILD_STACK) }
     }
 }
 
-/// Stack of a child in bytes until it is the program: it runs a few functions that are not deep.
-const CHILD_STACK: usize = 64 * 1024;
+impl Drop for Stack {
+    fn drop(&mut self) {
+        // SAFETY: whoever borrowed it has given it back.
+        let _ = unsafe { munmap(self.0, GUARD + CHILD_STACK) };
+    }
+}
 
 /// Takes from this process, which is to become a program, what programs do not have.
-fn confine(pipes: &[OwnedFd; 3], (uid, gid): (Uid, Gid), limits: &[(Resource, u64)], init: &Init) -> io::Result<()> {
+fn confine(
+    pipes: &[OwnedFd; 3],
+    (uid, gid): (Uid, Gid),
+    limits: &[(Resource, u64)],
+    filter: &BpfProgram,
+    rules: &landlock::Rules,
+) -> io::Result<()> {
     let [stdin, stdout, stderr] = pipes;
     dup2_stdin(stdin)?;
     dup2_stdout(stdout)?;
@@ -411,9 +469,9 @@ fn confine(pipes: &[OwnedFd; 3], (uid, gid): (Uid, Gid), limits: &[(Resource, u6
     setresuid(uid, uid, uid)?;
     SigSet::empty().thread_set_mask()?;
     default_signals();
-    init.rules.try_clone()?.restrict_self().map_err(io::Error::other)?;
+    rules.try_clone()?.restrict_self().map_err(io::Error::other)?;
     // Last: it holds from here on. It sets no_new_privs too.
-    seccompiler::apply_filter(&init.filter).map_err(io::Error::other)
+    seccompiler::apply_filter(filter).map_err(io::Error::other)
 }
 
 /// What a child becomes.
@@ -664,5 +722,26 @@ fn usage(wall: Duration, before: &Counters, after: &Counters, reaped: &Reaped) -
         memory,
         oom_kills: after.oom_kills.saturating_sub(before.oom_kills),
         forks_refused: after.forks_refused.saturating_sub(before.forks_refused),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn below_the_stack_of_children_is_what_nobody_may_touch() {
+        let mut stack = Stack::new().unwrap();
+        let room = stack.room();
+        room.fill(1);
+        let lowest = room.as_ptr().addr();
+        let maps = fs::read_to_string("/proc/self/maps").unwrap();
+        let holds = |line: &&str| {
+            let (from, to) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
+            let address = |text| usize::from_str_radix(text, 16).unwrap();
+            (address(from)..address(to)).contains(&(lowest - 1))
+        };
+        let below = maps.lines().find(holds).unwrap();
+        assert!(below.contains(" ---p "), "{below}");
     }
 }

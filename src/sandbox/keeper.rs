@@ -16,6 +16,7 @@ use super::channel::Channel;
 use super::protocol::{self, FromInit};
 use super::reaper::Living;
 use super::{Sandbox, SandboxError, Slot};
+use crate::aside::aside;
 use crate::cgroup::OwnCgroup;
 use crate::language::Language;
 use crate::metrics;
@@ -90,8 +91,11 @@ impl EngineSettings {
         self.keepers.spawn(async move {
             // Dropped in reverse: nothing else takes the place before all of this is gone.
             let _slot = slot;
-            let _owned = owned;
+            let owned = owned;
             keep(ended, remove, &told, &words, over).await;
+            if let Err(error) = aside(move || drop(owned)).await {
+                tracing::warn!(%error, "the directory or the cgroup of a sandbox may be left");
+            }
         });
         let mut sandbox = Sandbox {
             channel,

@@ -9,6 +9,9 @@ pub mod auto;
 mod build;
 mod channel;
 pub mod direct;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+pub mod fake;
 mod forgotten;
 pub mod health;
 pub mod init;
@@ -145,6 +148,10 @@ pub trait Engine: Send + Sync {
     /// Gives up what is kept for further sandboxes of an image (of all images where none is named), so that
     /// nothing but sandboxes keeps it from being deleted.
     fn release<'a>(&'a self, image: Option<&'a str>) -> BoxFuture<'a, ()>;
+
+    /// From now on sandboxes of these languages are made: gives up what is kept for others, and keeps nothing for them any
+    /// more. It goes in the background, with the last of their sandboxes.
+    fn keep_only(&self, languages: &[Arc<Language>]);
 }
 
 /// What a sandbox is made of.

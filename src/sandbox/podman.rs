@@ -18,6 +18,7 @@ use super::keeper::{EngineSettings, Started};
 use super::protocol::{JOB_DIR, WORK_DIR};
 use super::stamp::{DEVICES, LINKS};
 use super::{Engine, LABEL, LABEL_INSTANCE, LABEL_LANGUAGE, Sandbox, SandboxError, SandboxSpec, forgotten};
+use crate::aside::aside;
 use crate::language::Language;
 use crate::process::{Cmd, Passed, ProcessError, xdg_runtime_dir};
 
@@ -164,7 +165,8 @@ impl Podman {
         let names =
             self.text(&["ps", "--all", "--format", "{{.Names}}", "--filter", &ours, "--filter", &filter]).await?;
         let mut names: Vec<String> = names.lines().map(str::to_owned).collect();
-        names.extend(forgotten::monitored(instance));
+        let instance = instance.to_owned();
+        names.extend(beside_podman(move || forgotten::monitored(&instance)).await?);
         names.sort_unstable();
         names.dedup();
         Ok(names)
@@ -178,7 +180,8 @@ impl Podman {
         let fixed = ["rm", "--force", "--volumes", "--ignore", "--time", "0", "--"];
         let args = fixed.into_iter().chain(names.iter().map(String::as_str));
         let removed = self.verb(args).await;
-        forgotten::kill(names);
+        let names = names.to_vec();
+        beside_podman(move || forgotten::kill(&names)).await?;
         removed.map(drop)
     }
 
@@ -280,6 +283,12 @@ impl Podman {
     }
 }
 
+/// Looks through `/proc`, which takes long where there are many processes.
+async fn beside_podman<T: Send + 'static>(look: impl FnOnce() -> T + Send + 'static) -> Result<T, ProcessError> {
+    let late = |source| ProcessError::Io { command: "looking for forgotten containers".into(), source };
+    aside(look).await.map_err(late)
+}
+
 /// Runs a quick verb, again where it came upon an image that is half made.
 async fn settled(cmd: &Cmd) -> Result<Vec<u8>, ProcessError> {
     for _ in 1..HALF_MADE_TRIES {
@@ -350,6 +359,9 @@ impl Engine for PodmanEngine {
     fn start(&self, spec: SandboxSpec) -> BoxFuture<'_, Result<Sandbox, SandboxError>> {
         Box::pin(self.make(spec))
     }
+
+    /// Nothing is kept.
+    fn keep_only(&self, _: &[Arc<Language>]) {}
 
     fn release<'a>(&'a self, _image: Option<&'a str>) -> BoxFuture<'a, ()> {
         Box::pin(std::future::ready(()))

@@ -32,6 +32,9 @@ const POSITION_CHECK: Duration = Duration::from_millis(200);
 /// After this long without requests a language's past counts half when spare slots are given out.
 const HALF_LIFE: Duration = Duration::from_secs(60);
 
+/// Time between two looks for ready sandboxes that died without their engine's notice.
+const LOOK_PAUSE: Duration = Duration::from_secs(10);
+
 /// What is said of an image before the updater has had its first look.
 const NOT_LOOKED: &str = "its image has not been looked for yet";
 
@@ -192,14 +195,17 @@ impl Pool {
         Pool { shared }
     }
 
-    /// Takes a ready sandbox of a language, or waits for one in the queue; a watcher is told its place there.
-    /// Dropping the future leaves the queue.
+    /// Takes a ready sandbox of a language, or waits for one in the queue, until `queue.wait` has passed since the request
+    /// `came`; a watcher is told its place there. Dropping the future leaves the queue.
     pub async fn acquire(
         &self,
         language: &str,
         client: &Client,
         watcher: Option<&mpsc::UnboundedSender<Event>>,
+        came: Instant,
     ) -> Result<Sandbox, PoolError> {
+        // Dropped after the lock is.
+        let mut ended = Vec::new();
         let (place, turn, wait) = {
             let mut state = self.shared.lock();
             let wait = state.queue.settings.wait;
@@ -208,18 +214,19 @@ impl Pool {
             }
             let lane = state.lane(language)?;
             lane.note_use();
-            lane.purge();
-            lane.refusal()?;
-            if let Some(sandbox) = lane.ready.pop_front() {
+            let taken = lane.take(&mut ended);
+            state.expect(&ended);
+            if let Some(sandbox) = taken {
                 self.shared.changed.notify_one();
                 return Ok(sandbox);
             }
+            state.lane(language)?.refusal()?;
             let (id, turn) = state.queue.join(language, client)?;
             (Place { shared: &self.shared, id }, turn, wait)
         };
         self.shared.changed.notify_one();
         let waited = tokio::select! {
-            waited = tokio::time::timeout(wait, turn) => waited,
+            waited = tokio::time::timeout(wait.saturating_sub(came.elapsed()), turn) => waited,
             never = place.tell(watcher) => match never {},
         };
         drop(place);
@@ -240,6 +247,7 @@ impl Pool {
                 return;
             }
             lane.image = image;
+            let refusal = lane.image_id().err();
             lane.failures = 0;
             lane.retry_at = None;
             lane.last_error = None;
@@ -248,6 +256,10 @@ impl Pool {
             let making = std::mem::take(&mut lane.making);
             state.closing.extend(making);
             state.expect(&given_up);
+            // Those who wait are told what newcomers are.
+            if let Some(refusal) = refusal {
+                state.queue.refuse(language, &refusal);
+            }
             given_up
         };
         drop(given_up);
@@ -279,7 +291,8 @@ impl Pool {
                 };
                 state.lanes.insert(language.name.clone(), lane);
             }
-            for lane in before.into_values() {
+            for (name, lane) in before {
+                state.queue.refuse(&name, &PoolError::not_enabled(&name));
                 given_up.extend(lane.ready);
                 state.closing.extend(lane.making);
             }
@@ -294,6 +307,7 @@ impl Pool {
             given_up
         };
         drop(given_up);
+        self.shared.engine.keep_only(languages);
         self.shared.changed.notify_one();
     }
 
@@ -308,7 +322,7 @@ impl Pool {
 
     /// How a language stands.
     pub fn status(&self, language: &str) -> Status {
-        self.shared.lock().lane(language).map(Lane::status).unwrap_or_default()
+        self.shared.lock().lane(language).map(|lane| lane.status()).unwrap_or_default()
     }
 
     /// How each language stands, the default one first.
@@ -333,13 +347,13 @@ impl Pool {
 
     /// A ready sandbox of a language, if no request waits for any. It does not count as a use.
     pub fn take_idle(&self, language: &str) -> Option<Sandbox> {
+        let mut ended = Vec::new();
         let mut state = self.shared.lock();
         if state.draining || !state.queue.is_empty() {
             return None;
         }
-        let lane = state.lane(language).ok()?;
-        lane.purge();
-        let sandbox = lane.ready.pop_front();
+        let sandbox = state.lane(language).ok()?.take(&mut ended);
+        state.expect(&ended);
         self.shared.changed.notify_one();
         sandbox
     }
@@ -398,7 +412,7 @@ impl Shared {
 
     /// What a start came to: a sandbox for the first who waits for it, or a failure.
     fn arrived(&self, language: &str, generation: u64, number: u32, made: Result<Sandbox, SandboxError>) {
-        // Sandboxes that nobody wants are dropped after the lock is.
+        // Sandboxes that nobody wants, or that have ended already, are dropped after the lock is.
         let mut unwanted = None;
         {
             let mut state = self.lock();
@@ -410,7 +424,7 @@ impl Shared {
             let was_making = lane.making.remove(&number);
             closing.remove(&number);
             match made {
-                Ok(sandbox) if *draining => unwanted = Some(sandbox),
+                Ok(sandbox) if *draining || sandbox.is_gone() => unwanted = Some(sandbox),
                 Ok(sandbox) => {
                     lane.failures = 0;
                     lane.retry_at = None;
@@ -442,10 +456,17 @@ impl Shared {
 /// Makes what [`State::next_step`] says until the pool is drained.
 async fn manage(shared: Arc<Shared>, mut given_back: mpsc::UnboundedReceiver<u32>) {
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    let mut look_at = Instant::now() + LOOK_PAUSE;
     loop {
+        if Instant::now() >= look_at {
+            look_at = Instant::now() + LOOK_PAUSE;
+            let dead = shared.lock().take_dead();
+            drop(dead);
+        }
         let retry_at = loop {
             let mut state = shared.lock();
-            match state.next_step(cores, Instant::now()) {
+            let now = Instant::now();
+            match state.next_step(cores, now) {
                 Step::Make(name) => {
                     let Some(number) = state.free.pop() else { break None };
                     let Some(lane) = state.lanes.get_mut(&name) else {
@@ -471,14 +492,19 @@ async fn manage(shared: Arc<Shared>, mut given_back: mpsc::UnboundedReceiver<u32
                     drop(state);
                     drop(given_up);
                 }
-                Step::Nothing => break state.lanes.values().filter_map(|lane| lane.retry_at).min(),
+                // A pause that is over waits for something else now: an attempt, a slot or a core, which tell of themselves.
+                Step::Nothing => {
+                    break state.lanes.values().filter_map(|lane| lane.retry_at).filter(|at| *at > now).min();
+                }
             }
         };
-        // Also wakes by itself: a ready sandbox may have died in silence.
-        let wake = retry_at.unwrap_or_else(|| Instant::now() + RETRY_LONGEST);
+        let wake = retry_at.map_or(look_at, |at| at.min(look_at));
         tokio::select! {
             () = shared.changed.notified() => {}
-            Some(number) = given_back.recv() => shared.lock().take_back(number),
+            Some(number) = given_back.recv() => {
+                let ended = shared.lock().take_back(number);
+                drop(ended);
+            }
             () = tokio::time::sleep_until(wake) => {}
             () = shared.stop.cancelled() => return,
         }
@@ -491,7 +517,7 @@ impl State {
         self.slots = slots;
         // Beyond the new number only those that are taken still exist.
         for number in std::mem::take(&mut self.free) {
-            self.take_back(number);
+            let _none = self.take_back(number);
         }
         for number in (0..slots).rev() {
             if self.existing.insert(number) {
@@ -500,15 +526,32 @@ impl State {
         }
     }
 
-    fn take_back(&mut self, number: u32) {
+    /// A slot has come back, and with it the ready sandbox that was in it, if that ended by itself.
+    fn take_back(&mut self, number: u32) -> Vec<Sandbox> {
         self.closing.remove(&number);
+        let mut ended = Vec::new();
         for lane in self.lanes.values_mut() {
             lane.making.remove(&number);
+            let at = lane.ready.iter().position(|sandbox| sandbox.number == number);
+            ended.extend(at.and_then(|at| lane.ready.remove(at)));
         }
         match number < self.slots {
             true => self.free.push(number),
             false => drop(self.existing.remove(&number)),
         }
+        ended
+    }
+
+    /// Ready sandboxes whose init has gone, whether or not their engine knows. Each costs a system call.
+    fn take_dead(&mut self) -> VecDeque<Sandbox> {
+        let mut dead = VecDeque::new();
+        for lane in self.lanes.values_mut() {
+            let (gone, living) = std::mem::take(&mut lane.ready).into_iter().partition(Sandbox::is_gone);
+            lane.ready = living;
+            dead.extend::<VecDeque<Sandbox>>(gone);
+        }
+        self.expect(&dead);
+        dead
     }
 
     /// The slots of these are going to come back. Those whose container had ended by itself are gone already.
@@ -526,7 +569,6 @@ impl State {
         if self.draining {
             return Step::Nothing;
         }
-        self.lanes.values_mut().for_each(Lane::purge);
         let making: usize = self.lanes.values().map(|lane| lane.making.len()).sum();
         let mut expected: BTreeMap<&str, usize> =
             self.lanes.iter().map(|(name, lane)| (name.as_str(), lane.making.len())).collect();
@@ -611,11 +653,10 @@ impl Lane {
         }
     }
 
-    fn status(&mut self) -> Status {
-        self.purge();
+    fn status(&self) -> Status {
         let missing = self.image_id().err().map(|error| error.to_string());
         Status {
-            ready: self.ready.len(),
+            ready: self.ready.iter().filter(|sandbox| !sandbox.gone.is_cancelled()).count(),
             problem: missing.or_else(|| self.last_error.clone()),
             enforced: self.enforced,
             proved_at: self.proved_at,
@@ -656,9 +697,16 @@ impl Lane {
         self.last_error = Some(reason.to_owned());
     }
 
-    /// Forgets ready sandboxes whose container has ended.
-    fn purge(&mut self) {
-        self.ready.retain(|sandbox| !sandbox.is_gone());
+    /// The first ready sandbox that lives; those before it have ended. The others are not asked, which costs a system
+    /// call for each: their engine gives their slots back.
+    fn take(&mut self, ended: &mut Vec<Sandbox>) -> Option<Sandbox> {
+        while let Some(sandbox) = self.ready.pop_front() {
+            if !sandbox.is_gone() {
+                return Some(sandbox);
+            }
+            ended.push(sandbox);
+        }
+        None
     }
 
     fn note_use(&mut self) {
@@ -685,6 +733,7 @@ mod tests {
     use futures_util::future::BoxFuture;
 
     use super::*;
+    use crate::sandbox::fake;
     use crate::sandbox::queue::Turn;
 
     fn state(slots: u32, names: &[&str]) -> State {
@@ -799,6 +848,8 @@ mod tests {
         fn release<'a>(&'a self, _: Option<&'a str>) -> BoxFuture<'a, ()> {
             Box::pin(std::future::ready(()))
         }
+
+        fn keep_only(&self, _: &[Arc<Language>]) {}
     }
 
     fn shared(state: State) -> Shared {
@@ -807,14 +858,102 @@ mod tests {
         Shared { engine: Arc::new(Idle), state: Mutex::new(state), changed, freed, stop }
     }
 
+    fn bash() -> Arc<Language> {
+        Arc::new(crate::config::tests::language("bash"))
+    }
+
+    fn queue_settings() -> QueueSettings {
+        QueueSettings { length: 10, wait: Duration::from_secs(30), fair: false }
+    }
+
+    /// A pool for bash, whose image is there, and the starts of its engine.
+    fn pool(slots: u32) -> (Arc<Pool>, mpsc::UnboundedReceiver<fake::Start>) {
+        let (engine, starts) = fake::engine();
+        let pool = Arc::new(Pool::new(engine, slots, queue_settings(), &[bash()]));
+        pool.set_image("bash", Image::Ready("id".into()));
+        (pool, starts)
+    }
+
+    #[test]
+    fn an_attempt_after_a_failure_is_waited_for_at_rest() {
+        fake::on_paused_clock(|| async {
+            let (pool, mut starts) = pool(1);
+            drop(starts.recv().await.unwrap());
+            let hangs = starts.recv().await.unwrap();
+            tokio::time::sleep(Duration::from_secs(30)).await;
+            let _init = hangs.succeed();
+            let made = pool.acquire("bash", &Client::default(), None, Instant::now()).await;
+            assert!(made.is_ok(), "{made:?}");
+        });
+    }
+
+    #[test]
+    fn who_waits_for_a_language_that_goes_is_refused_at_once() {
+        fake::on_paused_clock(|| async {
+            for image_goes in [true, false] {
+                let (pool, mut starts) = pool(1);
+                let begun = Instant::now();
+                let (waiter, client) = (Arc::clone(&pool), Client::default());
+                let waiting = tokio::spawn(async move { waiter.acquire("bash", &client, None, begun).await });
+                let _hangs = starts.recv().await.unwrap();
+                while pool.queue_length() == 0 {
+                    tokio::task::yield_now().await;
+                }
+                match image_goes {
+                    true => pool.set_image("bash", Image::Missing("it was deleted".into())),
+                    false => pool.reconfigure(1, queue_settings(), &[]),
+                }
+                let refusal = waiting.await.unwrap().unwrap_err();
+                assert!(matches!(refusal, PoolError::Unavailable { .. }), "{refusal}");
+                assert_eq!(begun.elapsed(), Duration::ZERO);
+            }
+        });
+    }
+
+    /// Waits until so many sandboxes are ready.
+    async fn wait_ready(pool: &Pool, count: usize) {
+        while pool.status("bash").ready != count {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    #[test]
+    fn ready_sandboxes_that_end_are_not_given_and_their_slots_used_again() {
+        fake::on_paused_clock(|| async {
+            let (pool, mut starts) = pool(3);
+            let mut inits = VecDeque::new();
+            for ready in 1..=3 {
+                inits.push_back(starts.recv().await.unwrap().succeed());
+                wait_ready(&pool, ready).await;
+            }
+            // The engine tells of one, and nobody asks.
+            let told = inits.remove(1).unwrap();
+            let slot = told.slot();
+            drop(told);
+            let again = starts.recv().await.unwrap();
+            assert_eq!(again.spec.slot.number, slot);
+            inits.push_back(again.succeed());
+            wait_ready(&pool, 3).await;
+            // One whose end nobody has noticed yet is passed over when it is its turn, and given up.
+            let mut first = inits.pop_front().unwrap();
+            first.close_channel();
+            let given = pool.acquire("bash", &Client::default(), None, Instant::now()).await.unwrap();
+            assert_eq!(given.number, inits[0].slot());
+            first.released().await;
+            // One that stays in silence is found in a while.
+            inits[1].close_channel();
+            inits[1].released().await;
+        });
+    }
+
     #[tokio::test]
     async fn a_slot_is_awaited_until_it_comes_back_and_no_other() {
         let mut state = state(3, &["a"]);
         state.free.clear();
         state.closing.insert(1);
-        state.take_back(0);
+        drop(state.take_back(0));
         assert_eq!(state.closing, BTreeSet::from([1]), "what a finished run gives back was not awaited");
-        state.take_back(1);
+        drop(state.take_back(1));
         assert!(state.closing.is_empty());
     }
 
@@ -824,14 +963,14 @@ mod tests {
             let mut state = state(1, &["a"]);
             assert_eq!(state.made(), ["a"]);
             if is_back {
-                state.take_back(0);
+                drop(state.take_back(0));
             }
             let shared = shared(state);
             shared.arrived("a", 0, 0, Err(SandboxError::Lost));
             let mut state = shared.lock();
             assert_eq!(state.closing.is_empty(), is_back);
             if !is_back {
-                state.take_back(0);
+                drop(state.take_back(0));
             }
             assert!(state.closing.is_empty() && state.lanes["a"].making.is_empty());
         }
@@ -848,7 +987,7 @@ mod tests {
         seen.sort_unstable();
         assert_eq!(seen, [0, 1, 2, 3]);
         state.resize(1);
-        taken.into_iter().for_each(|number| state.take_back(number));
+        taken.into_iter().for_each(|number| drop(state.take_back(number)));
         assert_eq!(state.free, [0]);
     }
 }

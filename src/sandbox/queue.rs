@@ -45,7 +45,9 @@ impl Queue {
             self.make_place(client)?;
         }
         let latest = self.waiters.iter().filter(|waiter| waiter.client == *client).map(|waiter| waiter.round).max();
-        let round = if self.settings.fair { self.round.max(latest.unwrap_or(0)) + 1 } else { self.round };
+        let last = self.waiters.back().map_or(self.round, |waiter| waiter.round);
+        // It may have been fair when the others came.
+        let round = if self.settings.fair { self.round.max(latest.unwrap_or(0)) + 1 } else { self.round.max(last) };
         let at = self.waiters.partition_point(|waiter| waiter.round <= round);
         let id = self.next;
         self.next += 1;
@@ -197,6 +199,20 @@ mod tests {
         queue.settings.length = 2;
         let _turns = [client("x"), client("x")].map(|client| queue.join("a", &client).unwrap());
         assert!(matches!(queue.join("a", &client("y")), Err(PoolError::QueueFull { length: 2 })));
+    }
+
+    #[test]
+    fn newcomers_overtake_nobody_once_a_queue_is_fair_no_more() {
+        let mut queue = queue();
+        let turns = |queue: &mut Queue, arrivals: &str| -> Vec<_> {
+            arrivals.chars().map(|c| queue.join("a", &client(&c.to_string())).unwrap()).collect()
+        };
+        let _waiting = turns(&mut queue, "xxx");
+        queue.settings.fair = false;
+        let _newcomers = turns(&mut queue, "yz");
+        queue.settings.fair = true;
+        let _last = turns(&mut queue, "z");
+        assert_eq!((0..6).map(|_| serve(&mut queue)).collect::<String>(), "xxxyzz");
     }
 
     #[test]

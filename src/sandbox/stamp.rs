@@ -118,7 +118,12 @@ impl Mould {
         Child::spawn(namespaces, cgroup, || {
             self.furnish(&own)?;
             self.give_up()?;
-            init::live(own.channel, environment(&self.plan), self.programs.clone())
+            // Nobody is to close it once more at the end: its number may be another's by then.
+            let Own { channel, cgroup, .. } = own;
+            drop(cgroup);
+            // SAFETY: whatever else is open here is the agent's, copied with all of its memory. This process ends by _exit,
+            // without going back to any of it.
+            unsafe { init::live(channel, environment(&self.plan), self.programs.clone()) }
         })
     }
 

@@ -1,5 +1,6 @@
 //! The other verbs: `run`, `config`, and what they print.
 
+use std::io::Read;
 use std::path::PathBuf;
 use std::process::{Child, Output, Stdio};
 use std::time::Instant;
@@ -215,17 +216,43 @@ fn manuals_and_completions_tell_of_every_verb() {
 #[test]
 fn a_run_once_that_is_interrupted_leaves_nothing() {
     let once = Once::new("[limits]\nrun_time = \"120s\"");
-    let mark = marked_seconds(100);
-    let started = Instant::now();
-    let mut child = once.start("main.sh", &format!("sleep {mark}"), &[]);
-    let instance = format!("run-{}", child.id());
-    wait_running(&mark);
-    assert!(!leftovers::containers(&instance).is_empty());
-    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
-    let status = eventually("its end", || child.try_wait().unwrap());
-    assert_eq!(status.code(), Some(130));
-    wait_gone(&mark);
-    leftovers::assert_none(&instance, started);
+    // The latter where the terminal was closed.
+    for signal in [Signal::SIGINT, Signal::SIGHUP] {
+        let mark = marked_seconds(100);
+        let started = Instant::now();
+        let mut child = once.start("main.sh", &format!("sleep {mark}"), &[]);
+        let instance = format!("run-{}", child.id());
+        wait_running(&mark);
+        assert!(!leftovers::containers(&instance).is_empty());
+        kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
+        let status = eventually("its end", || child.try_wait().unwrap());
+        assert_eq!(status.code(), Some(130));
+        wait_gone(&mark);
+        leftovers::assert_none(&instance, started);
+    }
+}
+
+#[test]
+fn a_run_once_under_nohup_outlives_its_terminal() {
+    let once = Once::new("");
+    let path = once.write("main.sh", "echo ready; read line; echo $line");
+    let command = once.files.command("run", &Once::options(""));
+    // What nohup does.
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", "trap '' HUP; exec \"$0\" \"$@\""]).arg(command.get_program()).args(command.get_args()).arg(path);
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => shell.env(name, value),
+            None => shell.env_remove(name),
+        };
+    }
+    shell.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = shell.spawn().unwrap();
+    let mut ready = [0; 6];
+    child.stdout.as_mut().unwrap().read_exact(&mut ready).unwrap();
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGHUP).unwrap();
+    let output = harness::finish(child, b"typed\n");
+    assert_eq!((text(&output.stdout), output.status.code()), ("typed\n", Some(0)));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! `coderunner doctor`: what it tries, what it says of walls that are not there, and that it leaves nothing.
 
-use std::process::Output;
+use std::process::{Output, Stdio};
 use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
@@ -218,15 +218,18 @@ fn images_that_are_missing_are_told_with_a_way_to_get_them() {
 
 #[test]
 fn a_doctor_that_is_interrupted_leaves_nothing() {
-    let started = Instant::now();
-    let options = Options { languages: &["bash"], ..Options::default() };
-    let files = Files::new(&options);
-    let mut command = files.command("doctor", &options);
-    let mut child = command.stdout(std::process::Stdio::null()).spawn().unwrap();
-    let instance = format!("{}-doctor-direct", files.instance);
-    eventually("a container of its own", || (!leftovers::containers(&instance).is_empty()).then_some(()));
-    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
-    let status = eventually("its end", || child.try_wait().unwrap());
-    assert_eq!(status.code(), Some(1));
-    assert_nothing_left(&files.instance, started);
+    // The latter where the terminal was closed.
+    for signal in [Signal::SIGINT, Signal::SIGHUP] {
+        let started = Instant::now();
+        let options = Options { languages: &["bash"], ..Options::default() };
+        let files = Files::new(&options);
+        let mut command = files.command("doctor", &options);
+        let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let instance = format!("{}-doctor-direct", files.instance);
+        eventually("a container of its own", || (!leftovers::containers(&instance).is_empty()).then_some(()));
+        kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
+        let output = harness::finish(child, b"");
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0), "{signal}: no report");
+        assert_nothing_left(&files.instance, started);
+    }
 }

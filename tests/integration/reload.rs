@@ -52,6 +52,21 @@ fn a_reload_tells_what_only_a_restart_changes() {
 }
 
 #[test]
+fn a_language_that_a_reload_removes_keeps_no_container() {
+    let options = Options { languages: &["bash", "python"], config: "engine = \"direct\"", ..Options::default() };
+    let server = Server::start(options);
+    server.wait_each_ready();
+    assert_eq!(server.containers().len(), 2, "a template for each language");
+    edit(&server, "[\"bash\", \"python\"]", "[\"bash\"]");
+    server.signal(Signal::SIGHUP);
+    server.wait_log(&["configuration reloaded"]);
+    // Long before the sweep of what nobody owns: this one has an owner.
+    eventually("its template is removed", || (server.containers().len() == 1).then_some(()));
+    assert_eq!(server.run("echo alive"), Answer::ran("alive\n"));
+    server.stop();
+}
+
+#[test]
 fn a_reload_does_not_wait_for_a_pull() {
     let slow = StandIn::new("[ \"$1\" != pull ] || while [ -e podman ]; do sleep 0.05; done");
     let config = slow.config() + "language.c.image = \"registry.invalid/c\"";

@@ -1,10 +1,17 @@
 //! The end of a server, asked for or not: what becomes of its requests, and that nothing is left.
 
-use nix::sys::signal::Signal;
+use std::process::Stdio;
+use std::time::Instant;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::client::{Answer, Pending};
-use crate::harness::{Files, Options, Server, eventually, marked_seconds, refused_with, wait_gone, wait_running};
+use crate::harness::{
+    Files, Options, Server, eventually, finish, marked_seconds, refused_with, wait_gone, wait_running,
+};
 use crate::leftovers::{self, podman};
+use crate::stand_in::StandIn;
 
 fn options(config: &str) -> Options<'_> {
     Options { languages: &["bash"], config, ..Options::default() }
@@ -33,6 +40,27 @@ fn a_running_program_is_let_finish_while_nobody_new_comes_in() {
         assert_eq!(running.reply().answer(), Answer::ran("done\n"));
         server.ends_well();
     }
+}
+
+#[test]
+fn a_server_that_still_tries_its_limits_ends_when_it_is_asked_to() {
+    let mark = marked_seconds(10_000);
+    // A host of which podman says that it can limit, and an import that hangs.
+    let info = r#"{"host": {"cgroupVersion": "v2", "cgroupControllers": ["cpu", "memory", "pids"]}}"#;
+    let hangs = StandIn::answering("info", info, &format!("[ \"$1\" != import ] || exec sleep {mark}"));
+    let config = hangs.config() + "require_limits = true";
+    let (options, started) = (options(&config), Instant::now());
+    let files = Files::new(&options);
+    let mut command = files.command("serve", &options);
+    let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    wait_running(&mark);
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
+    let output = finish(child, b"");
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(log.contains("stopped") && !log.contains("cannot try the limits") && !log.contains("listening"), "{log}");
+    wait_gone(&mark);
+    leftovers::assert_none(&files.instance, started);
 }
 
 #[test]

@@ -21,6 +21,16 @@ impl StandIn {
         StandIn::write(|dir| format!("(cd {} || exit\n{script}\n) || exit", dir.display()))
     }
 
+    /// Like [`StandIn::new`], but this verb is answered with a line and nothing else.
+    pub fn answering(verb: &str, line: &str, script: &str) -> StandIn {
+        StandIn::write(|dir| {
+            format!(
+                "[ \"$1\" != {verb} ] || {{ echo '{line}'; exit; }}\n(cd {} || exit\n{script}\n) || exit",
+                dir.display()
+            )
+        })
+    }
+
     /// Replaces arguments by others on their way to the real podman, or leaves them out where the other is empty.
     pub fn replacing(changes: &[(&str, &str)]) -> StandIn {
         let cases: String = changes.iter().map(|(from, to)| format!("{from}) arg={to} ;;\n")).collect();
