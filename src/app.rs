@@ -1,5 +1,6 @@
 //! Builds everything from the settings and owns the order of shutdown.
 
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -12,7 +13,8 @@ use tokio_util::task::TaskTracker;
 
 use crate::access::Gate;
 use crate::api::front::Front;
-use crate::api::{self, ApiSettings};
+use crate::api::origin::Origins;
+use crate::api::{self, ApiSettings, Budget};
 use crate::cache::MemoCache;
 use crate::config::{EngineKind, Overrides, Settings};
 use crate::control;
@@ -152,7 +154,7 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     let pool = Arc::new(Pool::new(Arc::clone(&workshop.engine), slots(&settings), settings.queue, &languages));
     let tasks = Tasks::default();
     let metrics = Export::install()?;
-    let (front, current_front) = watch::channel(front(&settings, &languages, &pool, &tasks, &metrics)?);
+    let (front, current_front) = watch::channel(front(&settings, address, &languages, &pool, &tasks, &metrics)?);
 
     let (orders, taken) = mpsc::channel::<Order>(ORDERS);
     let (wanted, wants) = watch::channel((languages.clone(), settings.update));
@@ -189,7 +191,8 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     ));
     background.spawn(metrics.clone().keep_up(stop_background.clone()));
     background.spawn(control::serve(control_socket(&workshop.instance)?, orders, stop_background.clone()));
-    let reloader = Reloader { file, overrides, front, pool: Arc::clone(&pool), tasks: tasks.clone(), wanted, metrics };
+    let reloader =
+        Reloader { file, overrides, address, front, pool: Arc::clone(&pool), tasks: tasks.clone(), wanted, metrics };
     background.spawn(reloader.run(reloads, settings.clone(), stop_background));
     let (reported, running) = (Arc::clone(&pool), tasks.clone());
     let _report = service::report(move || {
@@ -227,6 +230,8 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
 struct Reloader {
     file: Option<PathBuf>,
     overrides: Overrides,
+    /// Where it listens, whoever opened that.
+    address: SocketAddr,
     front: watch::Sender<Arc<Front>>,
     pool: Arc<Pool>,
     tasks: Tasks,
@@ -271,7 +276,7 @@ impl Reloader {
             );
         }
         let languages = new.enabled()?;
-        let front = front(new, &languages, &self.pool, &self.tasks, &self.metrics)?;
+        let front = front(new, self.address, &languages, &self.pool, &self.tasks, &self.metrics)?;
         self.pool.reconfigure(slots(new), new.queue, &languages);
         self.front.send_replace(front);
         self.wanted.send_replace((languages, new.update));
@@ -281,6 +286,7 @@ impl Reloader {
 
 fn front(
     settings: &Settings,
+    address: SocketAddr,
     languages: &[Arc<Language>],
     pool: &Arc<Pool>,
     tasks: &Tasks,
@@ -290,13 +296,15 @@ fn front(
     let runner = Runner::new(languages.to_vec(), memo, Arc::clone(pool), tasks.clone());
     let bytes = |size: bytesize::ByteSize| usize::try_from(size.as_u64()).unwrap_or(usize::MAX);
     let api_settings = ApiSettings {
-        cors_origins: settings.cors_origins.clone(),
+        answers: Arc::new(Budget::new(bytes(settings.answer_memory))),
+        bodies: Arc::new(Budget::new(bytes(settings.answer_memory))),
         body_limit: bytes(settings.body_limit),
         source_limit: bytes(settings.source_limit),
         playground: settings.playground,
     };
     let routes = api::routes(Arc::new(runner), api_settings, Readiness::new(settings.ready), metrics.clone());
-    Ok(Arc::new(Front { routes, gate: Gate::new(&settings.access) }))
+    let origins = Origins::new(&settings.allowed_hosts, &settings.cors_origins, address);
+    Ok(Arc::new(Front { routes, gate: Gate::new(&settings.access), origins }))
 }
 
 /// Tells how old an image is; that is of no use to anything but a metric.

@@ -12,6 +12,10 @@ use crate::job::{JobKey, Outcome};
 /// Most entries, whatever their size: bounds the index.
 const ENTRIES: usize = 100_000;
 
+/// Bytes that an entry takes beside its outcome: the key and the time in the list and in the index, their links, the
+/// counts of the shared outcome, and what the allocator rounds up.
+const ENTRY: usize = 256;
+
 /// An outcome, and since when it is kept.
 type Kept = (Arc<Outcome>, Instant);
 
@@ -31,7 +35,7 @@ impl MemoCache {
             .max_size(ENTRIES)
             .ttl(settings.ttl)
             .on_evict(move |_, (outcome, _): &Kept| {
-                freed.fetch_sub(outcome.size(), Ordering::Relaxed);
+                freed.fetch_sub(cost(outcome), Ordering::Relaxed);
             })
             .build()?;
         let capacity = usize::try_from(settings.size.as_u64()).unwrap_or(usize::MAX);
@@ -51,14 +55,14 @@ impl MemoCache {
 
     /// Keeps an outcome, if it is of a kind that may be kept.
     pub fn put(&self, key: JobKey, outcome: &Arc<Outcome>) {
-        let size = outcome.size();
+        let size = cost(outcome);
         if !outcome.verdict().is_repeatable() || size > self.capacity {
             return;
         }
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         self.bytes.fetch_add(size, Ordering::Relaxed);
         if let Some((replaced, _)) = entries.cache_set(key, (Arc::clone(outcome), Instant::now())) {
-            self.bytes.fetch_sub(replaced.size(), Ordering::Relaxed);
+            self.bytes.fetch_sub(cost(&replaced), Ordering::Relaxed);
         }
         // Those whose time is over are among the least recently used soon: looking for them would be a walk through all.
         while self.bytes.load(Ordering::Relaxed) > self.capacity && entries.cache_size() > 1 {
@@ -68,6 +72,11 @@ impl MemoCache {
         }
         entries.set_max_size(ENTRIES);
     }
+}
+
+/// Bytes of memory that keeping an outcome costs.
+fn cost(outcome: &Outcome) -> usize {
+    outcome.size() + ENTRY
 }
 
 #[cfg(test)]
@@ -145,7 +154,7 @@ mod tests {
         let small = outcome(Ended::Exited(0), 1);
         // CPU time of this thread for 500 entries more than there is room for.
         let mut cost = |entries: u32| {
-            let memo = memo(Duration::from_secs(600), small.size() as u64 * u64::from(entries));
+            let memo = memo(Duration::from_secs(600), super::cost(&small) as u64 * u64::from(entries));
             let keys: Vec<JobKey> = (0..entries + 500).map(&mut key).collect();
             let (fill, more) = keys.split_at(entries as usize);
             fill.iter().for_each(|key| memo.put(*key, &small));
@@ -162,11 +171,19 @@ mod tests {
     }
 
     #[test]
+    fn an_entry_costs_what_it_takes() {
+        let entry = size_of::<JobKey>() * 2 + size_of::<Kept>() + size_of::<Outcome>();
+        let reason = "r".repeat(5000);
+        assert!(cost(&outcome(Ended::Exited(0), 0)) > entry);
+        assert!(cost(&outcome(Ended::NotStarted(reason), 1000)) > entry + 6000);
+    }
+
+    #[test]
     fn replacing_an_entry_counts_it_once() {
         let memo = memo(Duration::from_secs(60), 1 << 20);
         for _ in 0..3 {
             memo.put(key(1), &outcome(Ended::Exited(0), 1000));
         }
-        assert_eq!(memo.bytes(), outcome(Ended::Exited(0), 1000).size());
+        assert_eq!(memo.bytes(), cost(&outcome(Ended::Exited(0), 1000)));
     }
 }

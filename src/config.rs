@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use warp::http::Uri;
 
 use crate::access::AccessSettings;
+use crate::api::origin::is_host;
 use crate::job::Limits;
 use crate::language::{self, Language, LanguageError, LanguageSettings};
 
@@ -115,11 +116,14 @@ pub struct Settings {
     pub languages: Vec<String>,
     pub containers: usize,
     pub require_limits: bool,
+    pub allowed_hosts: Vec<String>,
     pub cors_origins: Vec<String>,
     #[serde(serialize_with = "exact")]
     pub body_limit: ByteSize,
     #[serde(serialize_with = "exact")]
     pub source_limit: ByteSize,
+    #[serde(serialize_with = "exact")]
+    pub answer_memory: ByteSize,
     pub playground: bool,
     pub podman: PathBuf,
     pub queue: QueueSettings,
@@ -305,6 +309,7 @@ impl Settings {
         within("body_limit", self.body_limit, ByteSize::kib(1), ByteSize::mib(256), size_text)?;
         let named = |s: &ByteSize| size_text(s) + if *s == self.body_limit { ", body_limit" } else { "" };
         within("source_limit", self.source_limit, ByteSize(1), self.body_limit, named)?;
+        within("answer_memory", self.answer_memory, ByteSize::mib(4), ByteSize::tib(1), size_text)?;
         if !language::is_name(&self.instance) {
             return Err(ConfigError::OutOfRange {
                 key: "instance".into(),
@@ -318,6 +323,15 @@ impl Settings {
                 value: format!("{:?}", self.podman),
                 allowed: "an absolute path, or a name to be found on PATH".into(),
             });
+        }
+        for host in &self.allowed_hosts {
+            if host != "*" && !is_host(host) {
+                return Err(ConfigError::OutOfRange {
+                    key: "allowed_hosts".into(),
+                    value: format!("{host:?}"),
+                    allowed: "\"*\", or names and addresses without a port like \"run.example.org\"".into(),
+                });
+            }
         }
         for origin in &self.cors_origins {
             if origin != "*" && !is_origin(origin) {
@@ -578,6 +592,15 @@ pub(crate) mod tests {
         let written = toml::to_string(&settings).unwrap();
         assert!(written.contains("memory = \"1300MiB\"") && written.contains("output = \"1100B\""), "{written}");
         assert!(written.contains("size = \"0B\""), "{written}");
+    }
+
+    #[test]
+    fn hosts_are_told_without_ports() {
+        load("allowed_hosts = [\"*\", \"run.example.org\", \"192.0.2.1\", \"[::1]\"]").unwrap();
+        for host in ["http://run.example.org", "run.example.org:80", ""] {
+            let message = refusal(&format!("allowed_hosts = [{host:?}]"));
+            assert!(message.contains("allowed_hosts") && message.contains("without a port"), "{message}");
+        }
     }
 
     #[test]

@@ -343,26 +343,24 @@ impl StageOutcome {
 
     /// What it printed, with a last line where it was cut short or something was left out.
     pub fn explained(&self) -> String {
-        let mut text = self.output.text();
-        if let Some(notes) = self.notes() {
-            if !text.is_empty() && !text.ends_with('\n') {
-                text.push('\n');
-            }
-            text += &notes;
-        }
-        text
+        self.output.text() + &self.notes_after().unwrap_or_default()
+    }
+
+    /// What follows the text of what was printed, in lines of its own.
+    pub fn notes_after(&self) -> Option<String> {
+        let notes = self.notes()?;
+        Some(if self.output.ends_line() { notes } else { format!("\n{notes}") })
     }
 
     /// Why it was cut short, in one line without its end.
     pub fn why(&self) -> Option<String> {
-        let seconds = |us: u64| us as f64 / 1e6;
         match (self.verdict(), &self.ended) {
             (Verdict::MemoryLimit, _) => Some("killed: out of memory".to_owned()),
             (Verdict::ProcessLimit, _) => Some("failed: no more processes or threads allowed".to_owned()),
             (Verdict::OutputLimit, Ended::Killed) => Some("killed: too much output".to_owned()),
             (Verdict::OutputLimit, _) => Some("too much output".to_owned()),
-            (_, Ended::WallTime) => Some(format!("killed: out of time after {:.1} s", seconds(self.usage.wall_us))),
-            (_, Ended::CpuTime) => Some(format!("killed: out of CPU time after {:.1} s", seconds(self.usage.cpu_us))),
+            (_, Ended::WallTime) => Some(format!("killed: out of time after {}", lasted(self.usage.wall_us))),
+            (_, Ended::CpuTime) => Some(format!("killed: out of CPU time after {}", lasted(self.usage.cpu_us))),
             (_, Ended::Killed) => Some("killed".to_owned()),
             (_, Ended::Signalled(number)) => Some(match nix::sys::signal::Signal::try_from(*number) {
                 Ok(signal) => format!("ended by signal {number} ({signal})"),
@@ -384,6 +382,15 @@ impl StageOutcome {
             .then(|| format!("output cut: {} of {} bytes shown", self.output.kept(), self.output.total_both()));
         let lines: String = cut.into_iter().chain(self.why()).map(|line| format!("coderunner: {line}\n")).collect();
         (!lines.is_empty()).then_some(lines)
+    }
+}
+
+/// A time in microseconds in a unit that leaves it two digits at least.
+fn lasted(us: u64) -> String {
+    match us as f64 {
+        us if us >= 1e6 => format!("{:.1} s", us / 1e6),
+        us if us >= 1e4 => format!("{:.0} ms", us / 1e3),
+        us => format!("{:.1} ms", us / 1e3),
     }
 }
 
@@ -411,10 +418,22 @@ impl Outcome {
         self.run.is_some()
     }
 
-    /// Bytes of memory that keeping this costs, about.
+    /// The stage of this kind, if there was one.
+    pub fn stage(&self, stage: Stage) -> Option<&StageOutcome> {
+        match stage {
+            Stage::Compile => self.compile.as_ref(),
+            Stage::Run => self.run.as_ref(),
+        }
+    }
+
+    /// Bytes of memory that it takes, what its parts have allocated included.
     pub fn size(&self) -> usize {
-        let stage = |s: &Option<StageOutcome>| s.as_ref().map_or(0, |s| s.output.size() + 256);
-        stage(&self.compile) + stage(&self.run) + 256
+        let reason = |ended: &Ended| match ended {
+            Ended::NotStarted(reason) => reason.capacity(),
+            _ => 0,
+        };
+        let stages = self.compile.iter().chain(&self.run);
+        size_of::<Outcome>() + stages.map(|stage| stage.output.size() + reason(&stage.ended)).sum::<usize>()
     }
 }
 
@@ -428,13 +447,44 @@ pub enum Stream {
     Stderr,
 }
 
+/// Bytes of one stream in a row, packed: a program can make there be as many as bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Run(u32);
+
+impl Run {
+    /// The bit that says which stream; the others are the length.
+    const STDERR: u32 = 1 << 31;
+
+    /// Of as many of these bytes as fit in one, 2 GiB.
+    fn new(stream: Stream, length: usize) -> Run {
+        let length = u32::try_from(length).unwrap_or(u32::MAX).min(Run::STDERR - 1);
+        Run(if stream == Stream::Stderr { length | Run::STDERR } else { length })
+    }
+
+    fn stream(self) -> Stream {
+        if self.0 & Run::STDERR != 0 { Stream::Stderr } else { Stream::Stdout }
+    }
+
+    fn length(self) -> usize {
+        (self.0 & !Run::STDERR) as usize
+    }
+}
+
+/// How far a reader of an [`Output`] has come.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Place {
+    run: usize,
+    within: usize,
+    byte: usize,
+}
+
 /// What a stage printed: the first bytes of each stream in order of arrival, and how much there was.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Output {
     bytes: Vec<u8>,
     /// Whose the bytes are, from the first on, and how many in a row: a program that changes from one stream to the
     /// other with each byte makes many of these.
-    runs: Vec<(Stream, usize)>,
+    runs: Vec<Run>,
     kept: [usize; 2],
     total: [u64; 2],
     /// Whether the stage printed more than it may at all.
@@ -449,27 +499,59 @@ impl Output {
         let fits = &bytes[..bytes.len().min(cap.saturating_sub(self.kept[at]))];
         self.kept[at] += fits.len();
         self.bytes.extend_from_slice(fits);
-        match self.runs.last_mut() {
-            _ if fits.is_empty() => {}
-            Some((last, length)) if *last == stream => *length += fits.len(),
-            _ => self.runs.push((stream, fits.len())),
+        let mut new = fits.len();
+        if let Some(last) = self.runs.last_mut().filter(|last| last.stream() == stream) {
+            let length = last.length() + new;
+            *last = Run::new(stream, length);
+            new = length - last.length();
+        }
+        while new > 0 {
+            let run = Run::new(stream, new);
+            new -= run.length();
+            self.runs.push(run);
         }
         fits
     }
 
+    /// The next bytes in a row of one stream, or of either, from a place on, at most so many; empty at the end.
+    pub fn read(&self, place: &mut Place, of: Option<Stream>, most: usize) -> (Stream, &[u8]) {
+        while let Some(run) = self.runs.get(place.run) {
+            let left = run.length() - place.within;
+            if left == 0 {
+                *place = Place { run: place.run + 1, within: 0, byte: place.byte };
+                continue;
+            }
+            let wanted = of.is_none_or(|of| of == run.stream());
+            let taken = if wanted { left.min(most) } else { left };
+            let bytes = self.bytes.get(place.byte..place.byte + taken).unwrap_or_default();
+            place.within += taken;
+            place.byte += taken;
+            if wanted {
+                return (run.stream(), bytes);
+            }
+        }
+        (Stream::Stdout, &[])
+    }
+
+    /// Whether a reader has come to the end.
+    pub fn is_read(&self, place: &Place) -> bool {
+        place.byte >= self.bytes.len()
+    }
+
     /// What was kept, in order of arrival.
     pub fn chunks(&self) -> impl Iterator<Item = (Stream, &[u8])> {
-        let mut rest = self.bytes.as_slice();
-        self.runs.iter().map(move |(stream, length)| {
-            let (chunk, others) = rest.split_at(*length);
-            rest = others;
-            (*stream, chunk)
-        })
+        let mut place = Place::default();
+        std::iter::from_fn(move || Some(self.read(&mut place, None, usize::MAX)).filter(|(_, bytes)| !bytes.is_empty()))
     }
 
     /// Bytes of memory that it takes.
-    fn size(&self) -> usize {
-        self.bytes.capacity() + self.runs.capacity() * size_of::<(Stream, usize)>()
+    pub fn size(&self) -> usize {
+        self.bytes.capacity() + self.runs.capacity() * size_of::<Run>()
+    }
+
+    /// Bytes kept of a stream.
+    pub fn kept_of(&self, stream: Stream) -> usize {
+        self.kept[stream as usize]
     }
 
     /// Bytes printed on a stream.
@@ -495,6 +577,12 @@ impl Output {
     /// Whether something was printed on a stream that was not kept.
     pub fn truncated_of(&self, stream: Stream) -> bool {
         self.total(stream) > self.kept[stream as usize] as u64
+    }
+
+    /// Whether the text of both streams is empty or ends with the end of a line.
+    fn ends_line(&self) -> bool {
+        let end = if self.truncated() { whole_characters(&self.bytes) } else { self.bytes.len() };
+        self.bytes[..end].last().is_none_or(|byte| *byte == b'\n')
     }
 
     /// Both streams as text in order of arrival. Bytes that are no UTF-8 become U+FFFD.
@@ -591,6 +679,15 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_time_that_ran_out_is_told_with_useful_digits() {
+        for (us, told) in [(1_500, "1.5 ms"), (22_400, "22 ms"), (999_000, "999 ms"), (5_040_000, "5.0 s")] {
+            let mut outcome = stage(Stage::Run, Ended::WallTime);
+            outcome.usage.wall_us = us;
+            assert_eq!(outcome.why(), Some(format!("killed: out of time after {told}")));
+        }
+    }
+
+    #[test]
     fn output_keeps_order_and_counts_all() {
         let mut output = Output::default();
         output.push(Stream::Stdout, b"a", 2);
@@ -607,7 +704,7 @@ pub(crate) mod tests {
             output.push([Stream::Stdout, Stream::Stderr][n % 2], b"x", 1000);
         }
         assert_eq!(output.chunks().count(), 1000);
-        assert!(output.size() >= 1000 * (1 + size_of::<(Stream, usize)>()), "{}", output.size());
+        assert!(output.size() >= 1000 * (1 + size_of::<Run>()), "{}", output.size());
     }
 
     proptest! {

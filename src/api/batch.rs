@@ -1,9 +1,11 @@
 //! `POST /api/v2/batch`: one program, compiled once, on many inputs.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use bytesize::ByteSize;
-use futures_util::{StreamExt, stream};
+use futures_util::{Stream, StreamExt, stream};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use utoipa::ToSchema;
@@ -13,12 +15,15 @@ use warp::http::HeaderValue;
 use warp::http::header::CONTENT_TYPE;
 use warp::reply::Response;
 
+use super::body::{self, Writer};
+use super::budget::Lease;
 use super::error::ApiError;
 use super::openapi::Refused;
 use super::piston::{self, Ran, StageAnswer, arguments};
+use super::text::{Text, Texts};
 use super::{ApiSettings, LINES, Wishes, is_json, post};
 use crate::caller::Caller;
-use crate::job::{Job, StageOutcome, Stream, Verdict};
+use crate::job::{self, Job, Stage, StageOutcome, Verdict};
 use crate::language::Language;
 use crate::runner::{self, RunError, Runner};
 
@@ -30,6 +35,10 @@ const MAX_INPUTS: usize = 100;
 
 /// Bytes kept of all that is printed on one stream, shared among the inputs; one alone is kept as much as in a plain run.
 const OUTPUT: u64 = 4 << 20;
+
+/// Bytes that the outputs of all results may take as JSON, in equal shares: what is kept of both streams stands there
+/// twice, and half of that again is for escapes. Output of which more has to be escaped is cut further.
+const WRITTEN: usize = 24 << 20;
 
 /// What is asked: a program as it is sent to be executed, and what to run it on.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -108,6 +117,27 @@ pub enum Tally {
     },
 }
 
+impl Texts for Program {
+    fn each(&mut self, see: &mut dyn FnMut(&mut Text)) {
+        self.compile.iter_mut().for_each(|compile| compile.each(see));
+    }
+}
+
+impl Texts for Tried {
+    fn each(&mut self, see: &mut dyn FnMut(&mut Text)) {
+        if let Tally::Ran(ran) = &mut self.result {
+            ran.each(see);
+        }
+    }
+}
+
+impl Texts for Answer {
+    fn each(&mut self, see: &mut dyn FnMut(&mut Text)) {
+        self.program.each(see);
+        self.results.iter_mut().for_each(|tried| tried.each(see));
+    }
+}
+
 /// Jobs of one program, and what each is expected to print.
 pub struct Batch {
     language: Arc<Language>,
@@ -142,23 +172,26 @@ impl Request {
 }
 
 impl Tried {
-    fn new(index: usize, result: Result<runner::Answer, ApiError>, expected: Option<&str>) -> Tried {
+    /// What became of an input; what was printed takes no more than `most` bytes.
+    fn new(index: usize, result: Result<runner::Answer, ApiError>, expected: Option<&str>, most: usize) -> Tried {
         let answer = match result {
             Ok(answer) => answer,
             Err(error) => {
-                let result = Tally::Failed { error: error.to_string() };
+                let result = Tally::Failed { error: error.message() };
                 return Tried { index, passed: false, result };
             }
         };
         let passed = answer.outcome.verdict() == Verdict::Ok
             && expected.is_none_or(|expected| answer.outcome.run.as_ref().is_some_and(|run| printed(run, expected)));
-        Tried { index, passed, result: Tally::Ran(Box::new(Ran::from(&answer))) }
+        let mut ran = Ran::from(&answer);
+        ran.cut(most);
+        Tried { index, passed, result: Tally::Ran(Box::new(ran)) }
     }
 }
 
 /// Whether this is what a program printed, white space at the ends of lines and at the end aside.
 fn printed(run: &StageOutcome, expected: &str) -> bool {
-    !run.output.truncated_of(Stream::Stdout) && same(&run.output.text_of(Stream::Stdout), expected)
+    !run.output.truncated_of(job::Stream::Stdout) && same(&run.output.text_of(job::Stream::Stdout), expected)
 }
 
 fn same(one: &str, other: &str) -> bool {
@@ -187,11 +220,20 @@ async fn run(
     settings: Arc<ApiSettings>,
 ) -> Result<Response, ApiError> {
     let Batch { language, jobs, expected } = request?.into_batch(runner.languages(), settings.source_limit)?;
-    // What is sent is bounded by what is kept of the outputs.
+    let frame = settings.answers.lease(body::CHUNKS).await?;
+    let most = WRITTEN / jobs.len();
+    // Each outcome that waits here is within the budget, and there is one for each input.
     let (sender, mut ended) = mpsc::unbounded_channel();
+    let budget = Arc::clone(&settings.answers);
     let running = async move {
         // Errors get their words here, where the caller is known: a line is made when the client takes it.
-        let tell = |index, result: Result<_, RunError>| drop(sender.send((index, result.map_err(ApiError::from))));
+        let tell = |index, result: Result<runner::Answer, RunError>| {
+            let leased = result.map_err(ApiError::from).and_then(|answer| {
+                let lease = budget.try_lease(answer.outcome.size())?;
+                Ok((answer, lease))
+            });
+            let _ = sender.send((index, leased));
+        };
         tokio::select! {
             () = sender.closed() => {}
             () = runner.run_batch(jobs, wishes.reuse, tell) => {}
@@ -200,9 +242,9 @@ async fn run(
     tokio::spawn(Caller::pass_on(running));
     // Some may be refused before the first has its outcome: a status says only that there is none at all.
     let mut heard = Vec::new();
-    let (index, first) = loop {
+    let (index, (first, lease)) = loop {
         match ended.recv().await {
-            Some((index, Ok(answer))) => break (index, answer),
+            Some((index, Ok(leased))) => break (index, leased),
             Some((index, Err(error))) => heard.push((index, Err(error))),
             None => {
                 let first = heard.into_iter().find_map(|(_, error)| error.err());
@@ -210,32 +252,51 @@ async fn run(
             }
         }
     };
-    let program = Program {
-        language: language.name.clone(),
-        version: language.version.to_string(),
-        compile: first.outcome.compile.as_ref().map(StageAnswer::from),
+    let mut compile = StageAnswer::of(&first.outcome, Stage::Compile);
+    if let Some(compile) = &mut compile {
+        compile.cut(most);
+    }
+    let program = Program { language: language.name.clone(), version: language.version.to_string(), compile };
+    let tried = move |(index, result): (usize, Result<(runner::Answer, Lease), ApiError>)| {
+        let (result, lease) = match result {
+            Ok((answer, lease)) => (Ok(answer), Some(lease)),
+            Err(error) => (Err(error), None),
+        };
+        (Tried::new(index, result, expected.get(index).and_then(Option::as_deref), most), lease)
     };
-    let tried = move |(index, result)| Tried::new(index, result, expected.get(index).and_then(Option::as_deref));
-    heard.push((index, Ok(first)));
+    heard.push((index, Ok((first, lease))));
     let ended = stream::iter(heard).chain(stream::poll_fn(move |context| ended.poll_recv(context))).map(tried);
     if wishes.lines {
-        return Ok(as_lines(program, ended));
+        return as_lines(program, frame, ended);
     }
-    let mut results: Vec<Tried> = ended.collect().await;
+    let (mut results, leases): (Vec<Tried>, Vec<Option<Lease>>) = ended.unzip().await;
     results.sort_by_key(|tried| tried.index);
     let passed = results.iter().all(|tried| tried.passed);
-    Ok(warp::reply::json(&Answer { program, passed, results }).into_response())
+    let leases = leases.into_iter().flatten().chain([frame]).collect();
+    body::leased_json(Answer { program, passed, results }, leases).await
 }
 
 /// The program in a line of JSON, then a line for each input.
-fn as_lines(program: Program, tried: impl futures_util::Stream<Item = Tried> + Send + Sync + 'static) -> Response {
-    let line = |json: serde_json::Result<String>| json.map(|json| json + "\n").map_err(std::io::Error::from);
-    let head = stream::once(std::future::ready(line(serde_json::to_string(&program))));
-    let lines = head.chain(tried.map(move |tried| line(serde_json::to_string(&tried))));
-    let mut response = warp::reply::stream(lines).into_response();
+fn as_lines(
+    program: Program,
+    frame: Lease,
+    tried: impl Stream<Item = (Tried, Option<Lease>)> + Send + Sync + 'static,
+) -> Result<Response, ApiError> {
+    let head = stream::iter(lines(program, vec![frame])?);
+    let line = |(tried, lease): (Tried, Option<Lease>)| {
+        let line = lines(tried, lease.into_iter().collect());
+        stream::iter(line.into_iter().flatten())
+    };
+    let mut response = warp::reply::stream(head.chain(tried.flat_map(line)).map(Ok::<_, Infallible>)).into_response();
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(LINES));
     response.headers_mut().insert("x-accel-buffering", HeaderValue::from_static("no"));
-    response
+    Ok(response)
+}
+
+/// A line of JSON in chunks.
+fn lines<T: Texts>(mut value: T, leases: Vec<Lease>) -> Result<impl Iterator<Item = Bytes> + use<T>, ApiError> {
+    let mut writer = Writer::new(&mut value, leases)?.between(b"", b"\n");
+    Ok(std::iter::from_fn(move || writer.chunk()))
 }
 
 #[cfg(test)]

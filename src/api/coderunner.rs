@@ -9,8 +9,9 @@ use warp::reply::Response;
 
 use super::error::ApiError;
 use super::openapi::Refused;
+use super::text::{Text, Texts};
 use super::{ApiSettings, Wishes, is_json, post, respond};
-use crate::job::{Job, Outcome, StageOutcome, Streams};
+use crate::job::{Job, Outcome, Stage, Streams};
 use crate::language::Language;
 use crate::runner::Runner;
 
@@ -34,19 +35,27 @@ struct Answer {
     #[schema(maximum = 1)]
     status: u8,
     /// What the compiler printed, both streams in order.
-    compile_output: String,
+    #[schema(value_type = String)]
+    compile_output: Text,
     /// What the program printed, both streams in order. A last line that begins with `coderunner:` says why it was cut short.
-    run_output: String,
+    #[schema(value_type = String)]
+    run_output: Text,
 }
 
-impl From<&Outcome> for Answer {
-    fn from(outcome: &Outcome) -> Answer {
-        let text = |stage: &Option<StageOutcome>| stage.as_ref().map(StageOutcome::explained).unwrap_or_default();
+impl From<&Arc<Outcome>> for Answer {
+    fn from(outcome: &Arc<Outcome>) -> Answer {
         Answer {
             status: outcome.compiled().into(),
-            compile_output: text(&outcome.compile),
-            run_output: text(&outcome.run),
+            compile_output: Text::explained(outcome, Stage::Compile),
+            run_output: Text::explained(outcome, Stage::Run),
         }
+    }
+}
+
+impl Texts for Answer {
+    fn each(&mut self, see: &mut dyn FnMut(&mut Text)) {
+        see(&mut self.compile_output);
+        see(&mut self.run_output);
     }
 }
 
@@ -54,7 +63,7 @@ impl Request {
     /// The job that it stands for.
     pub fn into_job(self, language: &Language, source_limit: usize) -> Result<Job, ApiError> {
         if self.code.len() > source_limit {
-            return Err(ApiError::TooLarge { what: "code", limit: source_limit });
+            return Err(ApiError::TooLarge { what: "the code is", size: Some(self.code.len()), limit: source_limit });
         }
         let job = language.job(self.code.into(), Streams::Merged);
         job.has_room().map_err(ApiError::BadRequest)?;
@@ -84,5 +93,38 @@ async fn run(
 ) -> Result<Response, ApiError> {
     let language = runner.language(None)?;
     let job = request?.into_job(language, settings.source_limit)?;
-    respond(runner, job, wishes, |answer| Answer::from(&*answer.outcome)).await
+    respond(runner, &settings, job, wishes, |answer| Answer::from(&answer.outcome)).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::{Ended, Output, StageOutcome, Stream, Usage};
+
+    #[test]
+    fn an_answer_is_the_text_and_why_it_was_cut_short() {
+        for (bytes, cap) in
+            [(&b"a"[..], 9), (b"a\n", 9), (b"", 9), (b"ab\xe2\x82\xac", 4), (b"\n\xe2\x82\xac", 2), (b"\xe2\x82", 1)]
+        {
+            let mut output = Output::default();
+            output.push(Stream::Stdout, bytes, cap);
+            let run = StageOutcome {
+                stage: Stage::Run,
+                ended: Ended::WallTime,
+                artifact: true,
+                usage: Usage::default(),
+                output,
+            };
+            let told = run.explained();
+            assert_eq!(
+                told,
+                run.output.text()
+                    + if run.output.text().is_empty() || run.output.text().ends_with('\n') { "" } else { "\n" }
+                    + &run.notes().unwrap()
+            );
+            let outcome = Arc::new(Outcome { compile: None, run: Some(run) });
+            let json = serde_json::json!({"status": 1, "compileOutput": "", "runOutput": told});
+            assert_eq!(serde_json::to_value(Answer::from(&outcome)).unwrap(), json);
+        }
+    }
 }

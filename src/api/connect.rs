@@ -11,28 +11,26 @@ use nix::sys::signal::Signal;
 use serde::Deserialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
 use warp::filters::BoxedFilter;
 use warp::http::Method;
 use warp::reply::Response;
 use warp::ws::{Message, WebSocket, Ws};
 use warp::{Filter, Reply};
 
-use super::ApiSettings;
+use super::backlog::Backlog;
+use super::budget::Budget;
 use super::error::ApiError;
 use super::live::{Teller, Told};
 use super::openapi::Refused;
 use super::piston::Request;
 use super::server::{Place, Shares};
+use super::{ApiSettings, json};
 use crate::caller::{Caller, Client};
 use crate::runner::Runner;
 use crate::sandbox::Live;
 
 /// How long a client may take to say what it wants.
 const INIT_TIME: Duration = Duration::from_secs(5);
-
-/// How long a client may take to read one message.
-const SEND_TIME: Duration = Duration::from_secs(10);
 
 /// How long a client may take to agree that it is over.
 const CLOSE_TIME: Duration = Duration::from_secs(2);
@@ -167,7 +165,8 @@ async fn serve(socket: WebSocket, runner: Arc<Runner>, settings: Arc<ApiSettings
     let (mut sink, mut stream) = socket.split();
     let over = converse(&mut sink, &mut stream, &runner, &settings).await;
     if let Over::Failed(message) = &over {
-        let _ = send(&mut sink, &Told::Error { message: message.clone() }).await;
+        let told = Told::Error { message: message.clone() };
+        let _ = timeout(CLOSE_TIME, send(&mut sink, &told, &settings.answers)).await;
     }
     let (code, reason) = over.code();
     let closing = async {
@@ -193,37 +192,41 @@ async fn converse(
     };
     let (language, job) = match request.into_job(runner.languages(), settings.source_limit) {
         Ok(asked) => asked,
-        Err(error) => return Over::Failed(error.to_string()),
+        Err(error) => return Over::Failed(error.message()),
     };
     let runtime = Told::Runtime { language: language.name.clone(), version: language.version.to_string() };
-    if send(sink, &runtime).await.is_err() {
-        return Over::Left;
+    if let Err(over) = send(sink, &runtime, &settings.answers).await {
+        return over;
     }
-    let (events, mut happening) = mpsc::unbounded_channel();
+    let (events, happening) = mpsc::unbounded_channel();
     let (typing, typed) = mpsc::channel(MAX_TYPED);
     let (signalling, signals) = mpsc::channel(MAX_SIGNALS);
     let keyboard = Keyboard { typing: Some(typing), left: settings.body_limit, signalling };
     let live = Live { events: Some(events), stdin: Some(typed), signals: Some(signals), ..Live::default() };
-    let unreachable = CancellationToken::new();
+    let backlog = Backlog::new(&settings.answers);
+    let running = async { runner.run_live(job, live).await.map_err(|error| failed(error.into())) };
+    let taking = async { backlog.take(happening).await.map_err(|exhausted| failed(exhausted.into())) };
     let telling = async {
         let mut teller = Teller::default();
-        while let Some(event) = happening.recv().await {
+        while let Some(event) = backlog.next().await {
             for told in teller.tell(event) {
-                if send(sink, &told).await.is_err() {
-                    return unreachable.cancel();
-                }
+                send(sink, &told, &settings.answers).await?;
             }
         }
+        Ok(())
     };
     // Side by side: a client that reads slowly does not slow the program down.
     tokio::select! {
-        (ran, ()) = async { tokio::join!(runner.run_live(job, live), telling) } => match ran {
+        done = async { tokio::try_join!(async { running.await.map(drop) }, taking, telling) } => match done {
             Ok(_) => Over::Done,
-            Err(error) => Over::Failed(ApiError::from(error).to_string()),
+            Err(over) => over,
         },
         over = keyboard.listen(stream) => over,
-        () = unreachable.cancelled() => Over::Left,
     }
+}
+
+fn failed(error: ApiError) -> Over {
+    Over::Failed(error.message())
 }
 
 /// What the client wants to be run.
@@ -292,14 +295,17 @@ async fn next(stream: &mut SplitStream<WebSocket>) -> Result<Said, Over> {
             _ => return Err(Over::Left),
         };
         if message.is_text() || message.is_binary() {
-            return serde_json::from_slice(message.as_bytes()).map_err(|error| Over::Failed(error.to_string()));
+            return json::parse(message.as_bytes()).map_err(|error| failed(ApiError::BadRequest(error.to_string())));
         }
     }
 }
 
-async fn send(sink: &mut Sink, told: &Told) -> Result<(), ()> {
-    let message = Message::text(serde_json::to_string(told).map_err(drop)?);
-    timeout(SEND_TIME, sink.send(message)).await.map_err(drop)?.map_err(drop)
+/// Sends a message, within the budget until the client has taken it: that it does is seen to by its socket.
+async fn send(sink: &mut Sink, told: &Told, budget: &Budget) -> Result<(), Over> {
+    let text = serde_json::to_string(told).map_err(|error| failed(ApiError::unwritten(error)))?;
+    // The frame around it is a copy.
+    let _lease = budget.lease(2 * text.len()).await.map_err(|exhausted| failed(exhausted.into()))?;
+    sink.send(Message::text(text)).await.map_err(|_| Over::Left)
 }
 
 #[cfg(test)]

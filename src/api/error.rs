@@ -12,6 +12,9 @@ use crate::runner::RunError;
 use crate::sandbox::SandboxError;
 use crate::sandbox::pool::PoolError;
 
+/// Longest message in bytes: some repeat a part of the request, which may be as long as a body.
+const MAX_MESSAGE: usize = 1000;
+
 /// What is said to a client whose request has no outcome.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
@@ -21,16 +24,22 @@ pub enum ApiError {
     BadRequest(String),
     #[error("the body did not arrive in time; send it at once")]
     BodyTimeout,
-    #[error("the {what} is too large: at most {limit} bytes")]
-    TooLarge { what: &'static str, limit: usize },
+    #[error("{what} too large: {}at most {limit} bytes are allowed", counted(.size))]
+    TooLarge { what: &'static str, size: Option<usize>, limit: usize },
+    #[error("the head of the request is too large: at most {0} bytes are allowed")]
+    HeadTooLarge(usize),
     #[error("send the body as Content-Type: application/json")]
     UnsupportedMediaType,
+    #[error("send the body as it is, without Content-Encoding: compressed ones are not taken")]
+    UnsupportedEncoding,
     #[error("there is nothing here; POST /coderunner or /api/v2/execute runs code")]
     NotFound,
     #[error("this path takes another method: {0}")]
     MethodNotAllowed(&'static str),
-    #[error("pages of this origin may not call this server")]
-    Forbidden,
+    #[error("pages of the origin {0:?} may not call this server: its setting cors_origins does not have it")]
+    OriginForbidden(String),
+    #[error("this server does not answer to the host {0:?}: its setting allowed_hosts has to name it")]
+    HostForbidden(String),
     #[error("a key is needed: send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`")]
     Unauthorized,
     #[error("too many requests; the next one will be served in {0} s")]
@@ -83,7 +92,7 @@ impl From<RunError> for ApiError {
 impl Reply for ApiError {
     /// The answer, with the headers that its status asks for.
     fn into_response(self) -> Response {
-        let body = warp::reply::json(&Refusal { message: self.to_string() });
+        let body = warp::reply::json(&Refusal { message: self.message() });
         let mut response = warp::reply::with_status(body, self.status()).into_response();
         match self {
             ApiError::Overloaded(_) => {
@@ -109,15 +118,33 @@ impl Reply for ApiError {
 }
 
 impl ApiError {
+    /// Of a value of ours that cannot be written as JSON.
+    pub fn unwritten(error: serde_json::Error) -> ApiError {
+        let id = request_id();
+        tracing::error!(%error, "an answer cannot be written");
+        ApiError::Internal(id)
+    }
+
+    /// What is said to the client. What it sent is repeated within bounds.
+    pub fn message(&self) -> String {
+        let mut message = self.to_string();
+        if message.len() > MAX_MESSAGE {
+            message.truncate(message.floor_char_boundary(MAX_MESSAGE));
+            message.push('…');
+        }
+        message
+    }
+
     pub fn status(&self) -> StatusCode {
         match self {
             ApiError::BadBody { .. } | ApiError::BadRequest(_) => StatusCode::BAD_REQUEST,
             ApiError::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
             ApiError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            ApiError::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            ApiError::HeadTooLarge(_) => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            ApiError::UnsupportedMediaType | ApiError::UnsupportedEncoding => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             ApiError::NotFound => StatusCode::NOT_FOUND,
             ApiError::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
-            ApiError::Forbidden => StatusCode::FORBIDDEN,
+            ApiError::OriginForbidden(_) | ApiError::HostForbidden(_) => StatusCode::FORBIDDEN,
             ApiError::Unauthorized => StatusCode::UNAUTHORIZED,
             ApiError::TooManyRequests(_) => StatusCode::TOO_MANY_REQUESTS,
             ApiError::Overloaded(_) | ApiError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
@@ -127,9 +154,7 @@ impl ApiError {
 
     /// What warp's own refusals mean: all ours are answers.
     pub fn from_rejection(rejection: &Rejection) -> ApiError {
-        if rejection.find::<warp::cors::CorsForbidden>().is_some() {
-            ApiError::Forbidden
-        } else if rejection.is_not_found() {
+        if rejection.is_not_found() {
             ApiError::NotFound
         } else if rejection.find::<warp::reject::MethodNotAllowed>().is_some() {
             ApiError::MethodNotAllowed("GET, POST")
@@ -141,6 +166,10 @@ impl ApiError {
             ApiError::Internal(id)
         }
     }
+}
+
+fn counted(size: &Option<usize>) -> String {
+    size.map(|size| format!("{size} bytes, and ")).unwrap_or_default()
 }
 
 /// The id of the request that is being answered.

@@ -13,14 +13,15 @@ use hyper::service::Service;
 use hyper_util::service::TowerToHyperService;
 use tokio::sync::watch;
 use tracing::Instrument;
+use warp::Reply;
 use warp::filters::BoxedFilter;
 use warp::http::header::{AUTHORIZATION, HeaderMap, UPGRADE};
 use warp::http::{HeaderName, HeaderValue, Method, Request};
 use warp::reply::Response;
-use warp::{Filter, Rejection, Reply};
 
 use super::error::ApiError;
-use super::server::Place;
+use super::origin::{self, Origins};
+use super::server::{MAX_HEAD, Place};
 use crate::access::{Credentials, Denied, Gate};
 use crate::caller::{Caller, Client};
 use crate::metrics;
@@ -60,6 +61,8 @@ pub struct Front {
     pub routes: BoxedFilter<(Response,)>,
     /// Who may.
     pub gate: Gate,
+    /// Which names it answers to, and which pages may call.
+    pub origins: Origins,
 }
 
 /// Answers the requests of one connection, whose peer has this address, each by the configuration of its time. Those
@@ -89,7 +92,7 @@ pub fn service(
 impl Front {
     async fn answer<B, F>(
         &self,
-        mut request: Request<B>,
+        request: Request<B>,
         peer: Option<IpAddr>,
         routes: impl FnOnce(Request<B>) -> F,
     ) -> Result<Response, Infallible>
@@ -104,12 +107,9 @@ impl Front {
             span.record("trace", trace).record("parent", parent);
         }
         let mut seen = Seen { route: route(request.uri().path()), client: client.clone(), began, code: CLIENT_LEFT };
-        if let Err(denied) = self.admit(request.method(), request.uri().path(), &client) {
-            request.extensions_mut().insert(denied);
-        }
-        let caller = Caller { request: Arc::clone(&id), client };
+        let caller = Caller { request: Arc::clone(&id), client: client.clone() };
         let answering = async {
-            let mut response = caller.scope(routes(request)).await?;
+            let mut response = caller.scope(self.pass(request, &client, routes)).await?;
             seen.code = response.status().as_u16();
             drop(seen);
             if let Ok(id) = HeaderValue::from_str(&id) {
@@ -118,6 +118,31 @@ impl Front {
             Ok(response)
         };
         answering.instrument(span).await
+    }
+
+    /// Answers a request, or refuses it where it is from.
+    async fn pass<B, F>(
+        &self,
+        request: Request<B>,
+        client: &Client,
+        routes: impl FnOnce(Request<B>) -> F,
+    ) -> Result<Response, Infallible>
+    where
+        F: Future<Output = Result<Response, Infallible>>,
+    {
+        let admitted = small(&request).and_then(|()| self.origins.admit(&request));
+        let from = admitted.as_ref().cloned().unwrap_or(origin::From::Nobody);
+        let mut response = match (admitted, origin::preflight(&from, &request)) {
+            (Err(refused), _) => refused.into_response(),
+            (Ok(_), Some(answer)) => answer,
+            (Ok(_), None) => match self.admit(request.method(), request.uri().path(), client) {
+                Ok(()) => routes(request).await?,
+                Err(denied) => ApiError::from(denied).into_response(),
+            },
+        };
+        // Also of refusals, so that a page can read them.
+        self.origins.tell(&from, response.headers_mut());
+        Ok(response)
     }
 
     /// Whether a request may go on. Reading is free but for the API and the metrics; preflights carry no key.
@@ -137,13 +162,6 @@ impl Front {
     }
 }
 
-/// Answers those whom the gate refused; within the routes, so that pages of other origins can read it.
-pub fn refusals() -> impl Filter<Extract = (Response,), Error = Rejection> + Clone + Send + Sync {
-    let answer = |denied: Denied| ApiError::from(denied).into_response();
-    warp::ext::optional::<Denied>()
-        .and_then(move |denied: Option<Denied>| async move { denied.map(answer).ok_or_else(warp::reject::not_found) })
-}
-
 /// A request that is being answered; counted and logged when it is over, however that comes.
 struct Seen {
     route: &'static str,
@@ -157,6 +175,16 @@ impl Drop for Seen {
         let took = self.began.elapsed();
         metrics::request(self.route, self.code, took);
         tracing::debug!(route = self.route, code = self.code, took = ?took, client = self.client.to_string(), "answered");
+    }
+}
+
+/// Refuses a large head: of one that came all at once the connection does not say that it is one.
+fn small<B>(request: &Request<B>) -> Result<(), ApiError> {
+    let fields = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len());
+    let target = request.uri().path_and_query().map_or(0, |target| target.as_str().len());
+    match fields.sum::<usize>() + target <= MAX_HEAD {
+        true => Ok(()),
+        false => Err(ApiError::HeadTooLarge(MAX_HEAD)),
     }
 }
 
@@ -221,6 +249,8 @@ fn trace_context(headers: &HeaderMap) -> Option<(&str, &str)> {
 
 #[cfg(test)]
 mod tests {
+    use warp::Filter;
+
     use super::*;
     use crate::access::AccessSettings;
 
@@ -278,7 +308,8 @@ mod tests {
     fn front(rate: &str, keys: &str) -> Front {
         let text = format!("rate = {rate:?}\nburst = 1\ntrusted_proxies = []\n[keys]\n{keys}");
         let settings: AccessSettings = toml::from_str(&text).unwrap();
-        Front { routes: warp::any().map(Response::default).boxed(), gate: Gate::new(&settings) }
+        let origins = Origins::new(&[], &[], ([127, 0, 0, 1], 0).into());
+        Front { routes: warp::any().map(Response::default).boxed(), gate: Gate::new(&settings), origins }
     }
 
     #[test]

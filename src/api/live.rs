@@ -2,25 +2,35 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::{StreamExt, stream};
+use futures_util::stream;
 use serde::Serialize;
-use serde_json::Value;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use warp::Reply;
+use warp::http::HeaderValue;
+use warp::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use warp::reply::Response;
 
+use super::backlog::Backlog;
+use super::body::{self, Leased, Writer};
+use super::budget::{Budget, Exhausted, Lease};
 use super::error::ApiError;
 use super::piston::Ending;
+use super::text::Texts;
 use crate::caller::Caller;
-use crate::job::{Job, Outcome, Stage, Stream, whole_characters};
+use crate::job::{Job, Outcome, Place, Stage, StageOutcome, Stream, whole_characters};
 use crate::runner::{Answer, Reuse, Runner};
 use crate::sandbox::{Event, Live};
 
 /// Time between two signs of life of a stream on which nothing happens: proxies close silent connections.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(15);
+
+/// Bytes of events that are sent together where many wait. One more may be as much as [`body::CHUNK`].
+const FRAMES: usize = 8 * 1024;
 
 /// One message. Piston's are `runtime`, `stage`, `data`, `exit` and `error`.
 #[derive(Debug, Serialize)]
@@ -58,8 +68,6 @@ pub enum Told {
         #[serde(flatten)]
         ending: Box<Ending>,
     },
-    /// All is over: the answer that a plain request gets.
-    Result(Value),
     /// There is no outcome.
     Error {
         /// Why.
@@ -76,7 +84,6 @@ impl Told {
             Told::Stage { .. } => "stage",
             Told::Data { .. } => "data",
             Told::Exit { .. } => "exit",
-            Told::Result(_) => "result",
             Told::Error { .. } => "error",
         }
     }
@@ -95,12 +102,14 @@ impl Teller {
             Event::Queued(position) => vec![Told::Queued { position }],
             Event::Started(stage) => vec![Told::Stage { stage }],
             Event::Output(_, stream, bytes) => self.data(stream, &bytes).into_iter().collect(),
-            Event::Ended(stage) => {
-                let rest = [Stream::Stdout, Stream::Stderr].into_iter().filter_map(|stream| self.rest(stream));
-                let exit = Told::Exit { stage: stage.stage, ending: Box::new(Ending::from(&*stage)) };
-                rest.collect::<Vec<_>>().into_iter().chain([exit]).collect()
-            }
+            Event::Ended(stage) => self.ended(&stage),
         }
+    }
+
+    fn ended(&mut self, stage: &StageOutcome) -> Vec<Told> {
+        let rest = [Stream::Stdout, Stream::Stderr].into_iter().filter_map(|stream| self.rest(stream));
+        let exit = Told::Exit { stage: stage.stage, ending: Box::new(Ending::from(stage)) };
+        rest.collect::<Vec<_>>().into_iter().chain([exit]).collect()
     }
 
     fn data(&mut self, stream: Stream, bytes: &[u8]) -> Option<Told> {
@@ -121,67 +130,183 @@ fn told(stream: Stream, bytes: &[u8]) -> Option<Told> {
     (!bytes.is_empty()).then(|| Told::Data { stream, data: String::from_utf8_lossy(bytes).into_owned() })
 }
 
-/// What was told of a run that is over.
-fn replay(outcome: &Outcome) -> Vec<Event> {
-    let of = |stage: &crate::job::StageOutcome| {
-        let printed = stage
-            .output
-            .chunks()
-            .map(|(stream, bytes)| Event::Output(stage.stage, stream, Bytes::copy_from_slice(bytes)));
-        let ended = Event::Ended(Arc::new(stage.clone()));
-        std::iter::once(Event::Started(stage.stage)).chain(printed).chain([ended]).collect::<Vec<_>>()
-    };
-    outcome.compile.iter().chain(&outcome.run).flat_map(of).collect()
-}
-
 /// A plain run as server-sent events; `result` makes the last one. A client that leaves ends the run.
-pub fn events(
+pub fn events<A: Texts>(
     runner: Arc<Runner>,
+    budget: Arc<Budget>,
     job: Job,
     reuse: Reuse,
-    result: impl Fn(&Answer) -> Value + Send + 'static,
+    result: impl Fn(&Answer) -> A + Send + Sync + 'static,
 ) -> Response {
-    // What is sent is bounded by the output limits.
-    let (sender, mut receiver) = mpsc::unbounded_channel();
+    // One piece, while the connection has another: the rest waits in the backlog.
+    let (sender, mut receiver) = mpsc::channel(1);
     tokio::spawn(Caller::pass_on(async move {
+        let left = sender.clone();
+        let mut frames = Frames { budget: &budget, sender, begun: Vec::new() };
         tokio::select! {
-            () = sender.closed() => {}
-            last = watch(&runner, job, reuse, |told| drop(sender.send(told))) => {
-                let last = last.map_or_else(|message| Told::Error { message }, |answer| Told::Result(result(&answer)));
-                let _ = sender.send(last);
-            }
+            () = left.closed() => {}
+            () = tell(&runner, job, reuse, result, &mut frames) => {}
         }
     }));
-    let events = stream::poll_fn(move |context| receiver.poll_recv(context)).map(|told| {
-        let data = match &told {
-            Told::Result(value) => value.to_string(),
-            told => serde_json::to_string(told).unwrap_or_default(),
+    let mut silence = Box::pin(tokio::time::sleep(SIGN_OF_LIFE));
+    let events = stream::poll_fn(move |context| {
+        let next = match receiver.poll_recv(context) {
+            Poll::Pending if silence.as_mut().poll(context).is_ready() => Some(Bytes::from_static(b":\n\n")),
+            Poll::Pending => return Poll::Pending,
+            Poll::Ready(next) => next,
         };
-        Ok::<_, Infallible>(warp::sse::Event::default().event(told.kind()).data(data))
+        silence.as_mut().reset(Instant::now() + SIGN_OF_LIFE);
+        Poll::Ready(next.map(Ok::<_, Infallible>))
     });
-    let mut response = warp::sse::reply(warp::sse::keep_alive().interval(SIGN_OF_LIFE).stream(events)).into_response();
+    let mut response = warp::reply::stream(events).into_response();
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     // nginx would hold the events back.
-    response.headers_mut().insert("x-accel-buffering", warp::http::HeaderValue::from_static("no"));
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     response
 }
 
-/// Runs a job, or takes its outcome from the memo, and tells what happens; the message of what went wrong.
-async fn watch(runner: &Runner, job: Job, reuse: Reuse, mut tell: impl FnMut(Told)) -> Result<Answer, String> {
-    let message = |error| ApiError::from(error).to_string();
-    let mut teller = Teller::default();
-    if let Some(answer) = runner.remembered(&job, reuse).map_err(message)? {
-        replay(&answer.outcome).into_iter().flat_map(|event| teller.tell(event)).for_each(tell);
-        return Ok(answer);
+/// Why nothing more is told.
+#[derive(Debug)]
+enum Untold {
+    /// There is no outcome, or no memory to tell it.
+    Failed(String),
+    /// There is nobody to be told.
+    Left,
+}
+
+impl From<ApiError> for Untold {
+    fn from(error: ApiError) -> Untold {
+        Untold::Failed(error.message())
     }
-    let (events, mut happening) = mpsc::unbounded_channel();
-    let live = Live { events: Some(events), ..Live::default() };
+}
+
+impl From<Exhausted> for Untold {
+    fn from(exhausted: Exhausted) -> Untold {
+        ApiError::from(exhausted).into()
+    }
+}
+
+/// Server-sent events on their way.
+struct Frames<'a> {
+    budget: &'a Budget,
+    sender: mpsc::Sender<Bytes>,
+    begun: Vec<u8>,
+}
+
+impl Frames<'_> {
+    /// Adds an event; many small ones are sent together.
+    async fn add(&mut self, told: &Told) -> Result<(), Untold> {
+        self.begun.extend_from_slice(format!("event:{}\ndata:", told.kind()).as_bytes());
+        serde_json::to_writer(&mut self.begun, told).map_err(ApiError::unwritten)?;
+        self.begun.extend_from_slice(b"\n\n");
+        if self.begun.len() < FRAMES { Ok(()) } else { self.send().await }
+    }
+
+    /// Sends what was added.
+    async fn send(&mut self) -> Result<(), Untold> {
+        if self.begun.is_empty() {
+            return Ok(());
+        }
+        let bytes = std::mem::take(&mut self.begun);
+        let lease = Arc::new(self.budget.lease(bytes.capacity()).await?);
+        self.pass(Leased::bytes(bytes, lease)).await
+    }
+
+    async fn pass(&self, bytes: Bytes) -> Result<(), Untold> {
+        self.sender.send(bytes).await.map_err(|_| Untold::Left)
+    }
+}
+
+/// Runs a job, or takes its outcome from the memo, and tells what happens and what came of it.
+async fn tell<A: Texts>(
+    runner: &Runner,
+    job: Job,
+    reuse: Reuse,
+    result: impl Fn(&Answer) -> A,
+    frames: &mut Frames<'_>,
+) {
     let telling = async {
-        while let Some(event) = happening.recv().await {
-            teller.tell(event).into_iter().for_each(&mut tell);
+        let (answer, lease) = watch(runner, job, reuse, frames).await?;
+        frames.send().await?;
+        let writer = Writer::new(&mut result(&answer), vec![lease])?;
+        // What it is made of is the writer's now.
+        drop(answer);
+        let mut writer = writer.between(b"event:result\ndata:", b"\n\n");
+        while let Some(chunk) = writer.chunk() {
+            frames.pass(chunk).await?;
+        }
+        Ok(())
+    };
+    if let Err(Untold::Failed(message)) = telling.await {
+        frames.begun.clear();
+        let told = serde_json::to_string(&Told::Error { message }).unwrap_or_default();
+        // Sent in any case: it is small, and the last.
+        let _ = frames.pass(Bytes::from(format!("event:error\ndata:{told}\n\n"))).await;
+    }
+}
+
+/// Tells what happens until there is an outcome; with the memory to tell that.
+async fn watch(runner: &Runner, job: Job, reuse: Reuse, frames: &mut Frames<'_>) -> Result<(Answer, Lease), Untold> {
+    let budget = frames.budget;
+    if let Some(answer) = runner.remembered(&job, reuse).map_err(ApiError::from)? {
+        let lease = budget.lease(body::cost(&answer.outcome)).await?;
+        replay(&answer.outcome, frames).await?;
+        return Ok((answer, lease));
+    }
+    let (events, happening) = mpsc::unbounded_channel();
+    let live = Live { events: Some(events), ..Live::default() };
+    let backlog = Backlog::new(budget);
+    let telling = async {
+        let mut teller = Teller::default();
+        loop {
+            let event = match backlog.next_now() {
+                Some(event) => event,
+                None => {
+                    frames.send().await?;
+                    match backlog.next().await {
+                        Some(event) => event,
+                        None => return Ok(()),
+                    }
+                }
+            };
+            for told in teller.tell(event) {
+                frames.add(&told).await?;
+            }
         }
     };
-    let (answer, ()) = tokio::join!(runner.run_live(job, live), telling);
-    answer.map_err(message)
+    let running = async {
+        let answer = runner.run_live(job, live).await.map_err(ApiError::from)?;
+        // It may be told for long after it has ended.
+        let lease = budget.lease(body::cost(&answer.outcome)).await?;
+        Ok((answer, lease))
+    };
+    let taking = async { backlog.take(happening).await.map_err(Untold::from) };
+    let (told, (), ()) = tokio::try_join!(running, taking, telling)?;
+    Ok(told)
+}
+
+/// Tells what was told of a run that is over.
+async fn replay(outcome: &Outcome, frames: &mut Frames<'_>) -> Result<(), Untold> {
+    let mut teller = Teller::default();
+    for stage in outcome.compile.iter().chain(&outcome.run) {
+        frames.add(&Told::Stage { stage: stage.stage }).await?;
+        let mut place = Place::default();
+        loop {
+            let (stream, bytes) = stage.output.read(&mut place, None, FRAMES);
+            if bytes.is_empty() {
+                break;
+            }
+            if let Some(told) = teller.data(stream, bytes) {
+                frames.add(&told).await?;
+            }
+        }
+        for told in teller.ended(stage) {
+            frames.add(&told).await?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

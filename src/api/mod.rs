@@ -1,31 +1,34 @@
 //! The HTTP side: wire types become jobs, outcomes become answers, errors become statuses in one place.
 
+mod backlog;
 pub mod batch;
+mod body;
+mod budget;
 pub mod coderunner;
 pub mod connect;
 mod docs;
 mod error;
 pub mod front;
+mod json;
 mod live;
 mod openapi;
+pub mod origin;
 mod page;
 pub mod piston;
 pub mod server;
+mod socket;
+mod text;
 
 pub use piston::{Answer as PistonAnswer, place};
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
-use futures_util::StreamExt;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 use warp::filters::BoxedFilter;
 use warp::http::header::{ACCEPT, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
-use warp::http::{HeaderMap, HeaderName, Method, StatusCode};
+use warp::http::{HeaderMap, HeaderName, StatusCode};
 use warp::reply::Response;
 use warp::{Filter, Rejection, Reply};
 
@@ -33,19 +36,12 @@ use crate::job::Job;
 use crate::metrics::Export;
 use crate::ready::Readiness;
 use crate::runner::{Answer, Reuse, Runner};
+use body::Leased;
+pub use budget::Budget;
 use error::ApiError;
+use json::is_json;
 use openapi::Refused;
-
-/// How long a client may take to send its body.
-const BODY_TIME: Duration = Duration::from_secs(10);
-
-/// How long a browser may remember the answer to a preflight, in seconds: the most that Firefox takes is a day.
-const PREFLIGHT_AGE: u32 = 86_400;
-
-/// Headers that pages of other origins may send and read beside the usual ones.
-const PAGES_SEND: [&str; 6] =
-    ["content-type", "cache-control", "authorization", "x-api-key", "x-request-id", "traceparent"];
-const PAGES_READ: [&str; 2] = ["x-request-id", "retry-after"];
+use text::Texts;
 
 /// The content type of JSON in lines.
 const LINES: &str = "application/x-ndjson";
@@ -53,8 +49,10 @@ const LINES: &str = "application/x-ndjson";
 /// What the API needs of the settings.
 #[derive(Debug, Clone)]
 pub struct ApiSettings {
-    /// Origins whose pages may call, `*` for any.
-    pub cors_origins: Vec<String>,
+    /// Memory for answers on their way.
+    pub answers: Arc<Budget>,
+    /// Memory for bodies of requests on theirs.
+    pub bodies: Arc<Budget>,
     /// Largest body in bytes.
     pub body_limit: usize,
     /// Largest source in bytes.
@@ -70,7 +68,6 @@ pub fn routes(
     readiness: Readiness,
     metrics: Export,
 ) -> BoxedFilter<(Response,)> {
-    let cors = cors(&settings.cors_origins);
     let page = page::route(settings.playground);
     let settings = Arc::new(settings);
     let (ready_runner, readiness) = (Arc::clone(&runner), Arc::new(readiness));
@@ -86,7 +83,10 @@ pub fn routes(
     let healthz = warp::path!("healthz").and(read()).map(healthz);
     let readyz =
         warp::path!("readyz").and(read()).then(move || ready(Arc::clone(&ready_runner), Arc::clone(&readiness)));
-    let measured = warp::path!("metrics").and(read()).map(move || exposition(metrics.text(&measured_runner)));
+    let measured = warp::path!("metrics").and(read()).then({
+        let budget = Arc::clone(&settings.answers);
+        move || exposition(metrics.text(&measured_runner), Arc::clone(&budget))
+    });
     let other_method = warp::path!("healthz")
         .or(warp::path!("readyz"))
         .or(warp::path!("metrics"))
@@ -106,46 +106,12 @@ pub fn routes(
         .or(other_method)
         .unify();
     // Boxed, a pointer: each request takes a copy of all that may come next.
-    let all = front::refusals().or(run).unify().or(rest.boxed()).unify().recover(refuse).unify().boxed();
-    // Inside, so that a page can read refusals; and outside, for those of its origin.
-    own_page().and(all.clone()).or(all.with(cors)).recover(refuse).map(Reply::into_response).boxed()
-}
-
-/// Passes what no page asks, and what the server's own page does: browsers name its origin too, which need not be among
-/// those that may call.
-fn own_page() -> impl Filter<Extract = (), Error = Rejection> + Clone {
-    let header = warp::header::optional::<String>;
-    header("sec-fetch-site")
-        .and(header("origin"))
-        .and(header("host"))
-        .and_then(async |site: Option<String>, origin: Option<String>, host: Option<String>| {
-            // Plain HTTP has no Sec-Fetch-Site, a proxy may have changed Host.
-            let same =
-                origin.as_deref().and_then(|origin| origin.split_once("://")).map(|(_, rest)| rest) == host.as_deref();
-            match origin.is_none() || site.as_deref() == Some("same-origin") || same {
-                true => Ok(()),
-                false => Err(warp::reject::not_found()),
-            }
-        })
-        .untuple_one()
+    run.or(rest.boxed()).unify().recover(refuse).unify().boxed()
 }
 
 /// Turns what no route took into an answer.
 async fn refuse(rejection: Rejection) -> Result<Response, Infallible> {
     Ok(ApiError::from_rejection(&rejection).into_response())
-}
-
-/// Answers other origins' preflights and refuses what comes from origins that may not call: a browser asks for no leave
-/// before it opens a WebSocket.
-fn cors(origins: &[String]) -> warp::cors::Builder {
-    let any = origins.iter().any(|origin| origin == "*");
-    let builder =
-        warp::cors().allow_methods([Method::GET, Method::POST]).allow_headers(PAGES_SEND).expose_headers(PAGES_READ);
-    let builder = builder.max_age(PREFLIGHT_AGE);
-    match any {
-        true => builder.allow_any_origin(),
-        false => builder.allow_origins(origins.iter().map(String::as_str)),
-    }
 }
 
 /// What a request's headers ask for.
@@ -159,29 +125,32 @@ struct Wishes {
     lines: bool,
 }
 
-fn wishes() -> impl Filter<Extract = (Wishes,), Error = Infallible> + Clone + Send + Sync {
-    warp::header::headers_cloned().map(|headers: HeaderMap| Wishes {
-        reuse: match lists(&headers, CACHE_CONTROL, &["no-cache", "no-store"]) {
-            true => Reuse::Refused,
-            false => Reuse::Allowed,
-        },
-        events: lists(&headers, ACCEPT, &["text/event-stream"]),
-        lines: lists(&headers, ACCEPT, &[LINES]),
-    })
+impl From<&HeaderMap> for Wishes {
+    fn from(headers: &HeaderMap) -> Wishes {
+        Wishes {
+            reuse: match lists(headers, CACHE_CONTROL, &["no-cache", "no-store"]) {
+                true => Reuse::Refused,
+                false => Reuse::Allowed,
+            },
+            events: lists(headers, ACCEPT, &["text/event-stream"]),
+            lines: lists(headers, ACCEPT, &[LINES]),
+        }
+    }
 }
 
 /// Answers with what becomes of a job: as it happens, where that is wished, else when it is over. `form` makes the answer.
-async fn respond<A: Serialize>(
+async fn respond<A: Texts>(
     runner: Arc<Runner>,
+    settings: &ApiSettings,
     job: Job,
     wishes: Wishes,
-    form: impl Fn(&Answer) -> A + Send + 'static,
+    form: impl Fn(&Answer) -> A + Send + Sync + 'static,
 ) -> Result<Response, ApiError> {
     if wishes.events {
-        return Ok(live::events(runner, job, wishes.reuse, move |answer| json!(form(answer))));
+        return Ok(live::events(runner, Arc::clone(&settings.answers), job, wishes.reuse, form));
     }
     let answer = runner.run(job, wishes.reuse).await?;
-    Ok(warp::reply::json(&form(&answer)).into_response())
+    body::json(&settings.answers, form(&answer), &answer.outcome).await
 }
 
 /// Whether a header that is a list has one of these words, its parameters aside.
@@ -212,53 +181,19 @@ where
     let posted = path
         .clone()
         .and(warp::post())
-        .and(json_body(settings.body_limit, taken, example))
-        .and(wishes())
-        .then(move |request, wishes| handler(request, wishes, Arc::clone(&runner), Arc::clone(&settings)))
+        .and(warp::header::headers_cloned())
+        .and(warp::body::stream())
+        .then(move |headers: HeaderMap, body| {
+            let (runner, settings) = (Arc::clone(&runner), Arc::clone(&settings));
+            async move {
+                let wishes = Wishes::from(&headers);
+                let request = json::body(&headers, body, &settings, taken, example).await;
+                handler(request, wishes, runner, settings).await
+            }
+        })
         .map(Reply::into_response);
     let other_method = path.map(|| ApiError::MethodNotAllowed("POST, OPTIONS").into_response());
     posted.or(other_method).unify().boxed()
-}
-
-/// A JSON body of any framing, within its bounds of size and time; `taken` tells the content types of it.
-fn json_body<T: DeserializeOwned + Send>(
-    limit: usize,
-    taken: fn(Option<&str>) -> bool,
-    example: &'static str,
-) -> impl Filter<Extract = (Result<T, ApiError>,), Error = Rejection> + Clone + Send + Sync {
-    warp::header::optional::<String>("content-type").and(warp::body::stream()).then(
-        move |kind: Option<String>, body| async move {
-            if !taken(kind.as_deref()) {
-                return Err(ApiError::UnsupportedMediaType);
-            }
-            let bytes = read_body(body, limit).await?;
-            serde_json::from_slice(&bytes).map_err(|error| ApiError::BadBody { why: error.to_string(), example })
-        },
-    )
-}
-
-fn is_json(kind: Option<&str>) -> bool {
-    let essence = kind.and_then(|kind| kind.split(';').next()).unwrap_or_default().trim();
-    essence.eq_ignore_ascii_case("application/json")
-}
-
-async fn read_body(
-    body: impl futures_util::Stream<Item = Result<impl Buf, warp::Error>>,
-    limit: usize,
-) -> Result<Bytes, ApiError> {
-    let reading = async {
-        let mut body = std::pin::pin!(body);
-        let mut bytes = BytesMut::new();
-        while let Some(chunk) = body.next().await {
-            let chunk = chunk.map_err(|_| ApiError::BadRequest("the body ended too early".into()))?;
-            if bytes.len() + chunk.remaining() > limit {
-                return Err(ApiError::TooLarge { what: "body", limit });
-            }
-            bytes.put(chunk);
-        }
-        Ok(bytes.freeze())
-    };
-    tokio::time::timeout(BODY_TIME, reading).await.unwrap_or(Err(ApiError::BodyTimeout))
 }
 
 /// Whether the server lives
@@ -269,8 +204,11 @@ fn healthz() -> Response {
 
 /// What Prometheus asks for
 #[utoipa::path(get, path = "/metrics", operation_id = "metrics", responses((status = 200, description = "All metrics", content_type = "text/plain", body = String), Refused))]
-fn exposition(text: String) -> Response {
-    let mut response = text.into_response();
+async fn exposition(text: String, budget: Arc<Budget>) -> Response {
+    let mut response = match budget.lease(text.len()).await {
+        Ok(lease) => Response::new(Leased::bytes(text.into_bytes(), Arc::new(lease)).into()),
+        Err(exhausted) => return ApiError::from(exhausted).into_response(),
+    };
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
     response
 }

@@ -1,5 +1,6 @@
 //! What the API is, for programs at `/openapi.json` and for people at `/docs`: made of the types and comments of the code.
 
+use bytes::Bytes;
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::openapi::{OpenApi as Description, SecurityRequirement};
 use utoipa::{IntoResponses, Modify, OpenApi};
@@ -43,7 +44,7 @@ pub enum Refused {
     /// A key is needed.
     #[response(status = 401)]
     Unauthorized(Refusal),
-    /// Pages of this origin may not call.
+    /// Pages of this origin may not call, or the server does not answer to this name.
     #[response(status = 403)]
     Forbidden(Refusal),
     /// The path takes another method; `Allow` says which.
@@ -55,12 +56,15 @@ pub enum Refused {
     /// The body, or something in it, is too large.
     #[response(status = 413)]
     TooLarge(Refusal),
-    /// The body has another `Content-Type`.
+    /// The body has another `Content-Type`, or is compressed.
     #[response(status = 415)]
     UnsupportedMediaType(Refusal),
     /// Too many requests; `Retry-After` says when to come back.
     #[response(status = 429)]
     TooManyRequests(Refusal),
+    /// The headers are too large.
+    #[response(status = 431)]
+    HeadTooLarge(Refusal),
     /// The server's own fault; its log has the reason.
     #[response(status = 500)]
     Internal(Refusal),
@@ -86,12 +90,15 @@ impl Modify for Keys {
 /// The paths of the descriptions.
 pub fn routes() -> BoxedFilter<(Response,)> {
     let api = Api::openapi();
-    let json = serde_json::to_string(&api).unwrap_or_default();
-    let html = docs::html(&serde_json::to_value(&api).unwrap_or_default());
+    // Shared by all that are on their way.
+    let json = Bytes::from(serde_json::to_string(&api).unwrap_or_default());
+    let html = Bytes::from(docs::html(&serde_json::to_value(&api).unwrap_or_default()));
     let read = || warp::get().or(warp::head()).unify();
     let json = warp::path!("openapi.json").and(read()).map(move || of_type("application/json", json.clone()));
     let html = warp::path!("docs").and(read()).map(move || of_type("text/html; charset=utf-8", html.clone()));
-    let style = warp::path!("docs.css").and(read()).map(|| of_type("text/css; charset=utf-8", STYLE.to_owned()));
+    let style = warp::path!("docs.css")
+        .and(read())
+        .map(|| of_type("text/css; charset=utf-8", Bytes::from_static(STYLE.as_bytes())));
     let other_method = warp::path!("openapi.json")
         .or(warp::path!("docs"))
         .or(warp::path!("docs.css"))
@@ -100,8 +107,8 @@ pub fn routes() -> BoxedFilter<(Response,)> {
 }
 
 /// A text of ours, under the same policy as the page.
-fn of_type(kind: &'static str, text: String) -> Response {
-    let mut response = text.into_response();
+fn of_type(kind: &'static str, text: Bytes) -> Response {
+    let mut response = Response::new(text.into());
     page::secure(response.headers_mut());
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
     response

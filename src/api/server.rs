@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use hyper_util::rt::{TokioIo, TokioTimer};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::socket::{setsockopt, sockopt::TcpUserTimeout};
 use tokio::net::TcpListener;
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::front::{self, Front};
+use super::socket::{Ends, Socket};
 use crate::caller::Client;
 use crate::shutdown;
 
@@ -22,15 +22,11 @@ const MAX_CONNECTIONS: usize = 10_000;
 /// How long a client may take for the head of a request, the wait between two requests included.
 const HEADER_TIME: Duration = Duration::from_secs(30);
 
-/// How long a client may take none of its answer, in milliseconds: else those that never read would keep their places,
-/// and their answers in memory.
-const UNTAKEN_TIME: u32 = 20_000;
-
 /// How long to wait after a failed accept: descriptors may have run out, and come back.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Largest head of a request in bytes.
-const MAX_HEAD: usize = 32 * 1024;
+pub const MAX_HEAD: usize = 32 * 1024;
 
 /// How long connections may take to close once their requests are answered.
 const CLOSE_TIME: Duration = Duration::from_secs(2);
@@ -89,15 +85,13 @@ pub async fn serve(
             },
         };
         let place = Place { _among_all: Arc::new(among_all), _of_address: of_address };
-        // Answers are small, and the client waits for them.
-        let _ = stream.set_nodelay(true);
-        let _ = setsockopt(&stream, TcpUserTimeout, &UNTAKEN_TIME);
+        let ends = Ends { tracker: connections.clone(), closing: closing.clone(), place: place.clone() };
         let service = front::service(fronts.clone(), Some(peer), place.clone());
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEADER_TIME)
             .max_buf_size(MAX_HEAD)
-            .serve_connection(TokioIo::new(stream), service)
+            .serve_connection(TokioIo::new(Socket::new(stream, ends)), service)
             .with_upgrades();
         let closing = closing.clone();
         connections.spawn(shutdown::apart(async move {

@@ -71,7 +71,7 @@ pub struct Pending {
 
 /// The head of a request that carries `length` bytes of body, and asks for the connection to be closed.
 pub fn head(method: &str, path: &str, headers: &[(&str, &str)], length: usize) -> String {
-    let mut head = format!("{method} {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n");
+    let mut head = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n");
     if length > 0 {
         head += &format!("Content-Length: {length}\r\n");
     }

@@ -59,7 +59,7 @@ fn ten_thousand_clients_that_end_nothing_are_closed_and_others_served() {
 
     let body = head("POST", "/coderunner", &[JSON], 100) + "{\"code\": ";
     let chunk = head("POST", "/coderunner", &[JSON, ("Transfer-Encoding", "chunked")], 0) + "ffff\r\n{";
-    let kept_alive = "GET /healthz HTTP/1.1\r\nHost: test\r\n\r\n";
+    let kept_alive = "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n";
     let begun = ["", "P", "POST /coderunner HTTP/1.1\r\nHost: te", &body, &chunk, kept_alive];
     let never_read = 40;
     let crowd: Vec<Pending> = (0..CROWD)
@@ -138,8 +138,8 @@ fn heads_without_end_or_sense_are_refused() {
         format!("{line}cookie: {}\r\n\r\n", "a=b; ".repeat(1 << 20)),
         long.clone(),
         format!("GET /{long} HTTP/1.1\r\n\r\n"),
-        format!("{line}Host: test\r\nno colon\r\n\r\n"),
-        format!("{line}Host: test\r\n folded\r\n\r\n"),
+        format!("{line}Host: localhost\r\nno colon\r\n\r\n"),
+        format!("{line}Host: localhost\r\n folded\r\n\r\n"),
         format!("{line}Host: te\0st\r\n\r\n"),
         format!("{line}na me: x\r\n\r\n"),
         format!("{line}Content-Length: -1\r\n\r\n"),

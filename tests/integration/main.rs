@@ -14,6 +14,7 @@ macro_rules! on_each_engine {
     };
 }
 
+mod answers;
 mod batch;
 mod cli;
 mod client;

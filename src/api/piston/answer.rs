@@ -1,11 +1,13 @@
 //! What clients of Piston's API read, and what we add beside its fields.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::job::{Ended, Stage, StageOutcome, Stream, Verdict};
+use crate::api::text::{Text, Texts};
+use crate::job::{Ended, Outcome, Stage, StageOutcome, Stream, Verdict};
 use crate::language::Language;
 use crate::runner;
 
@@ -71,11 +73,14 @@ pub struct Ran {
 #[derive(Debug, Serialize, ToSchema)]
 pub struct StageAnswer {
     /// What it printed there. Bytes that are no UTF-8 are U+FFFD.
-    pub stdout: String,
+    #[schema(value_type = String)]
+    pub stdout: Text,
     /// What it printed there.
-    pub stderr: String,
+    #[schema(value_type = String)]
+    pub stderr: Text,
     /// Both in order of arrival.
-    pub output: String,
+    #[schema(value_type = String)]
+    pub output: Text,
     /// The rest.
     #[serde(flatten)]
     pub ending: Ending,
@@ -135,7 +140,7 @@ impl Answer {
         Answer {
             language: language.name.clone(),
             version: language.version.to_string(),
-            compile: answer.outcome.compile.as_ref().map(StageAnswer::from),
+            compile: StageAnswer::of(&answer.outcome, Stage::Compile),
             ran: Ran::from(answer),
         }
     }
@@ -146,7 +151,7 @@ impl From<&runner::Answer> for Ran {
         let outcome = &answer.outcome;
         let stages = || outcome.compile.iter().chain(&outcome.run);
         Ran {
-            run: outcome.run.as_ref().map(StageAnswer::from),
+            run: StageAnswer::of(outcome, Stage::Run),
             verdict: outcome.verdict(),
             cached: answer.cached.is_some(),
             age: answer.cached.map(millis),
@@ -156,14 +161,46 @@ impl From<&runner::Answer> for Ran {
     }
 }
 
-impl From<&StageOutcome> for StageAnswer {
-    fn from(stage: &StageOutcome) -> StageAnswer {
-        StageAnswer {
-            stdout: stage.output.text_of(Stream::Stdout),
-            stderr: stage.output.text_of(Stream::Stderr),
-            output: stage.output.text(),
-            ending: Ending::from(stage),
-        }
+impl Ran {
+    /// Cuts what was printed so that it takes no more than about so many bytes as JSON.
+    pub fn cut(&mut self, most: usize) {
+        self.truncated |= self.run.as_mut().is_some_and(|run| run.cut(most));
+    }
+}
+
+impl StageAnswer {
+    /// What became of a stage, if there was one.
+    pub fn of(outcome: &Arc<Outcome>, stage: Stage) -> Option<StageAnswer> {
+        let ending = Ending::from(outcome.stage(stage)?);
+        let text = |of| Text::new(outcome, stage, of);
+        let (stdout, stderr) = (text(Some(Stream::Stdout)), text(Some(Stream::Stderr)));
+        Some(StageAnswer { stdout, stderr, output: text(None), ending })
+    }
+
+    /// Cuts what was printed so that it takes no more than about so many bytes as JSON; whether something is missing now.
+    pub fn cut(&mut self, most: usize) -> bool {
+        let cut = [self.stdout.cut(most / 4), self.stderr.cut(most / 4), self.output.cut(most / 2)].contains(&true);
+        self.ending.truncated |= cut;
+        cut
+    }
+}
+
+impl Texts for StageAnswer {
+    fn each(&mut self, see: &mut dyn FnMut(&mut Text)) {
+        [&mut self.stdout, &mut self.stderr, &mut self.output].into_iter().for_each(see);
+    }
+}
+
+impl Texts for Ran {
+    fn each(&mut self, see: &mut dyn FnMut(&mut Text)) {
+        self.run.iter_mut().for_each(|run| run.each(see));
+    }
+}
+
+impl Texts for Answer {
+    fn each(&mut self, see: &mut dyn FnMut(&mut Text)) {
+        self.compile.iter_mut().for_each(|compile| compile.each(see));
+        self.ran.each(see);
     }
 }
 

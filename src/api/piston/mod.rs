@@ -60,5 +60,5 @@ async fn execute(
     settings: Arc<ApiSettings>,
 ) -> Result<Response, ApiError> {
     let (language, job) = request?.into_job(runner.languages(), settings.source_limit)?;
-    respond(runner, job, wishes, move |answer| Answer::new(&language, answer)).await
+    respond(runner, &settings, job, wishes, move |answer| Answer::new(&language, answer)).await
 }

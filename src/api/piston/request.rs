@@ -122,7 +122,10 @@ pub fn arguments(args: Vec<String>) -> Result<Vec<String>, ApiError> {
     }
     match serde_json::to_vec(&args) {
         Ok(json) if json.len() <= MAX_ARGS => Ok(args),
-        _ => Err(ApiError::TooLarge { what: "args", limit: MAX_ARGS }),
+        json => {
+            let size = json.ok().map(|json| json.len());
+            Err(ApiError::TooLarge { what: "the args together are", size, limit: MAX_ARGS })
+        }
     }
 }
 
@@ -178,7 +181,7 @@ pub fn place(
         placed.push(SourceFile { name, content: content.into() });
     }
     match size > source_limit {
-        true => Err(ApiError::TooLarge { what: "files together", limit: source_limit }),
+        true => Err(ApiError::TooLarge { what: "the files together are", size: Some(size), limit: source_limit }),
         false => Ok(placed),
     }
 }

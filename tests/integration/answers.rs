@@ -1,0 +1,219 @@
+//! Answers that are large, and clients that take them slowly: what all of them have of the server's memory is bounded,
+//! others are served meanwhile, and nobody is cut off who goes on reading.
+
+use std::fs;
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::client::{Reply, head};
+use crate::harness::{Options, Server};
+
+const JSON: (&str, &str) = ("Content-Type", "application/json");
+const EVENTS: (&str, &str) = ("Accept", "text/event-stream");
+const ANEW: (&str, &str) = ("Cache-Control", "no-cache");
+
+/// What the server may have in memory, whoever asks for what.
+const MOST_MEMORY: usize = 256 << 20;
+
+/// Control characters on both streams: each is six in JSON, and stands there twice.
+const LARGE: &str = "head -c 262144 /dev/zero; head -c 262144 /dev/zero >&2";
+
+fn serve(containers: usize) -> Server {
+    Server::start(Options { languages: &["bash"], containers, ..Options::default() })
+}
+
+fn program(code: &str) -> Value {
+    json!({"language": "bash", "version": "*", "files": [{"content": code}]})
+}
+
+fn memory(server: &Server) -> usize {
+    let status = fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() << 10
+}
+
+/// A client that takes its answer as slowly as it likes.
+struct Slow {
+    stream: TcpStream,
+    bytes: Vec<u8>,
+    ended: bool,
+}
+
+impl Slow {
+    fn ask(server: &Server, path: &str, headers: &[(&str, &str)], body: &Value) -> Slow {
+        let body = body.to_string();
+        let head = head("POST", path, &[headers, &[JSON]].concat(), body.len());
+        let mut stream = TcpStream::connect(server.address).unwrap();
+        stream.write_all((head + &body).as_bytes()).unwrap();
+        stream.set_nonblocking(true).unwrap();
+        Slow { stream, bytes: Vec::new(), ended: false }
+    }
+
+    /// Takes at most so many of the bytes that are there.
+    fn take(&mut self, most: usize) {
+        let mut chunk = vec![0; most];
+        let mut taken = 0;
+        while taken < most && !self.ended {
+            match self.stream.read(&mut chunk[taken..]) {
+                Ok(0) => self.ended = true,
+                Ok(length) => taken += length,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => panic!("cut off after {} bytes: {error}", self.bytes.len()),
+            }
+        }
+        self.bytes.extend_from_slice(&chunk[..taken]);
+    }
+
+    fn status(&self) -> Option<u16> {
+        let line = self.bytes.strip_prefix(b"HTTP/1.1 ")?;
+        std::str::from_utf8(line.get(..3)?).ok()?.parse().ok()
+    }
+}
+
+/// Lets these clients read a little now and then; the server's memory stays within its bound, and it answers others.
+fn read_slowly(server: &Server, clients: &mut [Slow], time: Duration) {
+    let (began, mut most, mut longest) = (Instant::now(), 0, Duration::ZERO);
+    while began.elapsed() < time {
+        clients.iter_mut().for_each(|client| client.take(512));
+        let asked = Instant::now();
+        assert_eq!(server.get("/healthz").status, 200);
+        longest = longest.max(asked.elapsed());
+        most = most.max(memory(server));
+        assert!(most < MOST_MEMORY, "{} MiB", most >> 20);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    // Of a machine that is busy with all else.
+    assert!(longest < Duration::from_secs(10), "{longest:?}");
+    println!("{} clients: {} MiB at most, /healthz after {longest:?} at most", clients.len(), most >> 20);
+}
+
+#[test]
+fn two_hundred_slow_readers_of_large_answers_take_bounded_memory() {
+    let server = serve(2);
+    let body = program(LARGE);
+    let whole = server.request("POST", "/api/v2/execute", &[JSON], body.to_string().as_bytes());
+    assert!(whole.body.len() > 6 << 20, "{}", whole.body.len());
+    let mut clients: Vec<Slow> = (0..200).map(|_| Slow::ask(&server, "/api/v2/execute", &[], &body)).collect();
+    read_slowly(&server, &mut clients, Duration::from_secs(20));
+    let with = |status| clients.iter().filter(|client| client.status() == Some(status)).count();
+    assert!(with(200) >= 10 && with(200) + with(503) == 200, "{} and {}", with(200), with(503));
+    let refused = clients.iter().find(|client| client.status() == Some(503)).unwrap();
+    let text = String::from_utf8_lossy(&refused.bytes);
+    assert!(text.to_lowercase().contains("retry-after: ") && text.contains("memory"), "{text}");
+    drop(clients);
+    let again = server.request("POST", "/api/v2/execute", &[JSON], body.to_string().as_bytes());
+    assert_eq!((again.status, again.json()["run"].clone()), (200, whole.json()["run"].clone()));
+    server.stop();
+}
+
+#[test]
+fn slow_watchers_of_runs_that_print_much_take_bounded_memory() {
+    let server = serve(4);
+    let body = program(LARGE);
+    let watch = |_| Slow::ask(&server, "/api/v2/execute", &[EVENTS, ANEW], &body);
+    let mut clients: Vec<Slow> = (0..100).map(watch).collect();
+    read_slowly(&server, &mut clients, Duration::from_secs(20));
+    drop(clients);
+    let watched = server.begin_request("POST", "/api/v2/execute", &[JSON, EVENTS], body.to_string().as_bytes()).all();
+    assert!(String::from_utf8_lossy(&watched).contains("event:result"), "{} bytes", watched.len());
+    server.stop();
+}
+
+/// An answer without its framing in chunks.
+fn events(reply: &Reply) -> Vec<(String, Value)> {
+    let text = String::from_utf8_lossy(&reply.body).into_owned();
+    let mut rest = text.as_str();
+    let mut whole = String::new();
+    while let Some((size, after)) = rest.split_once("\r\n") {
+        let size = usize::from_str_radix(size, 16).unwrap();
+        whole += &after[..size];
+        rest = after[size..].trim_start_matches("\r\n");
+    }
+    let event = |event: &str| {
+        let (kind, data) = event.strip_prefix("event:")?.split_once("\ndata:")?;
+        Some((kind.to_owned(), serde_json::from_str(data).unwrap()))
+    };
+    whole.split("\n\n").filter_map(event).collect()
+}
+
+#[test]
+fn what_a_watcher_is_told_is_the_same_from_the_memo() {
+    let server = serve(1);
+    let body = program("printf 'a\\0b'; sleep 0.2; printf 'c\\xff' >&2; head -c 300000 /dev/zero").to_string();
+    let watch = || {
+        let body = body.clone();
+        let whole = crate::client::Pending::send(
+            server.address,
+            (head("POST", "/api/v2/execute", &[JSON, EVENTS], body.len()) + &body).as_bytes(),
+        );
+        let bytes = whole.all();
+        let start = bytes.windows(4).position(|window| window == b"\r\n\r\n").unwrap() + 4;
+        events(&Reply { status: 200, headers: Vec::new(), body: bytes[start..].to_vec() })
+    };
+    let printed = |events: &[(String, Value)], stream: &str| -> String {
+        let data = events.iter().filter(|(kind, told)| kind == "data" && told["stream"] == stream);
+        data.map(|(_, told)| told["data"].as_str().unwrap()).collect()
+    };
+    let (first, second) = (watch(), watch());
+    for events in [&first, &second] {
+        let (kind, result) = events.last().unwrap();
+        assert_eq!(kind, "result");
+        assert_eq!(printed(events, "stdout"), result["run"]["stdout"]);
+        assert_eq!(printed(events, "stderr"), "c\u{fffd}");
+    }
+    assert_eq!(
+        (&first.last().unwrap().1["cached"], &second.last().unwrap().1["cached"]),
+        (&json!(false), &json!(true))
+    );
+    assert_eq!(first.last().unwrap().1["run"], second.last().unwrap().1["run"]);
+    server.stop();
+}
+
+#[test]
+fn the_results_of_a_batch_are_bounded_as_they_are_written() {
+    let server = serve(4);
+    let mut body = program(LARGE);
+    body["inputs"] = (0..100).map(|n| json!({"stdin": n.to_string()})).collect();
+    let reply = server.request("POST", "/api/v2/batch", &[JSON], body.to_string().as_bytes());
+    assert_eq!(reply.status, 200);
+    assert!(reply.body.len() < 25 << 20, "{} bytes", reply.body.len());
+    let answer = reply.json();
+    for result in answer["results"].as_array().unwrap() {
+        assert_eq!((&result["verdict"], &result["truncated"]), (&json!("ok"), &json!(true)), "{}", result["index"]);
+        let run = &result["run"];
+        assert_eq!((&run["truncated"], &run["stdout_bytes"]), (&json!(true), &json!(262_144)));
+        assert!(run["stdout"].as_str().unwrap().len() > 5000);
+    }
+    // What needs no escapes is not cut by that.
+    let mut body = program("head -c 40000 /dev/zero | tr '\\0' x");
+    body["inputs"] = (0..100).map(|n| json!({"stdin": n.to_string()})).collect();
+    let answer = server.request("POST", "/api/v2/batch", &[JSON], body.to_string().as_bytes()).json();
+    for result in answer["results"].as_array().unwrap() {
+        assert_eq!((result["run"]["stdout"].as_str().unwrap().len(), &result["truncated"]), (40_000, &json!(false)));
+    }
+    assert!(memory(&server) < MOST_MEMORY, "{} MiB", memory(&server) >> 20);
+    server.stop();
+}
+
+/// As long as TCP_USER_TIMEOUT once cut off such a client, and half as long again.
+#[test]
+fn who_reads_slowly_but_steadily_gets_the_whole_answer() {
+    let server = serve(1);
+    let mut client = Slow::ask(&server, "/api/v2/execute", &[], &program(LARGE));
+    for _ in 0..6 {
+        std::thread::sleep(Duration::from_secs(8));
+        client.take(60_000);
+    }
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !client.ended && Instant::now() < deadline {
+        client.take(1 << 20);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let start = client.bytes.windows(4).position(|window| window == b"\r\n\r\n").unwrap() + 4;
+    let answer: Value = serde_json::from_slice(&client.bytes[start..]).expect("the whole answer");
+    assert_eq!(answer["run"]["stdout"].as_str().unwrap().len(), 262_144);
+    server.stop();
+}
