@@ -30,6 +30,7 @@ use nix::unistd::{
 use seccompiler::BpfProgram;
 
 use super::protocol::{self, CHANNEL_FD, Enforced, FromInit, JOB_DIR, StageSpec, ToInit, VERSION, WORK_DIR};
+use super::seen::Seen;
 use super::{at, micros, seccomp};
 use crate::cgroup::{Counters, field};
 use crate::job::{Ended, Usage};
@@ -106,7 +107,15 @@ impl Init {
         // podman's own marks are not the image's.
         let environment =
             environment.into_iter().filter(|(name, _)| name != "container" && name != "HOSTNAME" && name != "TERM");
-        Ok(Init { channel, children, cgroup, filters, ids: None, environment: environment.collect() })
+        Ok(Init {
+            channel,
+            children,
+            cgroup,
+            filters,
+            ids: None,
+           
+            environment: environment.collect(),
+        })
     }
 
     fn serve(mut self) -> io::Result<()> {
@@ -237,6 +246,7 @@ impl Init {
         let cpu_limit = Duration::from_micros(spec.cpu_time_us);
         let mut next_cpu_check = started + cpu_limit.min(Duration::from_micros(spec.time_us)) / 4;
         let mut next_memory_check = spec.memory.map(|_| started);
+        let uncounted = self.cgroup.cpu_since(before).is_none();
         loop {
             let mut more = true;
             for _ in 0..REAPS {
@@ -252,6 +262,12 @@ impl Init {
             let now = Instant::now();
             if now >= deadline {
                 return Ok(Some(Ended::WallTime));
+            }
+            if uncounted {
+                reaped.seen.look(living);
+                if reaped.seen.cpu() >= cpu_limit {
+                    return Ok(Some(Ended::CpuTime));
+                }
             }
             if now >= next_cpu_check {
                 let used = self.cgroup.cpu_since(before).unwrap_or_else(|| reaped.cpu + living_cpu());
@@ -269,7 +285,8 @@ impl Init {
                 }
                 *check = now + MEMORY_CHECK;
             }
-            let next_check = next_memory_check.map_or(next_cpu_check, |check| check.min(next_cpu_check));
+            let others = [next_memory_check, reaped.seen.next()].into_iter().flatten();
+            let next_check = others.fold(next_cpu_check, Instant::min);
             let wait = match more {
                 true => Duration::ZERO,
                 false => deadline.min(next_check).saturating_duration_since(now) + Duration::from_millis(1),
@@ -510,6 +527,8 @@ struct Reaped {
     cpu: Duration,
     max_rss: u64,
     none_left: bool,
+    /// Where no cgroup counts.
+    seen: Seen,
 }
 
 impl Reaped {
@@ -549,12 +568,18 @@ impl Reaped {
     }
 }
 
-/// This file of each process but init itself. The name of a process, which is in some, need not be text.
+/// Each process but init itself. Of the names that are no numbers two stand for whoever looks: init, with all that it has
+/// reaped.
+fn living() -> impl Iterator<Item = Pid> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| *pid != 1).map(Pid::from_raw)
+}
+
+/// This file of each of them. The name of a process, which is in some, need not be text.
 fn of_the_living(file: &str) -> impl Iterator<Item = String> {
-    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let others = processes.filter(|entry| entry.file_name() != "1");
-    let read = move |entry: fs::DirEntry| fs::read(entry.path().join(file)).ok();
-    others.filter_map(read).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+    let read = move |pid: Pid| fs::read(format!("/proc/{pid}/{file}")).ok();
+    living().filter_map(read).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// Memory of the processes that still run, for hosts without a cgroup that counts it: what is theirs alone, and
@@ -623,7 +648,8 @@ impl Cgroup {
 fn usage(wall: Duration, before: &Counters, after: &Counters, reaped: &Reaped) -> Usage {
     let cpu = match (before.cpu, after.cpu) {
         (Some(before), Some(after)) => after.saturating_sub(before),
-        _ => reaped.cpu,
+        // Either knows of some that the other one does not.
+        _ => reaped.cpu.max(reaped.seen.cpu()),
     };
     // The peak is that of the container's whole life: a stage that did not raise it stayed below.
     let memory = match (before.peak, after.peak) {

@@ -21,6 +21,7 @@ pub mod protocol;
 mod queue;
 pub mod reaper;
 mod seccomp;
+mod seen;
 mod stage;
 mod stamp;
 
