@@ -31,7 +31,7 @@ use seccompiler::BpfProgram;
 
 use super::protocol::{self, CHANNEL_FD, Enforced, FromInit, JOB_DIR, StageSpec, ToInit, VERSION, WORK_DIR};
 use super::seen::Seen;
-use super::{at, micros, seccomp};
+use super::{at, groups, micros, seccomp};
 use crate::cgroup::{Counters, field};
 use crate::job::{Ended, Usage};
 
@@ -90,6 +90,8 @@ struct Init {
     /// Ready before there is a job.
     filters: [BpfProgram; 2],
     ids: Option<(Uid, Gid)>,
+    /// Those of the image's user.
+    groups: Vec<Gid>,
     /// What every program gets.
     environment: Environment,
 }
@@ -113,7 +115,7 @@ impl Init {
             cgroup,
             filters,
             ids: None,
-           
+            groups: Vec::new(),
             environment: environment.collect(),
         })
     }
@@ -122,8 +124,9 @@ impl Init {
         self.send(&FromInit::Ready { version: VERSION, enforced: self.cgroup.enforced() })?;
         while let Some((message, pipes)) = protocol::receive(self.channel.as_fd())? {
             let answer = match message {
-                ToInit::Prepare { uid, own_cgroup, files } => {
+                ToInit::Prepare { uid, user, own_cgroup, files } => {
                     self.cgroup.own = own_cgroup;
+                    self.groups = groups::of_user(&user, Path::new("/"));
                     match self.prepare(uid, &files) {
                         Ok(()) => FromInit::Prepared,
                         Err(error) => FromInit::Failed(format!("cannot place the sources: {error}")),
@@ -369,7 +372,7 @@ fn spawn(spec: &StageSpec, pipes: &[OwnedFd; 3], ids: (Uid, Gid), init: &Init) -
     let mut stack = vec![0; CHILD_STACK];
     let mut failure = None;
     let child = || {
-        let prepared = confine(pipes, ids, &limits, &init.filters);
+        let prepared = confine(pipes, ids, &init.groups, &limits, &init.filters);
         failure = Some(prepared.map_or_else(|error| error, |()| program.replace_us()));
         libc::EXIT_FAILURE as isize
     };
@@ -394,6 +397,7 @@ const CHILD_STACK: usize = 64 * 1024;
 fn confine(
     pipes: &[OwnedFd; 3],
     (uid, gid): (Uid, Gid),
+    groups: &[Gid],
     limits: &[(Resource, u64)],
     filters: &[BpfProgram],
 ) -> io::Result<()> {
@@ -410,7 +414,10 @@ fn confine(
         setrlimit(resource, value, value).map_err(|error| io::Error::other(higher(error)))?;
     }
     setsid()?;
-    setgroups(&[])?;
+    // They open what the image lets its own user's groups read, and no more: the root directory is read-only, what can be
+    // written to is this sandbox's alone, and all that is the server's or init's (the job directory, the channel, the pipes,
+    // what /proc tells of PID 1, the cgroup) has group 0, which is never among them. Signals and traces go by uid.
+    setgroups(groups)?;
     setresgid(gid, gid, gid)?;
     setresuid(uid, uid, uid)?;
     SigSet::empty().thread_set_mask()?;

@@ -10,6 +10,7 @@ mod build;
 mod channel;
 pub mod direct;
 mod forgotten;
+mod groups;
 pub mod health;
 pub mod init;
 pub mod keeper;
@@ -219,6 +220,8 @@ pub struct Sandbox {
     channel: Channel,
     job_dir: PathBuf,
     uid: u32,
+    /// As its image says it.
+    user: String,
     /// The number of its slot.
     number: u32,
     /// Content id of its image.
@@ -284,7 +287,7 @@ impl Sandbox {
     /// Has init place the files. What comes next hears of its answer: waiting for it here would cost two changes
     /// between processes.
     fn place(&self, files: Vec<String>) -> Result<(), SandboxError> {
-        let order = ToInit::Prepare { uid: self.uid, own_cgroup: self.own_cgroup, files };
+        let order = ToInit::Prepare { uid: self.uid, user: self.user.clone(), own_cgroup: self.own_cgroup, files };
         self.channel.send(&order, &[]).map_err(|_| SandboxError::Lost)
     }
 
