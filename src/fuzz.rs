@@ -253,7 +253,12 @@ mod tests {
             file_size: 1 << 26,
             processes: 64,
         };
-        let prepare = ToInit::Prepare { uid: 10_000, own_cgroup: true, files: vec!["main.c".into(), "a/b.h".into()] };
+        let prepare = ToInit::Prepare {
+            uid: 10_000,
+            user: "maker".into(),
+            own_cgroup: true,
+            files: vec!["main.c".into(), "a/b.h".into()],
+        };
         vec![
             json(&prepare),
             json(&ToInit::Stage(stage)),

@@ -115,6 +115,7 @@ mod tests {
             channel,
             job_dir: PathBuf::new(),
             uid: 10_000,
+            user: String::new(),
             number: 0,
             image: String::new(),
             enforced: Enforced::default(),

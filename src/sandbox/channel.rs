@@ -85,7 +85,12 @@ mod tests {
             signals += 1;
         }
         assert!((8..1000).contains(&signals), "{signals}");
-        let message = ToInit::Prepare { uid: 1, own_cgroup: true, files: vec!["x".repeat(MAX_MESSAGE - 64)] };
+        let message = ToInit::Prepare {
+            uid: 1,
+            user: String::new(),
+            own_cgroup: true,
+            files: vec!["x".repeat(MAX_MESSAGE - 80)],
+        };
         channel.send(&ToInit::Kill, &[]).unwrap();
         channel.send(&message, &[]).unwrap();
     }

@@ -64,6 +64,8 @@ struct Template {
     podman: Podman,
     agent: Arc<Agent>,
     limits: Limits,
+    /// The image's, as the image says it.
+    user: String,
     keepers: TaskTracker,
     /// There as long as the container may be.
     mark: Option<Mark>,
@@ -144,6 +146,7 @@ impl DirectEngine {
             channel,
             job_dir: job_dir.path().to_owned(),
             image,
+            user: template.user.clone(),
             slot,
             own_cgroup: cgroup.is_some(),
             cgroup: cgroup.clone(),
@@ -227,10 +230,12 @@ impl DirectEngine {
             podman: self.podman.clone(),
             agent: Arc::clone(agent),
             limits: Limits::default(),
+            user: String::new(),
             keepers: self.settings.keepers.clone(),
             mark: Some(mark),
         };
         let config = self.podman.create(&name, podman::walls(&name, &self.settings, language, image)).await?;
+        template.user = self.podman.image_user(image).await?;
         let spec = Spec::load(&config).map_err(|error| SandboxError::Io {
             what: "cannot read podman's configuration of a template",
             source: std::io::Error::other(error),

@@ -58,6 +58,7 @@ impl Start {
             uid: 10_000,
             number: self.spec.slot.number,
             image: self.spec.image,
+            user: String::new(),
             enforced: Enforced::default(),
             own_cgroup: false,
             cgroup: None,

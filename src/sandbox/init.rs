@@ -34,7 +34,8 @@ use rustix::process::{PidfdFlags, pidfd_open};
 use seccompiler::BpfProgram;
 
 use super::protocol::{self, CHANNEL_FD, Enforced, FromInit, JOB_DIR, StageSpec, ToInit, VERSION, WORK_DIR};
-use super::{at, landlock, micros, seccomp};
+use super::seen::Seen;
+use super::{at, groups, landlock, locks, micros, seccomp};
 use crate::cgroup::{Counters, field};
 use crate::job::{Ended, Usage};
 use crate::print;
@@ -102,6 +103,8 @@ struct Init {
     filter: BpfProgram,
     rules: landlock::Rules,
     ids: Option<(Uid, Gid)>,
+    /// Those of the image's user.
+    groups: Vec<Gid>,
     /// What every program gets.
     environment: Environment,
     stack: Stack,
@@ -129,6 +132,7 @@ impl Init {
             rules,
             ids: None,
             environment: environment.collect(),
+            groups: Vec::new(),
             stack: Stack::new()?,
         })
     }
@@ -137,8 +141,9 @@ impl Init {
         self.send(&FromInit::Ready { version: VERSION, enforced: self.cgroup.enforced() })?;
         while let Some((message, pipes)) = protocol::receive(self.channel.as_fd())? {
             let answer = match message {
-                ToInit::Prepare { uid, own_cgroup, files } => {
+                ToInit::Prepare { uid, user, own_cgroup, files } => {
                     self.cgroup.own = own_cgroup;
+                    self.groups = groups::of_user(&user, Path::new("/"));
                     match self.prepare(uid, &files) {
                         Ok(()) => FromInit::Prepared,
                         Err(error) => FromInit::Failed(format!("cannot place the sources: {error}")),
@@ -261,8 +266,10 @@ impl Init {
         let cpu_limit = Duration::from_micros(spec.cpu_time_us);
         let mut next_cpu_check = started + cpu_limit.min(Duration::from_micros(spec.time_us)) / 4;
         let mut next_memory_check = spec.memory.map(|_| started);
+        let mut next_locks_check = started + locks::CHECK;
         let its_end = pidfd_open(pid_of(main)?, PidfdFlags::empty())?;
         let mut main_is_dead = false;
+        let uncounted = self.cgroup.cpu_since(before).is_none();
         loop {
             let mut more = true;
             for _ in 0..REAPS {
@@ -283,6 +290,12 @@ impl Init {
             if now >= deadline {
                 return Ok(Some(Ended::WallTime));
             }
+            if uncounted {
+                reaped.seen.look(living);
+                if reaped.seen.cpu() >= cpu_limit {
+                    return Ok(Some(Ended::CpuTime));
+                }
+            }
             if now >= next_cpu_check {
                 let used = self.cgroup.cpu_since(before).unwrap_or_else(|| reaped.cpu + living_cpu());
                 if used >= cpu_limit {
@@ -299,7 +312,14 @@ impl Init {
                 }
                 *check = now + MEMORY_CHECK;
             }
-            let next_check = next_memory_check.map_or(next_cpu_check, |check| check.min(next_cpu_check));
+            if now >= next_locks_check {
+                if locks::are_too_many() {
+                    return Ok(Some(Ended::Memory));
+                }
+                next_locks_check = now + locks::CHECK;
+            }
+            let others = [Some(next_locks_check), next_memory_check, reaped.seen.next()].into_iter().flatten();
+            let next_check = others.fold(next_cpu_check, Instant::min);
             let wait = match more {
                 true => Duration::ZERO,
                 false => deadline.min(next_check).saturating_duration_since(now) + Duration::from_millis(1),
@@ -386,10 +406,10 @@ fn open_to_all(place: &Path) -> io::Result<()> {
 fn spawn(spec: &StageSpec, pipes: &[OwnedFd; 3], ids: (Uid, Gid), init: &mut Init) -> io::Result<Pid> {
     let program = Program::new(spec, &init.environment)?;
     let limits = resource_limits(spec, init.cgroup.enforced().processes);
-    let Init { filter, rules, stack, .. } = init;
+    let Init { filter, rules, groups, stack, .. } = init;
     let (mut confined, mut failure) = (false, None);
     let child = || {
-        let prepared = confine(pipes, ids, &limits, filter, rules);
+        let prepared = confine(pipes, ids, groups, &limits, filter, rules);
         confined = prepared.is_ok();
         failure = Some(prepared.map_or_else(|error| error, |()| program.replace_us()));
         libc::EXIT_FAILURE as isize
@@ -447,6 +467,7 @@ impl Drop for Stack {
 fn confine(
     pipes: &[OwnedFd; 3],
     (uid, gid): (Uid, Gid),
+    groups: &[Gid],
     limits: &[(Resource, u64)],
     filter: &BpfProgram,
     rules: &landlock::Rules,
@@ -464,7 +485,10 @@ fn confine(
         setrlimit(resource, value, value).map_err(|error| io::Error::other(higher(error)))?;
     }
     setsid()?;
-    setgroups(&[])?;
+    // They open what the image lets its own user's groups read, and no more: the root directory is read-only, what can be
+    // written to is this sandbox's alone, and all that is the server's or init's (the job directory, the channel, the pipes,
+    // what /proc tells of PID 1, the cgroup) has group 0, which is never among them. Signals and traces go by uid.
+    setgroups(groups)?;
     setresgid(gid, gid, gid)?;
     setresuid(uid, uid, uid)?;
     SigSet::empty().thread_set_mask()?;
@@ -584,6 +608,8 @@ struct Reaped {
     none_left: bool,
     main: Option<Pid>,
     main_ended: Option<Ended>,
+    /// Where no cgroup counts.
+    seen: Seen,
 }
 
 impl Reaped {
@@ -635,12 +661,18 @@ impl Reaped {
     }
 }
 
-/// This file of each process but init itself. The name of a process, which is in some, need not be text.
+/// Each process but init itself. Of the names that are no numbers two stand for whoever looks: init, with all that it has
+/// reaped.
+fn living() -> impl Iterator<Item = Pid> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| *pid != 1).map(Pid::from_raw)
+}
+
+/// This file of each of them. The name of a process, which is in some, need not be text.
 fn of_the_living(file: &str) -> impl Iterator<Item = String> {
-    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let others = processes.filter(|entry| entry.file_name() != "1");
-    let read = move |entry: fs::DirEntry| fs::read(entry.path().join(file)).ok();
-    others.filter_map(read).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+    let read = move |pid: Pid| fs::read(format!("/proc/{pid}/{file}")).ok();
+    living().filter_map(read).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// Memory of the processes that still run, for hosts without a cgroup that counts it: what is theirs alone, and
@@ -709,7 +741,8 @@ impl Cgroup {
 fn usage(wall: Duration, before: &Counters, after: &Counters, reaped: &Reaped) -> Usage {
     let cpu = match (before.cpu, after.cpu) {
         (Some(before), Some(after)) => after.saturating_sub(before),
-        _ => reaped.cpu,
+        // Either knows of some that the other one does not.
+        _ => reaped.cpu.max(reaped.seen.cpu()),
     };
     // The peak is that of the container's whole life: a stage that did not raise it stayed below.
     let memory = match (before.peak, after.peak) {

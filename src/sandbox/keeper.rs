@@ -55,6 +55,8 @@ pub(super) struct Started {
     pub job_dir: PathBuf,
     /// Content id of its image.
     pub image: String,
+    /// The image's user, as the image says it.
+    pub user: String,
     /// The place it takes.
     pub slot: Slot,
     /// Whether it has a cgroup of its own.
@@ -83,7 +85,7 @@ impl EngineSettings {
     /// Hands a container to a keeper, and returns it as a sandbox once its init is ready. Whatever fails, the
     /// keeper cleans up.
     pub(super) async fn raise(&self, started: Started, language: &Language) -> Result<Sandbox, SandboxError> {
-        let Started { channel, job_dir, image, slot, own_cgroup, cgroup, ended, remove, owned } = started;
+        let Started { channel, job_dir, image, user, slot, own_cgroup, cgroup, ended, remove, owned } = started;
         let (uid, number) = (slot.uid(&self.instance), slot.number);
         let (released, gone) = (CancellationToken::new(), CancellationToken::new());
         let last_words = Arc::new(OnceLock::new());
@@ -101,6 +103,7 @@ impl EngineSettings {
             channel,
             job_dir,
             uid,
+            user,
             number,
             image,
             enforced: protocol::Enforced::default(),

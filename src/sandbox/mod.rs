@@ -13,10 +13,12 @@ pub mod direct;
 #[allow(clippy::unwrap_used)]
 pub mod fake;
 mod forgotten;
+mod groups;
 pub mod health;
 pub mod init;
 pub mod keeper;
 mod landlock;
+mod locks;
 pub mod plan;
 pub mod podman;
 pub mod pool;
@@ -24,6 +26,7 @@ pub mod protocol;
 mod queue;
 pub mod reaper;
 mod seccomp;
+mod seen;
 mod stage;
 mod stamp;
 
@@ -225,6 +228,8 @@ pub struct Sandbox {
     channel: Channel,
     job_dir: PathBuf,
     uid: u32,
+    /// As its image says it.
+    user: String,
     /// The number of its slot.
     number: u32,
     /// Content id of its image.
@@ -290,7 +295,7 @@ impl Sandbox {
     /// Has init place the files. What comes next hears of its answer: waiting for it here would cost two changes
     /// between processes.
     fn place(&self, files: Vec<String>) -> Result<(), SandboxError> {
-        let order = ToInit::Prepare { uid: self.uid, own_cgroup: self.own_cgroup, files };
+        let order = ToInit::Prepare { uid: self.uid, user: self.user.clone(), own_cgroup: self.own_cgroup, files };
         self.channel.send(&order, &[]).map_err(|_| SandboxError::Lost)
     }
 

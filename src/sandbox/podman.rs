@@ -1,11 +1,12 @@
 //! podman: its argument vectors, its JSON, and the engine that makes each sandbox by `podman run`.
 
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::BoxFuture;
@@ -50,6 +51,9 @@ const HALF_MADE_TRIES: u32 = 10;
 
 /// Time between two of these tries.
 const HALF_MADE_PAUSE: Duration = Duration::from_millis(100);
+
+/// Longest user of an image, in bytes: twice a name of 32, as long as Linux has them, with room for what it does not have.
+const MOST_USER: usize = 256;
 
 /// The podman of this user, one function per verb.
 #[derive(Debug, Clone)]
@@ -236,6 +240,13 @@ impl Podman {
         self.rename(["rmi", "--", id]).await
     }
 
+    /// The user that an image is to be run as, as the image says it; empty where it says nothing.
+    pub async fn image_user(&self, id: &str) -> Result<String, ProcessError> {
+        let user = self.text(&["image", "inspect", "--format", "{{.Config.User}}", "--", id]).await?;
+        // What is longer is nobody's name.
+        Ok(if user.len() <= MOST_USER { user } else { String::new() })
+    }
+
     /// When an image was built.
     pub async fn image_created(&self, id: &str) -> Result<SystemTime, ProcessError> {
         let seconds = self.text(&["image", "inspect", "--format", "{{.Created.Unix}}", "--", id]).await?;
@@ -319,16 +330,35 @@ pub struct PodmanEngine {
     podman: Podman,
     settings: EngineSettings,
     made: AtomicU64,
+    /// By the content ids of images, until these are given up.
+    users: std::sync::Mutex<HashMap<String, String>>,
 }
 
 impl PodmanEngine {
     /// An engine of this podman.
     pub fn new(podman: Podman, settings: EngineSettings) -> PodmanEngine {
-        PodmanEngine { podman, settings, made: AtomicU64::new(0) }
+        PodmanEngine { podman, settings, made: AtomicU64::new(0), users: Default::default() }
+    }
+
+    fn users(&self) -> MutexGuard<'_, HashMap<String, String>> {
+        self.users.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The user of an image, which is asked for once.
+    async fn user(&self, image: &str) -> Result<String, ProcessError> {
+        let known = self.users().get(image).cloned();
+        match known {
+            Some(user) => Ok(user),
+            None => {
+                let user = self.podman.image_user(image).await?;
+                Ok(self.users().entry(image.to_owned()).or_insert(user).clone())
+            }
+        }
     }
 
     async fn make(&self, spec: SandboxSpec) -> Result<Sandbox, SandboxError> {
         let SandboxSpec { language, image, slot } = spec;
+        let user = self.user(&image).await?;
         let job_dir = self.settings.job_directory()?;
         let number = self.made.fetch_add(1, Ordering::Relaxed);
         let name = forgotten::name(&self.settings.instance, "box", number);
@@ -343,6 +373,7 @@ impl PodmanEngine {
             channel,
             job_dir: job_dir.path().to_owned(),
             image,
+            user,
             slot,
             own_cgroup: true,
             cgroup: None,
@@ -363,7 +394,8 @@ impl Engine for PodmanEngine {
     /// Nothing is kept.
     fn keep_only(&self, _: &[Arc<Language>]) {}
 
-    fn release<'a>(&'a self, _image: Option<&'a str>) -> BoxFuture<'a, ()> {
+    fn release<'a>(&'a self, image: Option<&'a str>) -> BoxFuture<'a, ()> {
+        self.users().retain(|known, _| image.is_some_and(|image| image != known));
         Box::pin(std::future::ready(()))
     }
 }

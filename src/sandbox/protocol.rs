@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use crate::job::{Ended, Usage};
 
 /// Changes with every change of a message, since an upgrade may replace the executable under a running server.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 /// The descriptor on which init finds the channel: podman's `--preserve-fds=1` passes 3.
 pub const CHANNEL_FD: RawFd = 3;
@@ -40,6 +40,8 @@ pub enum ToInit {
     Prepare {
         /// The uid and gid that programs of this sandbox run as.
         uid: u32,
+        /// The image's user as the image says it, whose groups programs have besides; may be empty.
+        user: String,
         /// Whether it has a cgroup of its own. One without sees that of whoever started it, whose limits and counters
         /// are others'.
         own_cgroup: bool,
@@ -209,14 +211,20 @@ mod tests {
     #[test]
     fn a_message_too_large_is_refused_before_it_is_sent() {
         let (server, _init) = pair();
-        let message = ToInit::Prepare { uid: 1, own_cgroup: true, files: vec!["x".repeat(MAX_MESSAGE)] };
+        let message =
+            ToInit::Prepare { uid: 1, user: String::new(), own_cgroup: true, files: vec!["x".repeat(MAX_MESSAGE)] };
         assert_eq!(send(server.as_fd(), &message, &[]).unwrap_err().kind(), std::io::ErrorKind::InvalidInput);
     }
 
     #[test]
     fn the_largest_message_passes() {
         let (server, init) = pair();
-        let message = ToInit::Prepare { uid: 1, own_cgroup: true, files: vec!["x".repeat(MAX_MESSAGE - 64)] };
+        let message = ToInit::Prepare {
+            uid: 1,
+            user: String::new(),
+            own_cgroup: true,
+            files: vec!["x".repeat(MAX_MESSAGE - 80)],
+        };
         send(server.as_fd(), &message, &[]).unwrap();
         assert!(receive::<ToInit>(init.as_fd()).unwrap().is_some());
     }

@@ -1,13 +1,18 @@
 //! One stage as the server sees it: pipes, deadline, output, and init's word on how it ended.
 
+use std::io::PipeReader;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use nix::libc::PIPE_BUF;
 use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, fchmod};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use rustix::buffer::spare_capacity;
+use rustix::io::ioctl_fionbio;
+use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::unix::pipe;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout_at};
@@ -24,15 +29,19 @@ const DRAIN_TIME: Duration = Duration::from_secs(1);
 /// Size of one read in bytes: that of a pipe.
 const CHUNK: usize = 64 * 1024;
 
-/// Reads of a pipe that follow each other at once. What prints in smaller pieces for longer is read once in
-/// [`READ_PAUSE`]: each read is a piece that is told and kept, and costs this server more than the program.
-const READS_AT_ONCE: usize = 1000;
+/// Pieces of a stream that are told as they come. Further ones are at least [`PIECE_TIME`] apart, or as large as they get:
+/// each is an event that is kept for who watches, and takes more room than what it tells.
+const PIECES_AT_ONCE: usize = 1000;
 
-/// Time between two further reads: shorter than anybody sees, and a pipe holds what comes meanwhile.
-const READ_PAUSE: Duration = Duration::from_millis(1);
+/// Time that further pieces are gathered for: shorter than anybody sees.
+const PIECE_TIME: Duration = Duration::from_millis(1);
 
-/// Packets in one piece after a pause: as many as the largest pipe of an ordinary user holds (1 MiB of pages).
-const PACKETS: usize = 256;
+/// Most that gathering a piece may cost, in reads, before the rest of its time is waited out with the pipe holding what
+/// comes. In [`PIECE_TIME`] that is a quarter of a CPU, which a program needs all of to cause it.
+const PIECE_COST: usize = 256;
+
+/// What it costs to be woken for a read, in reads that find something: 15 us to 0.5 us or so.
+const WAKE_COST: usize = 16;
 
 impl Sandbox {
     /// Runs one stage to its end. Whatever it prints is read all the time, so it never waits for us.
@@ -168,20 +177,20 @@ fn spec(stage: Stage, language: &Language, job: &Job) -> StageSpec {
 struct Pipes {
     theirs: [OwnedFd; 3],
     stdin: pipe::Sender,
-    stdout: pipe::Receiver,
-    stderr: Option<pipe::Receiver>,
+    stdout: AsyncFd<OwnedFd>,
+    stderr: Option<AsyncFd<OwnedFd>>,
 }
 
 impl Pipes {
     fn new(streams: Streams) -> std::io::Result<Pipes> {
-        // std makes them close-on-exec and blocking, as programs expect theirs; tokio sets ours to non-blocking.
+        // std makes them close-on-exec and blocking, as programs expect theirs; ours are non-blocking.
         let (in_reader, in_writer) = std::io::pipe()?;
         let (out_reader, out_writer) = std::io::pipe()?;
         let (stderr, err_writer) = match streams {
             Streams::Merged => (None, out_writer.try_clone()?),
             Streams::Separate => {
                 let (reader, writer) = std::io::pipe()?;
-                (Some(pipe::Receiver::from_owned_fd(reader.into())?), writer)
+                (Some(readable(reader)?), writer)
             }
         };
         let theirs: [OwnedFd; 3] = [in_reader.into(), out_writer.into(), err_writer.into()];
@@ -190,66 +199,98 @@ impl Pipes {
         Ok(Pipes {
             theirs,
             stdin: pipe::Sender::from_owned_fd(in_writer.into())?,
-            stdout: pipe::Receiver::from_owned_fd(out_reader.into())?,
+            stdout: readable(out_reader)?,
             stderr,
         })
     }
 }
 
+fn readable(pipe: PipeReader) -> std::io::Result<AsyncFd<OwnedFd>> {
+    ioctl_fionbio(&pipe, true)?;
+    // SAFETY: an OwnedFd is one and the same descriptor until it is dropped.
+    unsafe { AsyncFd::register_with_interest(OwnedFd::from(pipe), Interest::READABLE) }.map_err(Into::into)
+}
+
 /// Our end of an output pipe, until it ends.
 struct Reader {
     stream: Stream,
-    pipe: Option<pipe::Receiver>,
+    pipe: Option<AsyncFd<OwnedFd>>,
+    /// The piece that is gathered.
     buffer: Vec<u8>,
-    reads: usize,
-    /// When the next one may be.
-    next: Instant,
+    /// What that has cost, in reads.
+    cost: usize,
+    /// Pieces before it.
+    pieces: usize,
+    /// When it is due.
+    due: Instant,
 }
 
 impl Reader {
-    fn new(stream: Stream, pipe: Option<pipe::Receiver>) -> Reader {
-        Reader { stream, pipe, buffer: Vec::new(), reads: 0, next: Instant::now() }
+    fn new(stream: Stream, pipe: Option<AsyncFd<OwnedFd>>) -> Reader {
+        Reader { stream, pipe, buffer: Vec::new(), cost: 0, pieces: 0, due: Instant::now() }
     }
 
     fn open(&self) -> bool {
         self.pipe.is_some()
     }
 
-    /// The next bytes; `None` at the end and ever after. Safe to cancel.
+    /// The next piece; `None` at the end and ever after. Safe to cancel.
     async fn next(&mut self) -> Option<Vec<u8>> {
-        let pipe = self.pipe.as_mut()?;
-        if self.reads > READS_AT_ONCE {
-            sleep_until(self.next).await;
-        }
-        self.buffer.clear();
-        self.buffer.reserve(CHUNK);
-        match pipe.read_buf(&mut self.buffer).await {
-            Ok(1..) => {
-                self.reads += 1;
-                if self.reads > READS_AT_ONCE {
-                    // A pipe told to keep packets apart gives one in each read: those of the pause are read now. Of
-                    // a packet that the buffer has no room for the rest would be lost.
-                    for _ in 1..PACKETS {
-                        let room = self.buffer.capacity() - self.buffer.len();
-                        if room < nix::libc::PIPE_BUF || !matches!(pipe.try_read_buf(&mut self.buffer), Ok(1..)) {
-                            break;
-                        }
-                    }
-                    self.next = Instant::now() + READ_PAUSE;
+        loop {
+            let is_due = self.pieces < PIECES_AT_ONCE || Instant::now() >= self.due;
+            if !self.buffer.is_empty() && (is_due || !has_room(&self.buffer) || !self.open()) {
+                (self.cost, self.pieces, self.due) = (0, self.pieces + 1, Instant::now() + PIECE_TIME);
+                return Some(std::mem::take(&mut self.buffer));
+            }
+            let pipe = self.pipe.as_ref()?;
+            let ready = match self.buffer.is_empty() {
+                true => pipe.readable().await,
+                false if self.cost >= PIECE_COST => {
+                    sleep_until(self.due).await;
+                    continue;
                 }
-                Some(std::mem::take(&mut self.buffer))
-            }
-            Ok(0) => {
-                self.pipe = None;
-                None
-            }
-            Err(error) => {
-                tracing::warn!(stream = ?self.stream, %error, "cannot read a pipe");
-                self.pipe = None;
-                None
+                false => match timeout_at(self.due, pipe.readable()).await {
+                    Ok(ready) => ready,
+                    Err(_) => continue,
+                },
+            };
+            match ready.and_then(|ready| gather(ready, &mut self.buffer, &mut self.cost)) {
+                Ok(true) => {}
+                Ok(false) => self.pipe = None,
+                Err(error) => {
+                    tracing::warn!(stream = ?self.stream, %error, "cannot read a pipe");
+                    self.pipe = None;
+                }
             }
         }
     }
+}
+
+/// A pipe told to keep packets apart gives one in each read, and of one that there is no room for the rest is lost.
+fn has_room(buffer: &[u8]) -> bool {
+    buffer.len() + PIPE_BUF <= CHUNK
+}
+
+/// Reads what a pipe holds, as far as there is room and it does not cost too much; false at its end.
+fn gather(mut ready: AsyncFdReadyGuard<'_, OwnedFd>, buffer: &mut Vec<u8>, cost: &mut usize) -> std::io::Result<bool> {
+    buffer.reserve_exact(CHUNK - buffer.len());
+    // That nothing was found costs no piece anything.
+    *cost = if buffer.is_empty() { WAKE_COST } else { *cost + WAKE_COST };
+    // Until it is empty: tokio's own pipe takes it for empty after any read that does not fill the buffer, and a writer of
+    // packets then has each of them waited for.
+    while has_room(buffer) && *cost < PIECE_COST {
+        match rustix::io::read(ready.get_inner(), spare_capacity(buffer)) {
+            Ok(0) => return Ok(false),
+            Ok(_) => *cost += 1,
+            Err(rustix::io::Errno::AGAIN) => {
+                ready.clear_ready();
+                break;
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(true)
 }
 
 /// Where the output of a stage goes: into the outcome, and to who watches.
@@ -285,5 +326,71 @@ async fn feed(mut stdin: pipe::Sender, first: Bytes, typing: Option<&mut mpsc::R
         if stdin.write_all(&bytes).await.is_err() {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{PipeWriter, Write};
+
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+    use super::*;
+
+    fn pipe() -> (Reader, PipeWriter) {
+        let (reader, writer) = std::io::pipe().unwrap();
+        (Reader::new(Stream::Stdout, Some(readable(reader).unwrap())), writer)
+    }
+
+    async fn next(reader: &mut Reader) -> Option<Vec<u8>> {
+        tokio::time::timeout(Duration::from_secs(60), reader.next()).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn packets_that_a_pipe_holds_are_one_piece() {
+        let (mut reader, mut writer) = pipe();
+        fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_WRONLY | OFlag::O_DIRECT)).unwrap();
+        for round in 0..PIECES_AT_ONCE + 10 {
+            (0..10).for_each(|_| writer.write_all(b"x").unwrap());
+            assert_eq!(next(&mut reader).await.unwrap(), b"xxxxxxxxxx", "{round}");
+        }
+        drop(writer);
+        assert!(next(&mut reader).await.is_none());
+        assert!(next(&mut reader).await.is_none());
+    }
+
+    #[tokio::test]
+    async fn small_pieces_are_told_one_by_one_and_then_together() {
+        let (mut reader, mut writer) = pipe();
+        let writes = 20_000;
+        let mut told = 0;
+        for _ in 0..PIECES_AT_ONCE {
+            writer.write_all(b"x").unwrap();
+            assert_eq!(next(&mut reader).await.unwrap(), b"x");
+        }
+        let started = Instant::now();
+        let writing = std::thread::spawn(move || (0..writes).for_each(|_| writer.write_all(b"y").unwrap()));
+        let mut pieces = 0;
+        while let Some(piece) = next(&mut reader).await {
+            told += piece.len();
+            pieces += 1;
+        }
+        writing.join().unwrap();
+        assert_eq!(told, writes);
+        // One that is as large as it can be needs no time, and the last one neither.
+        assert!(pieces <= started.elapsed().as_millis() + 3, "{pieces} in {:?}", started.elapsed());
+    }
+
+    #[tokio::test]
+    async fn what_was_gathered_is_not_lost_when_nobody_waits_for_it() {
+        let (mut reader, mut writer) = pipe();
+        reader.pieces = PIECES_AT_ONCE;
+        reader.due = Instant::now() + Duration::from_secs(1000);
+        writer.write_all(b"kept").unwrap();
+        assert!(tokio::time::timeout(Duration::from_millis(50), reader.next()).await.is_err());
+        writer.write_all(b" all").unwrap();
+        drop(writer);
+        assert_eq!(next(&mut reader).await.unwrap(), b"kept all");
+        assert!(next(&mut reader).await.is_none());
     }
 }

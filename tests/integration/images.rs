@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::client::Answer;
 use crate::harness::{Files, Options, Server, eventually, marked_seconds, output, wait_gone, wait_running};
-use crate::leftovers;
+use crate::leftovers::{self, podman};
 use crate::registry::{EMPTY, Image, Registry, SHELL};
 use crate::stand_in::StandIn;
 
@@ -73,6 +73,7 @@ on_each_engine! {
     an_update_under_load_fails_no_request
     an_image_that_is_deleted_under_load_is_pulled_again
     a_server_killed_while_it_checks_a_new_version_comes_back_with_the_old_one
+    tools_in_a_private_home_are_found_as_podman_run_finds_them
 }
 
 /// As people see an id.
@@ -568,4 +569,58 @@ fn the_time_of_a_look_that_cannot_be_kept_makes_no_more_of_them() {
     std::thread::sleep(Duration::from_secs(10));
     assert_eq!(registry.pulls(&image), pulls);
     server.stop();
+}
+
+/// The groups of a user, as podman runs him, without root's own.
+fn groups_with_podman(image: &Image) -> BTreeSet<u32> {
+    let ids = "grep -E '^(Gid|Groups)' /proc/self/status";
+    let args = ["run", "--rm", "--network=none", "--log-driver=none", "--entrypoint=sh", "--", &image.name, "-c", ids];
+    // Tools work there too, where the user may enter his home.
+    podman(&args).split_whitespace().filter_map(|word| word.parse().ok()).filter(|gid| *gid != 0).collect()
+}
+
+fn tools_in_a_private_home_are_found_as_podman_run_finds_them(engine: &str) {
+    // As distributions make homes. Its user is in root's group too, which is no program's.
+    let home = "RUN echo maker:x:1000:1001::/home/maker:/bin/sh >>/etc/passwd \
+        && printf 'maker:x:1001:\\ntools:x:60:other,maker\\nwheel:x:0:maker\\nothers:x:61:other\\n' >>/etc/group \
+        && mkdir -p /home/maker/bin && printf '#!/bin/sh\\nexec sh \"$@\"\\n' >/home/maker/bin/greet \
+        && echo secret >/home/maker/own && chmod 750 /home/maker /home/maker/bin/greet && chmod 640 /home/maker/own \
+        && chown -R 1000:1001 /home/maker \
+        && echo tools >/tools && chown 0:60 /tools && chmod 640 /tools && echo root >/root-only && chmod 660 /root-only\n\
+        ENV PATH=/home/maker/bin:/usr/bin:/bin\nWORKDIR /home\nENTRYPOINT [\"/bin/false\"]\nCMD [\"nothing\"]\n";
+    // What each user may enter and read beside the groups that he has.
+    let (all, home_alone) = ("well secret tools", "well secret");
+    let users = [
+        ("maker", &[60, 1001][..], all),
+        ("1000", &[60, 1001], all),
+        ("1000:1001", &[1001], home_alone),
+        ("maker:maker", &[1001], home_alone),
+        ("maker:tools", &[60], "tools"),
+        ("4321", &[], ""),
+        ("4321:1001", &[1001], home_alone),
+        ("root", &[], ""),
+    ];
+    let images = users.map(|(user, groups, _)| {
+        let image = Image::local();
+        image.build_with(&format!("{home}USER {user}"));
+        assert_eq!(groups_with_podman(&image), groups.iter().copied().collect(), "{user}");
+        image
+    });
+    let look = "greet -c 'echo well'; cat /home/maker/own; cat /tools; cat /root-only; echo >/root-only; ls /job\n\
+        cat /proc/1/environ; grep Groups /proc/self/status";
+    for (image, (user, groups, found)) in images.iter().zip(users) {
+        // Who may not enter has no tools there.
+        let run = if found.contains("well") { "greet" } else { "sh" };
+        let config = format!(
+            "engine = {engine:?}\n[language.bash]\nimage = {:?}\nrun = [{run:?}, \"main.sh\"]\n\
+             health = {{ code = \"echo well\", output = \"well\\n\" }}\n",
+            image.name
+        );
+        let server = Server::start(Options { containers: 1, ..options(&config, &[]) });
+        let printed = server.run(&format!("exec 2>/dev/null\n{look}")).run_output;
+        let groups: Vec<String> = groups.iter().map(u32::to_string).collect();
+        let expected: String = found.split_whitespace().map(|word| format!("{word}\n")).collect();
+        assert_eq!(printed, format!("{expected}Groups:\t{} \n", groups.join(" ")), "{user}");
+        server.stop();
+    }
 }

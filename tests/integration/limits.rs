@@ -29,6 +29,7 @@ on_each_engine! {
     files_that_the_disk_has_no_room_for_are_refused
     programs_that_ignore_signals_or_stop_themselves_are_ended
     a_daemon_that_holds_the_streams_delays_nothing
+    what_compiling_used_is_not_charged_to_the_run
 }
 
 /// Splits the last line off, which must be one of ours, and returns it without our name.
@@ -75,6 +76,53 @@ fn a_program_that_never_rests_is_ended_at_its_cpu_time() {
     // All its processes together.
     let two = "#include <unistd.h>\nint main(void) { fork(); fork(); for (;;); }";
     assert_out_of("CPU time", &server.run(two), "");
+    server.stop();
+}
+
+fn what_compiling_used_is_not_charged_to_the_run(engine: &str) {
+    // The compiler burns two seconds, by its own clock; twice that is more than the run may use.
+    let server = serve_on(
+        engine,
+        &["python"],
+        r#"
+        [limits]
+        compile_time = "60s"
+        compile_cpu_time = "60s"
+        run_time = "60s"
+        run_cpu_time = "3s"
+        [language.python]
+        compile = ["python3", "-c", """
+import time
+while time.process_time() < 2: pass"""]
+        artifact = "main.py"
+        "#,
+    );
+    let burn = |seconds| format!("import time\nwhile time.process_time() < {seconds}: pass\nprint('end')\n");
+    assert_eq!(server.run(&burn(2)), Answer::ran("end\n"));
+    assert_out_of("CPU time", &server.run(&burn(30)), "");
+    server.stop();
+}
+
+#[test]
+fn who_lets_children_go_is_charged_no_more_than_they_used() {
+    let server = serve(&["python"], "[limits]\nrun_time = \"60s\"\nrun_cpu_time = \"5s\"");
+    // Many that do next to nothing and are slow at it, waited for and not.
+    let children = "
+        import os, signal, time
+        for disposition in signal.SIG_DFL, signal.SIG_IGN:
+            signal.signal(signal.SIGCHLD, disposition)
+            for n in range(300):
+                reader, writer = os.pipe()
+                if os.fork() == 0:
+                    time.sleep(0.02)
+                    os._exit(0)
+                os.close(writer)
+                os.read(reader, 1)
+                os.close(reader)
+                if disposition == signal.SIG_DFL: os.wait()
+        print('end')
+    ";
+    assert_eq!(server.run(&code(children)), Answer::ran("end\n"));
     server.stop();
 }
 

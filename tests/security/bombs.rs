@@ -167,6 +167,13 @@ fn cpu_time_counts_whoever_burns_it(engine: &str) {
          int main(void) { for (int n = 0; n < 8; n++) if (!fork()) for (;;); while (wait(0) > 0); return 0; }",
         // In the kernel.
         "#include <unistd.h>\nint main(void) { for (;;) getppid(); }",
+        // Children that live for a moment and that nobody waits for.
+        &short_lived("signal(SIGCHLD, SIG_IGN)", "spin(0)"),
+        // The same in the other way that there is, and with a thread that does it all.
+        &short_lived(
+            "struct sigaction no = {.sa_handler = SIG_DFL, .sa_flags = SA_NOCLDWAIT}; sigaction(SIGCHLD, &no, 0)",
+            "pthread_t t; pthread_create(&t, 0, spin, 0); pthread_join(t, 0)",
+        ),
     ];
     for burner in burners {
         let answer = attack(&server, "c", burner);
@@ -174,6 +181,18 @@ fn cpu_time_counts_whoever_burns_it(engine: &str) {
         assert_ended(&answer, "", "killed: out of CPU time");
     }
     server.stop();
+}
+
+/// A program that ends none of its children properly, and has one after the other burn 5 ms.
+fn short_lived(ignore: &str, burn: &str) -> String {
+    format!(
+        "#include <pthread.h>\n#include <signal.h>\n#include <time.h>\n#include <unistd.h>\n\
+         void *spin(void *x) {{ struct timespec t; do clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);\n\
+           while (t.tv_sec == 0 && t.tv_nsec < 5000000); return 0; }}\n\
+         int main(void) {{ {ignore}; for (;;) {{ int end[2]; char x; pipe(end);\n\
+           if (fork() == 0) {{ {burn}; _exit(0); }}\n\
+           close(end[1]); read(end[0], &x, 1); close(end[0]); }} }}"
+    )
 }
 
 fn a_crash_leaves_no_core(engine: &str) {
@@ -276,10 +295,10 @@ fn output_of_any_shape_is_bounded(engine: &str) {
     let packets = "
         import fcntl, os
         fcntl.fcntl(1, fcntl.F_SETFL, os.O_WRONLY | os.O_DIRECT)
-        for _ in range(20000): os.write(1, b'x')
+        for _ in range(60000): os.write(1, b'x')
         fcntl.fcntl(1, fcntl.F_SETFL, os.O_WRONLY | os.O_NONBLOCK)
     ";
-    assert_eq!(attack(&server, "python", &code(packets)), Answer::ran(&"x".repeat(20000)));
+    assert_eq!(attack(&server, "python", &code(packets)), Answer::ran(&"x".repeat(60000)));
     // On both streams from many processes, to the end of what is read at all.
     let flood = "
         import os

@@ -141,7 +141,8 @@ const PRCTLS: &[libc::c_int] = &[
     libc::PR_SET_PTRACER,
 ];
 
-/// All but leases, notifications and hints for the disk, which are about a file and not about a descriptor.
+/// All but leases, notifications and hints for the disk, which are about a file and not about a descriptor, and locks of open
+/// files, which every sandbox sees and the kernel counts for nobody; those of processes are bounded by init.
 const FCNTLS: &[libc::c_int] = &[
     libc::F_DUPFD,
     libc::F_DUPFD_CLOEXEC,
@@ -151,9 +152,6 @@ const FCNTLS: &[libc::c_int] = &[
     libc::F_GETLK,
     libc::F_SETLK,
     libc::F_SETLKW,
-    libc::F_OFD_GETLK,
-    libc::F_OFD_SETLK,
-    libc::F_OFD_SETLKW,
     libc::F_GETOWN,
     libc::F_SETOWN,
     F_GETSIG,
