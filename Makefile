@@ -93,7 +93,7 @@ lint: setup ## check the form of the code
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 	shellcheck -x packaging/subids packaging/account $(addprefix packaging/deb/,postinst prerm postrm) \
-		$(addprefix tests/vm/,able bootstrap guest image kernel run) packaging/images/build .ci/run \
+		$(addprefix tests/vm/,able bootstrap guest image kernel run uncounted) packaging/images/build .ci/run \
 		$(addprefix packaging/dev/,as-user cargo clients common run setup) web/test/serve
 
 images: setup ## build the local images of c, python, bash and gcc
