@@ -93,7 +93,7 @@ lint: setup ## check the form of the code
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 	shellcheck -x packaging/subids packaging/account $(addprefix packaging/deb/,postinst prerm postrm) \
-		$(addprefix tests/vm/,able bootstrap guest image kernel run) packaging/images/build .ci/run \
+		$(addprefix tests/vm/,able bootstrap guest image kernel run uncounted) packaging/images/build .ci/run \
 		$(addprefix packaging/dev/,as-user cargo clients common run setup) web/test/serve
 
 images: setup ## build the local images of c, python, bash and gcc
@@ -115,7 +115,7 @@ define lay_out
 	$(EXECUTABLE) completions fish >$(1)/share/$(word 2,$(call completions,$(2)))
 	$(EXECUTABLE) completions zsh >$(1)/share/$(word 3,$(call completions,$(2)))
 	install -m 755 packaging/account packaging/subids $(1)/lib/coderunner/
-	install -m 644 packaging/systemd/systemd-254.conf $(1)/lib/coderunner/
+	install -m 644 packaging/systemd/systemd-254.conf packaging/sysctl.d/no-module-loading.conf $(1)/lib/coderunner/
 	install -m 644 packaging/sysusers.d/coderunner.conf $(1)/lib/sysusers.d/
 	install -m 644 packaging/tmpfiles.d/coderunner.conf $(1)/lib/tmpfiles.d/
 	install -m 644 coderunner.socket $(1)/lib/systemd/system/

@@ -57,7 +57,7 @@ pub async fn check(settings: &Settings, report: &mut Report) -> Option<Info> {
     let seen = ids.as_ref().map_or_else(ToString::to_string, |count| format!("{count} ids"));
     report.add(Check::new("subordinate ids", format!("{IDS} ids"), seen).or(
         ids.is_ok_and(|count| count >= IDS),
-        format!("as root: {} USER; then podman system migrate", subids().display()),
+        format!("as root: {} USER; then podman system migrate", shipped("subids", "packaging/subids").display()),
     ));
     let controllers = match info.controllers.join(" ") {
         none if none.is_empty() => "no controllers".to_owned(),
@@ -70,12 +70,11 @@ pub async fn check(settings: &Settings, report: &mut Report) -> Option<Info> {
     Some(info)
 }
 
-/// The script that gives a user ids which nobody else has: the one that was installed with this executable, else that of
-/// the sources.
-fn subids() -> PathBuf {
+/// Where a file of ours is: the one that was installed with this executable, else that of the sources.
+pub fn shipped(name: &str, source: &str) -> PathBuf {
     let executable = std::env::current_exe().unwrap_or_default();
-    let installed = executable.ancestors().nth(2).map(|prefix| prefix.join("lib/coderunner/subids"));
-    installed.filter(|script| script.exists()).unwrap_or_else(|| "packaging/subids".into())
+    let installed = executable.ancestors().nth(2).map(|prefix| prefix.join("lib/coderunner").join(name));
+    installed.filter(|file| file.exists()).unwrap_or_else(|| source.into())
 }
 
 /// How a host is made to limit rootless containers.

@@ -2,6 +2,7 @@
 //! limit and wall is tried, in sandboxes of either engine.
 
 mod host;
+mod kernel;
 pub mod probe;
 mod walls;
 
@@ -180,7 +181,9 @@ fn workshop(settings: &Settings, engine: EngineKind) -> anyhow::Result<Workshop>
 }
 
 async fn examine(settings: &Settings, workshops: &[(EngineKind, anyhow::Result<Workshop>)], report: &mut Report) {
-    let Some(info) = host::check(settings, report).await else { return };
+    let info = host::check(settings, report).await;
+    kernel::checks().into_iter().for_each(|check| report.add(check));
+    let Some(info) = info else { return };
     // Without limits there are sandboxes all the same; without anything else there are none.
     if report.checks.iter().any(|check| check.status == Status::Fail && check.name != host::CGROUPS) {
         return;
