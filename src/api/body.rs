@@ -49,7 +49,16 @@ pub async fn json(budget: &Budget, mut value: impl Texts, outcome: &Outcome) -> 
 pub async fn leased_json(mut value: impl Texts, leases: Vec<Lease>) -> Result<Response, ApiError> {
     let mut writer = Writer::new(&mut value, leases)?;
     let length = writer.length().await;
-    let chunks = stream::poll_fn(move |_| Poll::Ready(writer.chunk().map(Ok::<_, Infallible>)));
+    let mut made = false;
+    let chunks = stream::poll_fn(move |context| {
+        // Others have their turns between two chunks, however fast this client is.
+        if std::mem::take(&mut made) {
+            context.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        made = true;
+        Poll::Ready(writer.chunk().map(Ok::<_, Infallible>))
+    });
     let mut response = as_json(warp::reply::stream(chunks).into_response());
     response.headers_mut().insert(CONTENT_LENGTH, length.into());
     Ok(response)

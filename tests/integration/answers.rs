@@ -86,7 +86,7 @@ fn read_slowly(server: &Server, clients: &mut [Slow], time: Duration) {
         std::thread::sleep(Duration::from_millis(50));
     }
     // Of a machine that is busy with all else.
-    assert!(longest < Duration::from_secs(10), "{longest:?}");
+    assert!(longest < Duration::from_secs(60), "{longest:?}");
     println!("{} clients: {} MiB at most, /healthz after {longest:?} at most", clients.len(), most >> 20);
 }
 
@@ -113,8 +113,10 @@ fn two_hundred_slow_readers_of_large_answers_take_bounded_memory() {
 fn slow_watchers_of_runs_that_print_much_take_bounded_memory() {
     let server = serve(4);
     let body = program(LARGE);
-    let watch = |_| Slow::ask(&server, "/api/v2/execute", &[EVENTS, ANEW], &body);
-    let mut clients: Vec<Slow> = (0..100).map(watch).collect();
+    // Some are told of a run of their own, the others what is remembered of one.
+    server.request("POST", "/api/v2/execute", &[JSON], body.to_string().as_bytes());
+    let watch = |n| Slow::ask(&server, "/api/v2/execute", if n < 50 { &[EVENTS, ANEW] } else { &[EVENTS] }, &body);
+    let mut clients: Vec<Slow> = (0..250).map(watch).collect();
     read_slowly(&server, &mut clients, Duration::from_secs(20));
     drop(clients);
     let watched = server.begin_request("POST", "/api/v2/execute", &[JSON, EVENTS], body.to_string().as_bytes()).all();

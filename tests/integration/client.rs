@@ -156,15 +156,19 @@ fn parse(bytes: &[u8], bodiless: bool) -> Option<Reply> {
     let httparse::Status::Complete(start) = response.parse(bytes).expect("no HTTP") else {
         return None;
     };
-    let reply = Reply {
+    let mut reply = Reply {
         status: response.code?,
         headers: response
             .headers
             .iter()
             .map(|header| (header.name.to_owned(), String::from_utf8_lossy(header.value).into_owned()))
             .collect(),
-        body: bytes[start..].to_vec(),
+        body: Vec::new(),
     };
     let length: usize = reply.header("content-length").map_or(0, |value| value.parse().unwrap());
-    (bodiless || reply.body.len() >= length).then_some(reply)
+    let body = &bytes[start..];
+    (bodiless || body.len() >= length).then(|| {
+        reply.body = body.to_vec();
+        reply
+    })
 }
