@@ -239,6 +239,9 @@ fn of_wall(Tried { wall, holds, expected, seen }: Tried, engine: EngineKind, inf
         }
         Wall::Memory | Wall::Processes | Wall::Cpu => host::limits_mend(info),
         Wall::Seccomp => "apt-get install --reinstall golang-github-containers-common, for podman's profile",
+        Wall::Landlock => {
+            "a kernel from 5.13 on with landlock among its security modules: add lsm=landlock,… to its command line"
+        }
         Wall::Disk
         | Wall::Inodes
         | Wall::Network
@@ -256,7 +259,9 @@ fn of_wall(Tried { wall, holds, expected, seen }: Tried, engine: EngineKind, inf
         | Wall::Neighbour
         | Wall::Leftovers => OUR_FAULT,
     };
-    Check::new(wall.name(), expected, seen).or(holds, mend)
+    let check = Check::new(wall.name(), expected, seen).or(holds, mend);
+    // It stands behind others, and older kernels do not have it.
+    if wall == Wall::Landlock { check.noted() } else { check }
 }
 
 /// Runs the health program of each language that is served.

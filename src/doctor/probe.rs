@@ -133,6 +133,7 @@ pub enum Wall {
     Capabilities,
     NoNewPrivileges,
     Seccomp,
+    Landlock,
     ReadOnlyRoot,
     MaskedPaths,
     Devices,
@@ -143,7 +144,7 @@ pub enum Wall {
 
 impl Wall {
     /// Those that [`Probe::Walls`] tries.
-    pub const INSIDE: [Wall; 12] = [
+    pub const INSIDE: [Wall; 13] = [
         Wall::Disk,
         Wall::Inodes,
         Wall::OpenFiles,
@@ -152,6 +153,7 @@ impl Wall {
         Wall::Capabilities,
         Wall::NoNewPrivileges,
         Wall::Seccomp,
+        Wall::Landlock,
         Wall::ReadOnlyRoot,
         Wall::MaskedPaths,
         Wall::Devices,
@@ -175,6 +177,7 @@ impl Wall {
             Wall::Capabilities => "capabilities",
             Wall::NoNewPrivileges => "no-new-privileges",
             Wall::Seccomp => "seccomp",
+            Wall::Landlock => "Landlock",
             Wall::ReadOnlyRoot => "read-only root",
             Wall::MaskedPaths => "masked paths",
             Wall::Devices => "devices",
@@ -290,6 +293,7 @@ fn walls(limits: &Limits) -> io::Result<Vec<Tried>> {
         capabilities()?,
         no_new_privileges()?,
         seccomp()?,
+        landlock(),
         read_only_root()?,
         masked_paths(),
         devices()?,
@@ -422,6 +426,17 @@ fn seccomp() -> io::Result<Tried> {
         other => holes.push(format!("mount: {other:?}")),
     }
     Ok(Tried::without(Wall::Seccomp, &format!("a filter, and {} calls refused", CALLS.len() + 1), &holes))
+}
+
+/// What no mount keeps from being written: a program's own files in /proc.
+fn landlock() -> Tried {
+    let own = "/proc/self/comm";
+    let opened = File::options().write(true).open(own).map(|_| format!("{own} can be written"));
+    Tried::without(
+        Wall::Landlock,
+        "nothing else can be written, whatever mounts allow",
+        &opened.into_iter().collect::<Vec<_>>(),
+    )
 }
 
 fn read_only_root() -> io::Result<Tried> {

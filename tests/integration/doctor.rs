@@ -12,7 +12,8 @@ use crate::leftovers;
 use crate::stand_in::StandIn;
 
 /// Everything that is tried in sandboxes.
-const WALLS: [&str; 20] = [
+const WALLS: [&str; 21] = [
+    "Landlock",
     "memory",
     "processes",
     "cpu",
