@@ -293,7 +293,7 @@ fn front(
     metrics: &Export,
 ) -> anyhow::Result<Arc<Front>> {
     let memo = MemoCache::new(settings.cache).context("cannot make the cache")?;
-    let runner = Runner::new(languages.to_vec(), memo, Arc::clone(pool), tasks.clone());
+    let runner = Runner::new(languages.to_vec(), memo, Arc::clone(pool), tasks.clone(), settings.batch.build.as_u64());
     let bytes = |size: bytesize::ByteSize| usize::try_from(size.as_u64()).unwrap_or(usize::MAX);
     let api_settings = ApiSettings {
         answers: Arc::new(Budget::new(bytes(settings.answer_memory))),

@@ -130,6 +130,7 @@ pub struct Settings {
     pub access: AccessSettings,
     pub ready: ReadySettings,
     pub cache: CacheSettings,
+    pub batch: BatchSettings,
     pub update: UpdateSettings,
     pub shutdown: ShutdownSettings,
     pub limits: Limits,
@@ -171,6 +172,15 @@ pub struct CacheSettings {
     /// In how much memory all are kept; 0 keeps none.
     #[serde(serialize_with = "exact")]
     pub size: ByteSize,
+}
+
+/// `[batch]`
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BatchSettings {
+    /// The most that what compiling made may be to go to the containers of other inputs.
+    #[serde(serialize_with = "exact")]
+    pub build: ByteSize,
 }
 
 /// `[update]`
@@ -294,6 +304,7 @@ impl Settings {
         within("queue.wait", self.queue.wait, Duration::from_millis(1), seconds(3600), time)?;
         within("cache.ttl", self.cache.ttl, Duration::from_millis(1), seconds(30 * 86400), time)?;
         within("cache.size", self.cache.size, ByteSize(0), ByteSize::tib(1), size_text)?;
+        within("batch.build", self.batch.build, ByteSize(0), ByteSize::gib(4), size_text)?;
         within("update.interval", self.update.interval, seconds(1), seconds(366 * 86400), time)?;
         within("update.pull_timeout", self.update.pull_timeout, seconds(1), seconds(86400), time)?;
         within("ready.interval", self.ready.interval, seconds(1), seconds(86400), time)?;

@@ -262,7 +262,8 @@ mod tests {
         vec![
             json(&prepare),
             json(&ToInit::Stage(stage)),
-            json(&ToInit::Pack),
+            json(&ToInit::Pack { most: 1 << 26 }),
+            json(&ToInit::Unpack),
             json(&ToInit::Signal(15)),
             json(&ToInit::Kill),
         ]
@@ -274,6 +275,7 @@ mod tests {
             json(&FromInit::Ready { version: protocol::VERSION, enforced: Enforced::default() }),
             json(&FromInit::Prepared),
             json(&FromInit::Packed),
+            json(&FromInit::NotCarried("why".into())),
             json(&ended(Ended::Exited(3))),
             json(&ended(Ended::NotStarted("no such file".into()))),
             json(&FromInit::HostMemory),

@@ -7,6 +7,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use crate::sandbox::Built;
+
 /// Bytes that a file takes of its tmpfs at a time.
 const PAGE: usize = 4096;
 
@@ -38,17 +40,6 @@ pub struct Job {
     pub memory: StageMemory,
     /// What compiling the same files has made elsewhere: a short cut, which changes no outcome.
     pub built: Option<Arc<Built>>,
-}
-
-/// What compiling made in one sandbox, for others.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Built {
-    /// Content id of the image that it was made with, and works with.
-    pub image: String,
-    /// How compiling went.
-    pub compile: StageOutcome,
-    /// What was in the working directory afterwards, as init packs it. Nobody else looks into it.
-    pub packed: Bytes,
 }
 
 /// Memory that a stage may use, below that of its container: watched by init, which looks every few
@@ -85,6 +76,11 @@ pub enum Streams {
 pub struct JobKey([u8; 32]);
 
 impl Job {
+    /// What need not be compiled on this image.
+    pub fn built_on(&self, image: &str) -> Option<&Built> {
+        self.built.as_deref().filter(|built| built.is_of_use(image))
+    }
+
     /// The memo key of this job on an image; `image` is its content id, not its name.
     pub fn key(&self, image: &str) -> JobKey {
         // Hashed as a whole: piece by piece takes longer than all else that finds an answer in the memo.

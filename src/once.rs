@@ -99,8 +99,13 @@ pub async fn run(once: Once) -> anyhow::Result<u8> {
     };
     let pool = Arc::new(Pool::new(Arc::clone(&workshop.engine), 1, settings.queue, &[Arc::clone(&language)]));
     pool.set_image(&language.name, Image::Ready(image));
-    let runner =
-        Runner::new(vec![Arc::clone(&language)], MemoCache::new(settings.cache)?, Arc::clone(&pool), Tasks::default());
+    let runner = Runner::new(
+        vec![Arc::clone(&language)],
+        MemoCache::new(settings.cache)?,
+        Arc::clone(&pool),
+        Tasks::default(),
+        0,
+    );
 
     let typed = match once.stdin {
         Some(text) => {

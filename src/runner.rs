@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt, stream};
-use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
@@ -18,7 +18,7 @@ use crate::job::{Job, JobKey, Outcome};
 use crate::language::{self, Language};
 use crate::metrics;
 use crate::sandbox::pool::{Pool, PoolError};
-use crate::sandbox::{LOST_SANDBOXES, Live, SandboxError, Wanted};
+use crate::sandbox::{Builds, LOST_SANDBOXES, Live, SandboxError, Wanted};
 use crate::shutdown;
 
 /// What a request is given.
@@ -58,10 +58,6 @@ pub enum RunError {
 /// Runs of a batch at once: those of others find room beside them.
 const AT_ONCE: usize = 4;
 
-/// Most bytes of what a batch has compiled, and most batches of which that is kept: the memory that it takes.
-const MAX_BUILD: usize = 16 << 20;
-const MAX_BUILDS: usize = 16;
-
 type Landed = Option<Result<Answer, RunError>>;
 
 /// A run that one or more requests wait for. The last who drops it ends the run.
@@ -77,8 +73,8 @@ pub struct Runner {
     pool: Arc<Pool>,
     flights: Arc<Mutex<HashMap<JobKey, Weak<Flight>>>>,
     tasks: Tasks,
-    /// Places for what batches have compiled.
-    builds: Semaphore,
+    /// Most bytes of what a batch has compiled.
+    most_build: u64,
 }
 
 /// The runs of all runners there have been since the start: a reload makes a new runner, and the runs of
@@ -87,6 +83,7 @@ pub struct Runner {
 pub struct Tasks {
     running: TaskTracker,
     stop: CancellationToken,
+    builds: Builds,
 }
 
 impl Tasks {
@@ -107,16 +104,16 @@ impl Tasks {
 }
 
 impl Runner {
-    /// A runner of these languages, the default one first.
-    pub fn new(languages: Vec<Arc<Language>>, memo: MemoCache, pool: Arc<Pool>, tasks: Tasks) -> Runner {
-        Runner {
-            languages,
-            memo: Arc::new(memo),
-            pool,
-            flights: Arc::default(),
-            tasks,
-            builds: Semaphore::new(MAX_BUILDS),
-        }
+    /// A runner of these languages, the default one first. What a batch has compiled it keeps for its other inputs if that
+    /// is at most `most_build` bytes.
+    pub fn new(
+        languages: Vec<Arc<Language>>,
+        memo: MemoCache,
+        pool: Arc<Pool>,
+        tasks: Tasks,
+        most_build: u64,
+    ) -> Runner {
+        Runner { languages, memo: Arc::new(memo), pool, flights: Arc::default(), tasks, most_build }
     }
 
     /// The languages that are served, the default one first.
@@ -213,9 +210,8 @@ impl Runner {
                 Err(error) => tell(index, Err(error)),
             }
         };
-        let place = self.builds.try_acquire().ok();
         let (wanted, built) = oneshot::channel();
-        let wanted = Wanted { most: place.as_ref().map_or(0, |_| MAX_BUILD), built: wanted };
+        let wanted = Wanted { room: self.tasks.builds.take(self.most_build), built: wanted };
         let mut running = pin!(self.run_live(job, Live { built: Some(wanted), ..Live::default() }));
         let built = tokio::select! {
             biased;
@@ -303,16 +299,19 @@ async fn execute(
         queued += asked.elapsed();
         let _busy = metrics::sandbox_taken(&job.language, asked.elapsed());
         let image = sandbox.image.clone();
+        let carried = job.built_on(&image).is_some();
         match sandbox.run(language, job, &mut live).await {
             Ok(outcome) => {
                 pool.note_proof(&job.language);
-                metrics::ran(&job.language, &outcome, job.built.is_none());
+                metrics::ran(&job.language, &outcome, !carried);
                 return Ok((Answer { outcome: Arc::new(outcome), cached: None, queued }, image));
             }
             Err(SandboxError::Lost) if lost < LOST_SANDBOXES => {
                 metrics::error(SandboxError::Lost.kind());
                 lost += 1;
             }
+            // Not a second time: what was compiled elsewhere is of no use to anyone then.
+            Err(SandboxError::NotCarried) => metrics::error(SandboxError::NotCarried.kind()),
             Err(error) => {
                 metrics::error(error.kind());
                 match &error {
@@ -349,7 +348,7 @@ mod tests {
         let pool = Arc::new(Pool::new(engine, slots, queue, &languages));
         pool.set_image("bash", Image::Ready("id".into()));
         let memo = MemoCache::new(CacheSettings { ttl: Duration::from_secs(600), size: ByteSize(0) }).unwrap();
-        (Arc::new(Runner::new(languages, memo, pool, Tasks::default())), starts)
+        (Arc::new(Runner::new(languages, memo, pool, Tasks::default(), 1 << 20)), starts)
     }
 
     /// Begins to run the same job as all others.

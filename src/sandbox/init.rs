@@ -29,13 +29,14 @@ use nix::unistd::{
     Gid, Pid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, execve, setegid, seteuid, setgroups, setresgid,
     setresuid, setsid,
 };
+use rustix::fs::{AtFlags, CWD, utimensat};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
 use rustix::process::{PidfdFlags, pidfd_open};
 use seccompiler::BpfProgram;
 
 use super::protocol::{self, CHANNEL_FD, Enforced, FromInit, JOB_DIR, StageSpec, ToInit, VERSION, WORK_DIR};
 use super::seen::Seen;
-use super::{at, groups, landlock, locks, micros, seccomp};
+use super::{at, carry, groups, landlock, locks, micros, seccomp};
 use crate::cgroup::{Counters, field};
 use crate::job::{Ended, Usage};
 use crate::print;
@@ -108,6 +109,8 @@ struct Init {
     /// What every program gets.
     environment: Environment,
     stack: Stack,
+    /// Whether something that was killed may still be doing what it had asked the kernel for.
+    dying: bool,
 }
 
 impl Init {
@@ -134,6 +137,7 @@ impl Init {
             environment: environment.collect(),
             groups: Vec::new(),
             stack: Stack::new()?,
+            dying: false,
         })
     }
 
@@ -156,13 +160,13 @@ impl Init {
                     },
                     Err(_) => FromInit::Failed("a stage without its three pipes".into()),
                 },
-                ToInit::Pack => match self.pack(pipes) {
+                ToInit::Pack { most } => match self.pack(most, pipes) {
                     Ok(()) => FromInit::Packed,
-                    Err(error) => FromInit::Failed(format!("cannot pack the working directory: {error}")),
+                    Err(error) => FromInit::NotCarried(format!("cannot pack what is there: {error}")),
                 },
                 ToInit::Unpack => match self.unpack(pipes) {
-                    Ok(()) => FromInit::Prepared,
-                    Err(error) => FromInit::Failed(format!("cannot fill the working directory: {error}")),
+                    Ok(()) => FromInit::Unpacked,
+                    Err(error) => FromInit::NotCarried(format!("cannot unpack what was made: {error}")),
                 },
                 // For a stage that has just ended.
                 ToInit::Signal(_) | ToInit::Kill => continue,
@@ -195,24 +199,27 @@ impl Init {
         })
     }
 
-    /// Packs the working directory, when every program is dead. Links are packed as such, not followed.
-    fn pack(&self, pipes: Vec<OwnedFd>) -> io::Result<()> {
-        let mut packed = tar::Builder::new(the_pipe(pipes)?);
-        packed.follow_symlinks(false);
-        self.as_programs(|| {
-            packed.append_dir_all("", WORK_DIR)?;
-            packed.finish()
+    /// Packs what the programs have left, when every one is dead.
+    fn pack(&self, most: u64, pipes: Vec<OwnedFd>) -> io::Result<()> {
+        if self.dying {
+            return Err(io::Error::other("killed processes do not die"));
+        }
+        let pipe = the_one(pipes)?;
+        self.as_programs(|| carry::pack(&WRITABLE, most, pipe))
+    }
+
+    /// Makes what another sandbox's init has packed.
+    fn unpack(&self, packed: Vec<OwnedFd>) -> io::Result<()> {
+        let packed = the_one(packed)?;
+        let times = self.as_programs(|| carry::unpack(&WRITABLE, &packed))?;
+        WRITABLE.iter().zip(times).try_for_each(|(place, times)| {
+            let place = Path::new(place);
+            as_owner(&fs::metadata(place)?, || Ok(utimensat(CWD, place, &times, AtFlags::empty())?))
         })
     }
 
-    /// Fills the working directory with what another sandbox's init has packed.
-    fn unpack(&self, pipes: Vec<OwnedFd>) -> io::Result<()> {
-        let mut packed = tar::Archive::new(the_pipe(pipes)?);
-        self.as_programs(|| packed.unpack(WORK_DIR))
-    }
-
     /// Does something with the rights of the programs, and no more.
-    fn as_programs(&self, act: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    fn as_programs<T>(&self, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         let (uid, gid) = self.ids.ok_or_else(|| io::Error::other("there are no programs yet"))?;
         setegid(gid)?;
         seteuid(uid)?;
@@ -238,10 +245,12 @@ impl Init {
                 Some(ended) => ended,
                 None => return Ok(None),
             },
-            Err(error) if is_programs_fault(&error) => {
+            Err(NotSpawned::Program(error)) => {
                 Ended::NotStarted(format!("cannot start {:?}: {error}", spec.argv.first()))
             }
-            Err(error) => return Ok(Some(FromInit::Failed(format!("cannot start a stage: {error}")))),
+            Err(NotSpawned::Init(error)) => {
+                return Ok(Some(FromInit::Failed(format!("cannot start a stage: {error}"))));
+            }
         };
         let wall = started.elapsed();
         self.kill_all(&mut reaped)?;
@@ -255,7 +264,7 @@ impl Init {
 
     /// Waits until the main process ends or has to be ended.
     fn watch(
-        &self,
+        &mut self,
         main: Pid,
         spec: &StageSpec,
         started: Instant,
@@ -353,8 +362,9 @@ impl Init {
         }
     }
 
-    /// Kills everything else in this pid namespace and waits until it is gone.
-    fn kill_all(&self, reaped: &mut Reaped) -> io::Result<()> {
+    /// Kills everything else in this pid namespace and waits until it is gone. What is stuck in the kernel beyond that
+    /// runs no program any more, and is no reason to withhold how the stage ended.
+    fn kill_all(&mut self, reaped: &mut Reaped) -> io::Result<()> {
         let deadline = Instant::now() + REAP_TIME;
         loop {
             // As PID 1, -1 is everything but ourselves.
@@ -364,7 +374,8 @@ impl Init {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                return Err(io::Error::other("killed processes do not die"));
+                self.dying = true;
+                return Ok(());
             }
             let mut fds = [PollFd::new(self.children.as_fd(), PollFlags::POLLIN)];
             let _ = poll(&mut fds, PollTimeout::from(10u8));
@@ -378,11 +389,11 @@ fn pid_of(pid: Pid) -> io::Result<rustix::process::Pid> {
     rustix::process::Pid::from_raw(pid.as_raw()).ok_or_else(|| io::Error::other("a process without a number"))
 }
 
-/// The one pipe that came beside a message.
-fn the_pipe(mut pipes: Vec<OwnedFd>) -> io::Result<fs::File> {
-    match (pipes.pop(), pipes.pop()) {
-        (Some(pipe), None) => Ok(pipe.into()),
-        _ => Err(io::Error::other("a message without its pipe")),
+/// The one descriptor that came beside a message.
+fn the_one(mut fds: Vec<OwnedFd>) -> io::Result<fs::File> {
+    match (fds.pop(), fds.pop()) {
+        (Some(fd), None) => Ok(fd.into()),
+        _ => Err(io::Error::other("a message without its descriptor")),
     }
 }
 
@@ -392,38 +403,73 @@ fn open_to_all(place: &Path) -> io::Result<()> {
     if meta.mode() & 0o7777 == 0o1777 {
         return Ok(());
     }
-    // Without any capability but to change uids, only its owner may.
-    seteuid(Uid::from_raw(meta.uid()))?;
-    let changed = fs::set_permissions(place, fs::Permissions::from_mode(0o1777));
+    as_owner(&meta, || fs::set_permissions(place, fs::Permissions::from_mode(0o1777)))
+}
+
+/// Does what only the owner of a place may: we have no capability but to change uids.
+fn as_owner(place: &fs::Metadata, act: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    seteuid(Uid::from_raw(place.uid()))?;
+    let done = act();
     seteuid(Uid::from_raw(0))?;
-    changed
+    done
+}
+
+/// Why a program was not started.
+#[derive(Debug)]
+enum NotSpawned {
+    /// It is one that the kernel does not start, or there is no room for it in its sandbox.
+    Program(io::Error),
+    /// What has to be done before could not be done.
+    Init(io::Error),
+}
+
+impl NotSpawned {
+    /// What the kernel said when a process was to become the program.
+    fn exec(error: io::Error) -> NotSpawned {
+        match error.raw_os_error() {
+            // The whole host's files.
+            Some(libc::ENFILE) => NotSpawned::Init(error),
+            _ => NotSpawned::Program(error),
+        }
+    }
+
+    /// What went wrong before that.
+    fn before(error: impl Into<io::Error>) -> NotSpawned {
+        let error = error.into();
+        match error.raw_os_error() {
+            // The sandbox's memory, which what a program leaves behind counts to.
+            Some(libc::ENOMEM) => NotSpawned::Program(error),
+            _ => NotSpawned::Init(error),
+        }
+    }
 }
 
 /// Starts the stage's command as `ids`, without anything of ours but the three pipes.
 ///
 /// The child shares our memory until it is the program, as with vfork: a copy of it would cost as much as all else. So
 /// it must leave nothing behind that we do not expect, and we stand still meanwhile.
-fn spawn(spec: &StageSpec, pipes: &[OwnedFd; 3], ids: (Uid, Gid), init: &mut Init) -> io::Result<Pid> {
-    let program = Program::new(spec, &init.environment)?;
+fn spawn(spec: &StageSpec, pipes: &[OwnedFd; 3], ids: (Uid, Gid), init: &mut Init) -> Result<Pid, NotSpawned> {
+    let program = Program::new(spec, &init.environment).map_err(NotSpawned::Program)?;
     let limits = resource_limits(spec, init.cgroup.enforced().processes);
     let Init { filter, rules, groups, stack, .. } = init;
     let (mut confined, mut failure) = (false, None);
     let child = || {
         let prepared = confine(pipes, ids, groups, &limits, filter, rules);
         confined = prepared.is_ok();
-        failure = Some(prepared.map_or_else(|error| error, |()| program.replace_us()));
+        failure = Some(prepared.map_or_else(NotSpawned::before, |()| NotSpawned::exec(program.replace_us())));
         libc::EXIT_FAILURE as isize
     };
     let flags = CloneFlags::CLONE_VM | CloneFlags::CLONE_VFORK;
     // SAFETY: the stack lives as long as the child uses it, for CLONE_VFORK returns when the child is the program or
     // has ended. Nothing else of ours runs meanwhile: this process has one thread. Nobody may look into the memory that
     // the child shares while it is already the programs' uid: it is not dumpable, and no program runs yet.
-    let pid = unsafe { clone(Box::new(child), stack.room(), flags, Some(libc::SIGCHLD)) }?;
+    let pid = unsafe { clone(Box::new(child), stack.room(), flags, Some(libc::SIGCHLD)) };
+    let pid = pid.map_err(NotSpawned::before)?;
     if confined && failure.is_none() {
         return Ok(pid);
     }
-    waitpid(pid, None)?;
-    Err(failure.unwrap_or_else(|| io::Error::other("a child ended before it was a program")))
+    waitpid(pid, None).map_err(NotSpawned::before)?;
+    Err(failure.unwrap_or_else(|| NotSpawned::Init(io::Error::other("a child ended before it was a program"))))
 }
 
 /// Stack of a child in bytes until it is the program. The functions that it runs are not deep, but what they do where
@@ -581,15 +627,6 @@ fn resource_limits(spec: &StageSpec, pids_limited: bool) -> Vec<(Resource, u64)>
         limits.push((Resource::RLIMIT_NPROC, spec.processes));
     }
     limits
-}
-
-/// Whether a failed exec says something about the program rather than about us.
-fn is_programs_fault(error: &io::Error) -> bool {
-    use libc::{E2BIG, EACCES, EISDIR, ELIBBAD, ELOOP, ENOENT, ENOEXEC, ENOMEM, ENOTDIR, ETXTBSY};
-    let faults = [E2BIG, EACCES, EISDIR, ELIBBAD, ELOOP, ENOENT, ENOEXEC, ENOMEM, ENOTDIR, ETXTBSY];
-    error.raw_os_error().is_some_and(|code| faults.contains(&code))
-        // An argument with a NUL in it.
-        || error.kind() == io::ErrorKind::InvalidInput
 }
 
 fn is_file(path: &Path) -> bool {

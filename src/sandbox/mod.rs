@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod auto;
 mod build;
+mod carry;
 mod channel;
 pub mod direct;
 #[cfg(test)]
@@ -46,7 +47,7 @@ use crate::cgroup::OwnCgroup;
 use crate::job::{Job, Outcome, Stage, StageOutcome, Stream, Verdict};
 use crate::language::Language;
 use crate::process::ProcessError;
-pub use build::Wanted;
+pub use build::{Builds, Built, Wanted};
 use channel::Channel;
 use protocol::{Enforced, ToInit};
 
@@ -98,6 +99,10 @@ pub enum SandboxError {
     /// The container had ended before anything of the job ran in it: another one will do.
     #[error("the sandbox had ended while it waited for a job")]
     Lost,
+    /// What was compiled elsewhere could not be put into this one, where nothing of the job has run: the job can be
+    /// compiled in another one.
+    #[error("what was compiled elsewhere cannot be used")]
+    NotCarried,
     /// The container ended under a job.
     #[error("the sandbox ended by itself: {0}")]
     Gone(String),
@@ -128,6 +133,7 @@ impl SandboxError {
             SandboxError::Unlimited(_) => "sandbox_not_limited",
             SandboxError::Process(_) => "process",
             SandboxError::Lost => "sandbox_lost",
+            SandboxError::NotCarried => "not_carried",
             SandboxError::Gone(_) => "sandbox_gone",
             SandboxError::Init(_) => "init",
             SandboxError::HostMemory => "host_memory",
@@ -255,10 +261,10 @@ impl Sandbox {
 
     /// Compiles and runs a job, then gives the container up.
     pub async fn run(mut self, language: &Language, job: &Job, live: &mut Live) -> Result<Outcome, SandboxError> {
-        let compile = match job.built.as_ref().filter(|built| built.image == self.image) {
+        let compile = match job.built_on(&self.image) {
             Some(built) => {
                 self.place(Vec::new())?;
-                self.unpack(built.packed.clone()).await?;
+                self.unpack(built).await?;
                 Some(built.compile.clone())
             }
             None => self.compile(language, job, live).await?,

@@ -50,9 +50,12 @@ pub enum ToInit {
     },
     /// Run one stage; its stdin, stdout and stderr come beside the message.
     Stage(StageSpec),
-    /// Write what is in the working directory to the pipe beside the message.
-    Pack,
-    /// Put what a [`ToInit::Pack`] wrote, and the pipe beside the message brings, into the working directory.
+    /// Write what the programs have left to the pipe beside the message.
+    Pack {
+        /// Most bytes that it may be.
+        most: u64,
+    },
+    /// Make what a [`ToInit::Pack`] wrote, from the file beside the message. Others read it too.
     Unpack,
     /// Send a signal to the main process of the running stage.
     Signal(i32),
@@ -93,10 +96,15 @@ pub enum FromInit {
         /// What init saw of its own cgroup.
         enforced: Enforced,
     },
-    /// The files of [`ToInit::Prepare`] or [`ToInit::Unpack`] are in place.
+    /// The files of [`ToInit::Prepare`] are in place.
     Prepared,
     /// All is in the pipe of [`ToInit::Pack`].
     Packed,
+    /// What [`ToInit::Unpack`] brought is in place.
+    Unpacked,
+    /// Not so, and why: there is something that cannot be carried, or there was no time or room for it. It may be a
+    /// program's fault. After [`ToInit::Unpack`] some of it may be there.
+    NotCarried(String),
     /// The stage is over and everything that it started is dead.
     StageEnded {
         /// How the main process ended.

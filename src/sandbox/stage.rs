@@ -87,7 +87,7 @@ impl Sandbox {
                     Some(FromInit::StageEnded { ended, artifact, usage }) => break (ended, artifact, usage),
                     Some(FromInit::Failed(reason)) => return Err(self.failed(reason)),
                     Some(FromInit::HostMemory) => return Err(SandboxError::HostMemory),
-                    Some(FromInit::Ready { .. } | FromInit::Prepared | FromInit::Packed) => {
+                    Some(_) => {
                         return Err(SandboxError::Init("an answer to something else".into()));
                     }
                     None => break self.ended_under(started, "its channel is closed")?,

@@ -11,6 +11,7 @@ use crate::leftovers::marked;
 on_each_engine! {
     what_is_compiled_once_runs_in_a_sandbox_for_each_input
     what_cannot_be_carried_is_compiled_for_each_input
+    a_program_cannot_tell_whether_it_was_compiled_elsewhere
 }
 
 const JSON: (&str, &str) = ("Content-Type", "application/json");
@@ -92,11 +93,191 @@ fn what_cannot_be_carried_is_compiled_for_each_input(engine: &str) {
     assert_eq!(runs("mkfifo pipe; ln -s / link2; ln -s ../../../.. up; ln out hard; ln -s loop loop"), 1);
     assert_eq!(runs("touch \"$(printf 'no\\ttext\\xff\\n')\" $'\\xfe\\xff'"), 1, "names that are no text");
     assert_eq!(runs("chmod u+s out; mkdir closed; chmod 555 closed"), 1);
-    assert_eq!(runs("head -c 20000000 /dev/zero >large"), 3, "too large");
+    assert_eq!(runs("head -c 20000000 /dev/zero >large"), 1, "as large as what real compilers leave");
+    assert_eq!(runs("for d in /work /tmp; do head -c 35000000 /dev/zero >$d/large; done"), 3, "too large");
     assert_eq!(runs("echo secret >closed; chmod 0 closed"), 3, "cannot be read");
     assert_eq!(runs("for n in {1..60}; do ln out hard$n; done; truncate -s 60000000 sparse"), 1);
+    assert_eq!(runs("mkdir -p $(printf 'd/%.0s' {1..900})"), 1);
     let deep = "d=$(printf 'd%.0s' {1..200}); for n in {1..40}; do mkdir $d && cd $d || exit 0; done; exit 0";
     assert_eq!(runs(deep), 3, "too deep");
+    server.stop();
+}
+
+/// A language whose compiler is a Python program, which is the program as well.
+const TELLING: &str = r#"
+[limits]
+processes = 100
+[language.telling]
+image = "localhost/coderunner-python:latest"
+source = "main.py"
+compile = ["python3", "main.py"]
+artifact = "out"
+run = ["python3", "out"]
+health = { code = "open('out', 'w').write('print(\"hello\")')", output = "hello\n" }
+"#;
+
+/// Tells all that there is of files but what differs between any two runs: numbers of inodes, and when something was read
+/// or changed. That is told of files that were given fixed times.
+const TELL: &str = r#"
+import ctypes, fcntl, hashlib, os, socket, stat, struct, sys, uuid
+sys.setrecursionlimit(5000)
+FIXED = 1_500_000_000_123_456_789
+def contents(fd):
+    size, parts, end, kept = os.fstat(fd).st_size, [], 0, hashlib.sha256()
+    while end < size:
+        try: start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError: break
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        parts.append((start, end))
+    os.lseek(fd, 0, 0)
+    while chunk := os.read(fd, 1 << 20): kept.update(chunk)
+    return parts, kept.hexdigest()
+def tell(place, said, known):
+    for name in [entry.name for entry in os.scandir(place)]:
+        if name in (b'unique', b'when'): continue
+        meta, more = os.lstat(name), []
+        kind = stat.S_IFMT(meta.st_mode)
+        first = known.setdefault(meta.st_ino, len(known))
+        try: more.append([(x, os.getxattr(name, x, follow_symlinks=False)) for x in os.listxattr(name, follow_symlinks=False)])
+        except OSError as error: more.append(error.errno)
+        if kind == stat.S_IFLNK: more.append(os.readlink(name))
+        if kind in (stat.S_IFREG, stat.S_IFDIR):
+            try:
+                fd = os.open(name, os.O_RDONLY)
+                try: more.append(struct.unpack('l', fcntl.ioctl(fd, 0x80086601, bytes(8))))
+                except OSError as error: more.append(error.errno)
+                if kind == stat.S_IFREG: more.append(contents(fd))
+                os.close(fd)
+            except OSError as error: more.append(error.errno)
+        said.append(repr((name, oct(meta.st_mode), meta.st_nlink, meta.st_size, meta.st_blocks, meta.st_mtime_ns, first, more)))
+        if kind == stat.S_IFDIR:
+            try: os.chdir(name)
+            except OSError: continue
+            tell(b'.', said, known)
+            os.chdir(b'..')
+def told():
+    said = []
+    for place in ('/work', '/tmp', '/dev/shm'):
+        os.chdir(place)
+        tell(b'.', said, {})
+        meta, free = os.stat(place), os.statvfs(place)
+        said.append(repr((place, oct(meta.st_mode), meta.st_nlink, meta.st_size, free.f_bfree, free.f_ffree)))
+    os.chdir('/work')
+    said.append(repr([len(open('/proc/sysvipc/' + kind).readlines()) for kind in ('msg', 'sem', 'shm')]))
+    said.append(str(os.stat('/tmp').st_mtime_ns - os.stat('/dev/shm/when').st_mtime_ns))
+    said = '\n'.join(said)
+    return said if len(said) < 20_000 else said[:2000] + hashlib.sha256(said.encode()).hexdigest()
+def fix(place):
+    for entry in list(os.scandir(place)):
+        if entry.is_dir(follow_symlinks=False) and os.access(entry.name, os.X_OK):
+            os.chdir(entry.name)
+            fix('.')
+            os.chdir('..')
+        if os.lstat(entry.name).st_mtime_ns > FIXED + 10**17 and entry.name != 'when':
+            os.utime(entry.name, ns=(FIXED, FIXED), follow_symlinks=False)
+def file(name, mode=0o644, content=b'x'):
+    with open(name, 'wb') as out: out.write(content)
+    os.chmod(name, mode)
+if __file__.endswith('out'):
+    print(told())
+    print(open('/work/unique').read(), file=sys.stderr)
+    sys.exit()
+source = open(__file__).read()
+BUILD
+os.chdir('/work')
+open('out', 'w').write(source)
+open('unique', 'w').write(str(uuid.uuid4()))
+open('/dev/shm/when', 'w').close()
+for place in ('/work', '/tmp', '/dev/shm'):
+    os.chdir(place)
+    fix('.')
+meta = os.stat('/tmp')
+os.utime('/dev/shm/when', ns=(meta.st_mtime_ns, meta.st_mtime_ns))
+print(told())
+"#;
+
+/// What builds leave, by how often a batch of three inputs compiles.
+const LEFT: &[(&str, usize)] = &[
+    ("pass", 1),
+    ("os.mkfifo('fifo', 0o640); os.link('fifo', 'other')", 1),
+    (
+        "file('a'); os.mkdir('d'); os.link('a', 'd/b'); os.link('a', '0'); file('/tmp/t'); os.link('/tmp/t', '/tmp/u')",
+        1,
+    ),
+    ("os.symlink('/nowhere', 'l'); os.link('l', 'm', follow_symlinks=False); os.symlink('x' * 4000, 'long')", 1),
+    ("[file(f'm{mode:o}', mode) for mode in (0o444, 0o4755, 0o2755, 0o6711, 0o1777, 0o755, 0o7777, 0o400)]", 1),
+    (
+        "[(os.mkdir(f'd{mode:o}'), file(f'd{mode:o}/x'), os.chmod(f'd{mode:o}', mode)) for mode in (0o555, 0o1777, 0o2750, 0o500)]",
+        1,
+    ),
+    (
+        "[(file(f't{n}'), os.utime(f't{n}', ns=(n, n))) for n in (0, 1, 999_999_999, -2_000_000_001, 1_234_567_890_987_654_321)]",
+        1,
+    ),
+    ("socket.socket(socket.AF_UNIX).bind('sock')", 1),
+    ("os.truncate(os.open('hole', os.O_CREAT | os.O_RDWR), 60_000_000)", 1),
+    (
+        "f = os.open('holes', os.O_CREAT | os.O_RDWR); [os.pwrite(f, b'x' * 9, n * 50_000) for n in range(1, 40)]; os.truncate(f, 9_999_999)",
+        1,
+    ),
+    ("file('zeros', content=bytes(1 << 20)); file('empty', content=b''); file('page', content=b'p' * 4096)", 1),
+    ("file('/tmp/x'); os.mkdir('/dev/shm/d'); file('/dev/shm/d/y'); os.mkfifo('/tmp/fifo')", 1),
+    ("[file(name) for name in (b'\\xff\\xfe', b'new\\nline', b'x' * 255, b'-rf', b'...', b' ', b'\\x80' * 255)]", 1),
+    ("[file(f'{n * 7919 % 3001}', content=b'%d' % n) for n in range(3000)]", 1),
+    (
+        "[file(n) for n in 'abcdefg']; os.rename('c', 'z'); os.remove('e'); os.link('b', 'y'); file('e'); os.rename('a', 'g')",
+        1,
+    ),
+    ("os.remove('main.py'); os.mkdir('main.py'); file('main.py/x')", 1),
+    ("[(os.mkdir('d'), os.chdir('d')) for _ in range(900)]", 1),
+    ("[(os.mkdir('d' * 250), os.chdir('d' * 250)) for _ in range(40)]", 3),
+    ("[(os.mkdir(f'w{n}'), [os.mkdir(f'w{n}/{m}') for m in range(30)]) for n in range(100)]", 1),
+    ("file('closed', 0)", 3),
+    ("os.mkdir('locked'); file('locked/x'); os.chmod('locked', 0)", 3),
+    ("os.mknod('device', stat.S_IFCHR, 0)", 3),
+    ("f = os.open('reserved', os.O_CREAT | os.O_RDWR); os.posix_fallocate(f, 0, 1 << 20)", 3),
+    ("libc = ctypes.CDLL(None); assert libc.semget(0x1234, 1, 0o1666) >= 0", 3),
+    ("file('large', content=bytes(40_000_000)); file('/tmp/large', content=bytes(40_000_000))", 3),
+];
+
+fn a_program_cannot_tell_whether_it_was_compiled_elsewhere(engine: &str) {
+    let config = format!("engine = {engine:?}\n{TELLING}");
+    let server =
+        Server::start(Options { languages: &["telling"], containers: 3, config: &config, ..Options::default() });
+    for (left, compiled) in LEFT {
+        let code = TELL.replace("BUILD", left);
+        let plain = json!({"language": "telling", "version": "*", "files": [{"content": code}]});
+        let plain = ran(&server.request("POST", "/api/v2/execute", &[JSON], plain.to_string().as_bytes()));
+        let told = plain["compile"]["stdout"].as_str().unwrap();
+        assert!(plain["verdict"] == "ok" && told.len() > 200, "{left}: {plain}");
+        assert_eq!(plain["run"]["stdout"], told, "{left}");
+        let inputs = json!([{"args": ["1"]}, {"args": ["2"]}, {"args": ["3"]}]);
+        let batch = ran(&post(&server, &[], &program("telling", &code, inputs)));
+        let results = batch["results"].as_array().unwrap();
+        for result in results {
+            assert_eq!(
+                (&result["verdict"], &result["run"]["stdout"]),
+                (&json!("ok"), &json!(told)),
+                "{left}: {result}"
+            );
+        }
+        let made: HashSet<&str> = results.iter().map(|result| result["run"]["stderr"].as_str().unwrap()).collect();
+        assert_eq!(made.len(), *compiled, "{left}");
+    }
+    // Attributes and flags exist in newer kernels only: what a sandbox has of them it does not lose.
+    for left in [
+        "file('a'); os.setxattr('a', 'user.x', b'y')",
+        "file('a'); os.setxattr('a', 'system.posix_acl_access', struct.pack('<I' + 'HHI' * 5, 2, 1, 6, 2**32 - 1, 2, 4, os.getuid() + 1, 4, 4, 2**32 - 1, 16, 4, 2**32 - 1, 32, 4, 2**32 - 1))",
+        "file('a'); fcntl.ioctl(os.open('a', os.O_RDONLY), 0x40086602, struct.pack('l', 0x40))",
+    ] {
+        let code = TELL.replace("BUILD", &format!("try:\n    {left}\nexcept OSError: pass"));
+        let inputs = json!([{"args": ["1"]}, {"args": ["2"]}]);
+        let batch = ran(&post(&server, &[], &program("telling", &code, inputs)));
+        let told = &batch["compile"]["stdout"];
+        for result in batch["results"].as_array().unwrap() {
+            assert_eq!((&result["verdict"], &result["run"]["stdout"]), (&json!("ok"), told), "{left}: {result}");
+        }
+    }
     server.stop();
 }
 
@@ -147,6 +328,21 @@ fn each_input_has_a_verdict_and_passes_or_not() {
     assert!(answer["compile"]["stderr"].as_str().unwrap().contains('x'), "{answer}");
     for result in answer["results"].as_array().unwrap() {
         assert_eq!((&result["verdict"], result.get("run")), (&json!("compile_error"), None), "{answer}");
+    }
+    server.stop();
+}
+
+#[test]
+fn what_may_be_carried_is_a_setting() {
+    let config = format!("batch = {{ build = \"1MiB\" }}\n{SCRIPT}");
+    let server =
+        Server::start(Options { languages: &["script"], containers: 2, config: &config, ..Options::default() });
+    for (bytes, compiled) in [(1_000_000, 1), (1_100_000, 2)] {
+        let code = format!(
+            "head -c {bytes} /dev/zero >large; echo \"#!/bin/bash\necho $(cat /proc/sys/kernel/random/uuid)\" >out; chmod +x out"
+        );
+        let answer = ran(&post(&server, &[], &program("script", &code, json!([{}, {"args": ["1"]}]))));
+        assert_eq!(printed(&answer).into_iter().collect::<HashSet<_>>().len(), compiled, "{answer}");
     }
     server.stop();
 }

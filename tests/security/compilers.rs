@@ -12,6 +12,7 @@ on_each_engine! {
     no_source_keeps_the_compiler_busy_for_long
     the_compiler_is_confined_as_the_program_is
     what_the_compiler_leaves_is_run_as_a_program_or_not_at_all
+    no_artifact_is_the_servers_fault
     what_the_compiler_leaves_for_other_sandboxes_leads_nowhere
 }
 
@@ -119,6 +120,73 @@ fn what_the_compiler_leaves_is_run_as_a_program_or_not_at_all(engine: &str) {
     let daemon = "(trap '' TERM HUP; while :; do sleep 50; done) & setsid sleep 50 &\n\
                   printf '#!/bin/sh\\nps | grep -c [s]leep\\n' >out; chmod +x out";
     assert_eq!(run(daemon).run_output, "0\n");
+    server.stop();
+}
+
+/// An ELF executable of these program headers, each of a type, an offset and a size.
+fn elf(headers: &[(u32, u64, u64)], rest: &[u8]) -> Vec<u8> {
+    let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    let machine: u16 = if cfg!(target_arch = "x86_64") { 62 } else { 183 };
+    [2, machine].iter().for_each(|half| elf.extend(half.to_le_bytes()));
+    elf.extend(1_u32.to_le_bytes());
+    [0x40_0000_u64, 64, 0].iter().for_each(|long| elf.extend(long.to_le_bytes()));
+    elf.extend(0_u32.to_le_bytes());
+    let count = u16::try_from(headers.len()).unwrap();
+    [64, 56, count, 0, 0, 0].iter().for_each(|half| elf.extend(half.to_le_bytes()));
+    for (kind, offset, size) in headers {
+        [*kind, 5].iter().for_each(|word| elf.extend(word.to_le_bytes()));
+        [*offset, 0x40_0000, 0x40_0000, *size, *size, 4096].iter().for_each(|long| elf.extend(long.to_le_bytes()));
+    }
+    elf.extend(rest);
+    elf
+}
+
+fn no_artifact_is_the_servers_fault(engine: &str) {
+    const LOAD: u32 = 1;
+    const INTERPRETER: u32 = 3;
+    let server = serve(engine, "made", SHELL);
+    let name = |name: &str| elf(&[(INTERPRETER, 120, name.len() as u64 + 1)], &[name.as_bytes(), b"\0"].concat());
+    let elves = [
+        ("an interpreter beyond the end", elf(&[(INTERPRETER, 1 << 40, 20)], b"")),
+        ("one beyond all numbers", elf(&[(INTERPRETER, u64::MAX, 20)], b"")),
+        ("one without an end", elf(&[(INTERPRETER, 120, 4)], b"/bin")),
+        ("one too large", elf(&[(INTERPRETER, 120, 1 << 40)], b"/bin/sh\0")),
+        ("a long name", name(&"x".repeat(300))),
+        ("a longer one", name(&"/x".repeat(2047))),
+        ("a directory", name("/")),
+        ("a fifo", name("/work/fifo")),
+        ("a loop", name("/work/loop")),
+        ("itself", name("/work/out")),
+        ("no program", name("/etc/passwd")),
+        ("init's memory", name("/proc/1/exe")),
+        ("a place beyond memory", elf(&[(LOAD, 0, u64::MAX)], b"")),
+        ("a part beyond the end", elf(&[(LOAD, 1 << 40, 4096)], b"")),
+        ("no parts", elf(&[], b"")),
+        ("half a header", elf(&[], b"")[..40].to_vec()),
+        ("many headers", elf(&[], b"").into_iter().enumerate().map(|(n, b)| if n == 56 { 255 } else { b }).collect()),
+    ];
+    let scripts = ["/x", "/work", "/work/out", "/work/fifo", "/work/loop", "/proc/1/exe", "/dev/null", "/job", ""];
+    let scripts = scripts.iter().map(|interpreter| format!("#!{interpreter}\n"));
+    let long = [format!("#!/{}\n", "x".repeat(300)), format!("#!{}\n", "/x".repeat(3000)), "#!".into()];
+    let scripts = scripts.chain(long).map(|text| (text.trim_end().to_owned(), text.into_bytes()));
+    for (what, artifact) in elves.into_iter().map(|(what, elf)| (what.to_owned(), elf)).chain(scripts) {
+        let octal: String = artifact.iter().map(|byte| format!("\\{byte:03o}")).collect();
+        let script = format!("mkfifo fifo; ln -s loop loop; printf '{octal}' >out; chmod +x out\n");
+        let answer = attack(&server, "made", &script);
+        assert_eq!(answer.status, 1, "{what}: {answer:?}");
+        assert!(answer.run_output.starts_with("coderunner: "), "{what}: {answer:?}");
+    }
+    // Nobody but the server can take the directories away.
+    for places in
+        ["chmod 0 /work /tmp /dev/shm", "mv /work /tmp/work", "rmdir /work /tmp", "rm -rf /work /tmp /dev/shm"]
+    {
+        let script = format!("({places}) 2>/dev/null\nprintf '#!/bin/sh\\necho made\\n' >out; chmod +x out\n");
+        assert_eq!(attack(&server, "made", &script).run_output, "made\n", "{places}");
+    }
+    // Neither are they full for anyone else.
+    let full = "printf '#!/bin/sh\\necho made\\n' >out; chmod +x out\n\
+                for d in /work /tmp /dev/shm; do cat /dev/zero >$d/x; n=0; while true >$d/$n; do n=$((n+1)); done; done 2>/dev/null\ntrue\n";
+    assert_eq!(attack(&server, "made", full).run_output, "made\n");
     server.stop();
 }
 
