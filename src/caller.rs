@@ -63,6 +63,8 @@ impl Caller {
     /// panic in it ends nothing else.
     pub fn pass_on<F: Future>(future: F) -> impl Future<Output = F::Output> {
         let caller = Caller::current();
+        // Its state is large, and would be copied from one wrapper into the next on the stack.
+        let future = Box::pin(future);
         let passed_on = async move {
             match caller {
                 Some(caller) => caller.scope(future).await,
