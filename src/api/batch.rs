@@ -20,7 +20,7 @@ use super::budget::Lease;
 use super::error::ApiError;
 use super::openapi::Refused;
 use super::piston::{self, Ran, StageAnswer, arguments};
-use super::text::{Text, Texts};
+use super::text::{Fields, Text, Texts};
 use super::{ApiSettings, LINES, Wishes, is_json, post};
 use crate::caller::Caller;
 use crate::job::{self, Job, Stage, StageOutcome, Verdict};
@@ -295,7 +295,7 @@ fn as_lines(
 
 /// A line of JSON in chunks.
 fn lines<T: Texts>(mut value: T, leases: Vec<Lease>) -> Result<impl Iterator<Item = Bytes> + use<T>, ApiError> {
-    let mut writer = Writer::new(&mut value, leases)?.between(b"", b"\n");
+    let mut writer = Writer::new(&mut value, Fields::AsDeclared, leases)?.between(b"", b"\n");
     Ok(std::iter::from_fn(move || writer.chunk()))
 }
 

@@ -14,7 +14,7 @@ use warp::reply::Response;
 
 use super::budget::{Budget, Lease};
 use super::error::ApiError;
-use super::text::{self, MOST_WRITTEN, Part, Reader, Source, Texts};
+use super::text::{self, Fields, MOST_WRITTEN, Part, Reader, Source, Texts};
 use crate::job::Outcome;
 
 /// Bytes of a body that are made at a time. A connection holds one of these that is being sent, and one that comes next.
@@ -47,7 +47,7 @@ pub async fn json(budget: &Budget, mut value: impl Texts, outcome: &Outcome) -> 
 
 /// An answer as JSON, for which there is memory already.
 pub async fn leased_json(mut value: impl Texts, leases: Vec<Lease>) -> Result<Response, ApiError> {
-    let mut writer = Writer::new(&mut value, leases)?;
+    let mut writer = Writer::new(&mut value, Fields::AsDeclared, leases)?;
     let length = writer.length().await;
     let mut made = false;
     let chunks = stream::poll_fn(move |context| {
@@ -93,8 +93,8 @@ pub struct Writer {
 
 impl Writer {
     /// A writer of a value.
-    pub fn new(value: &mut impl Texts, leases: Vec<Lease>) -> Result<Writer, ApiError> {
-        let parts = text::in_parts(value).map_err(ApiError::unwritten)?.into();
+    pub fn new(value: &mut impl Texts, fields: Fields, leases: Vec<Lease>) -> Result<Writer, ApiError> {
+        let parts = text::in_parts(value, fields).map_err(ApiError::unwritten)?.into();
         Ok(Writer { parts, written: 0, reader: None, scratch: Vec::new(), leases: Arc::new(leases) })
     }
 
@@ -215,8 +215,8 @@ mod tests {
         serde_json::to_vec(&answer).unwrap()
     }
 
-    fn in_chunks(mut value: impl Texts) -> (Vec<Bytes>, usize) {
-        let mut writer = Writer::new(&mut value, Vec::new()).unwrap();
+    fn in_chunks(mut value: impl Texts, fields: Fields) -> (Vec<Bytes>, usize) {
+        let mut writer = Writer::new(&mut value, fields, Vec::new()).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let length = runtime.block_on(writer.length());
         (std::iter::from_fn(|| writer.chunk()).collect(), length)
@@ -237,12 +237,12 @@ mod tests {
             cap in prop_oneof![0usize..100, Just(usize::MAX)],
         ) {
             let outcome = outcome(&pieces, cap);
-            let (chunks, length) = in_chunks(answer(&outcome));
+            let (chunks, length) = in_chunks(answer(&outcome), Fields::AsDeclared);
             let streamed = chunks.concat();
             prop_assert_eq!(streamed.len(), length);
             prop_assert_eq!(&streamed, &serde_json::to_vec(&answer(&outcome)).unwrap());
-            let value: serde_json::Value = serde_json::from_slice(&streamed).unwrap();
-            prop_assert_eq!(serde_json::to_vec(&value).unwrap(), at_once(&outcome));
+            let (sorted, _) = in_chunks(answer(&outcome), Fields::Sorted);
+            prop_assert_eq!(sorted.concat(), at_once(&outcome));
         }
 
         #[test]
@@ -254,7 +254,7 @@ mod tests {
             let mut cut = answer(&outcome);
             let missing = cut.cut(most);
             let whole = serde_json::to_value(answer(&outcome)).unwrap();
-            let (chunks, length) = in_chunks(cut);
+            let (chunks, length) = in_chunks(cut, Fields::AsDeclared);
             prop_assert_eq!(chunks.concat().len(), length);
             let told: serde_json::Value = serde_json::from_slice(&chunks.concat()).unwrap();
             let mut shorter = false;
@@ -272,7 +272,7 @@ mod tests {
     #[test]
     fn chunks_are_bounded_and_made_one_by_one() {
         let outcome = outcome(&[(false, vec![1; 1 << 20]), (true, vec![0xff; 1 << 20])], usize::MAX);
-        let (chunks, length) = in_chunks(answer(&outcome));
+        let (chunks, length) = in_chunks(answer(&outcome), Fields::AsDeclared);
         assert!(length > 18 << 20, "{length}");
         assert!(chunks.iter().all(|chunk| chunk.len() <= CHUNK));
         assert!(chunks.len() < length / CHUNK * 2, "{}", chunks.len());
@@ -283,7 +283,7 @@ mod tests {
         let budget = Budget::new(1 << 20);
         let outcome = outcome(&[(false, vec![1; 100_000])], usize::MAX);
         let lease = budget.try_lease(400 << 10).unwrap();
-        let mut writer = Writer::new(&mut answer(&outcome), vec![lease]).unwrap();
+        let mut writer = Writer::new(&mut answer(&outcome), Fields::AsDeclared, vec![lease]).unwrap();
         let chunk = std::iter::from_fn(|| writer.chunk()).last();
         drop(writer);
         assert!(budget.try_lease(400 << 10).is_err());

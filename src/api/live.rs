@@ -20,7 +20,7 @@ use super::body::{self, Leased, Writer};
 use super::budget::{Budget, Exhausted, Lease};
 use super::error::ApiError;
 use super::piston::Ending;
-use super::text::Texts;
+use super::text::{Fields, Texts};
 use crate::caller::Caller;
 use crate::job::{Job, Outcome, Place, Stage, StageOutcome, Stream, whole_characters};
 use crate::runner::{Answer, Reuse, Runner};
@@ -230,7 +230,7 @@ async fn tell<A: Texts>(
     let telling = async {
         let (answer, lease) = watch(runner, job, reuse, frames).await?;
         frames.send().await?;
-        let writer = Writer::new(&mut result(&answer), vec![lease])?;
+        let writer = Writer::new(&mut result(&answer), Fields::Sorted, vec![lease])?;
         // What it is made of is the writer's now.
         drop(answer);
         let mut writer = writer.between(b"event:result\ndata:", b"\n\n");

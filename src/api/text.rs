@@ -13,7 +13,8 @@ const PIECE: usize = 4096;
 /// Most bytes that a piece takes as JSON: control characters take six each, and what is no UTF-8 three.
 pub const MOST_WRITTEN: usize = (PIECE + 4) * 6;
 
-/// Stands for a text in JSON that is written around the texts: a noncharacter, and no other value of ours is this one.
+/// Begins what stands for a text in JSON that is written around the texts, before its number: a noncharacter, with which
+/// no other value of ours begins.
 const MARK: &str = "\u{10ffff}";
 
 /// What a stage printed, as it stands in an answer.
@@ -24,8 +25,8 @@ pub enum Text {
     Nothing,
     /// This.
     Printed(Source),
-    /// What was taken out.
-    Mark,
+    /// What was taken out, as the text of this number.
+    Mark(usize),
 }
 
 /// Where a text comes from.
@@ -54,6 +55,15 @@ pub enum Part {
     Json(Vec<u8>),
     /// The inside of a string.
     Text(Source),
+}
+
+/// The order of an object's fields.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fields {
+    /// As the type has them.
+    AsDeclared,
+    /// By their names, as in a [`serde_json::Value`].
+    Sorted,
 }
 
 impl Text {
@@ -89,7 +99,7 @@ impl Text {
     pub fn kept(&self) -> usize {
         match self {
             Text::Printed(source) => source.kept(),
-            Text::Nothing | Text::Mark => 0,
+            Text::Nothing | Text::Mark(_) => 0,
         }
     }
 }
@@ -99,7 +109,7 @@ impl Serialize for Text {
         match self {
             Text::Printed(source) => serializer.collect_str(source),
             Text::Nothing => serializer.serialize_str(""),
-            Text::Mark => serializer.serialize_str(MARK),
+            Text::Mark(number) => serializer.collect_str(&format_args!("{MARK}{number}")),
         }
     }
 }
@@ -136,20 +146,30 @@ impl fmt::Display for Source {
 }
 
 /// JSON of a value in parts, its texts apart.
-pub fn in_parts(value: &mut impl Texts) -> serde_json::Result<Vec<Part>> {
+pub fn in_parts(value: &mut impl Texts, fields: Fields) -> serde_json::Result<Vec<Part>> {
     let mut texts = Vec::new();
-    value.each(&mut |text| match std::mem::replace(text, Text::Mark) {
-        Text::Printed(source) => texts.push(source),
-        other => *text = other,
+    value.each(&mut |text| {
+        let mark = Text::Mark(texts.len());
+        match std::mem::replace(text, mark) {
+            Text::Printed(source) => texts.push(Some(source)),
+            other => *text = other,
+        }
     });
-    let around = serde_json::to_vec(value)?;
-    let quoted = [b"\"", MARK.as_bytes(), b"\""].concat();
-    let (mut parts, mut from) = (Vec::with_capacity(texts.len() * 2 + 1), 0);
-    for text in texts {
-        let Some(at) = around[from..].windows(quoted.len()).position(|window| window == quoted) else { break };
-        // The quotes are of what is around.
-        parts.extend([Part::Json(around[from..=from + at].to_vec()), Part::Text(text)]);
-        from += at + quoted.len() - 1;
+    let around = match fields {
+        Fields::AsDeclared => serde_json::to_vec(value)?,
+        Fields::Sorted => serde_json::to_vec(&serde_json::to_value(value)?)?,
+    };
+    let begin = [b"\"", MARK.as_bytes()].concat();
+    let (mut parts, mut from, mut at) = (Vec::with_capacity(texts.len() * 2 + 1), 0, 0);
+    while let Some(found) = around[at..].windows(begin.len()).position(|window| window == begin) {
+        let number = at + found + begin.len();
+        at = around[number..].iter().position(|byte| *byte == b'"').map_or(around.len(), |end| number + end);
+        let named = std::str::from_utf8(&around[number..at]).ok().and_then(|number| number.parse::<usize>().ok());
+        if let Some(text) = named.and_then(|number| texts.get_mut(number)?.take()) {
+            // The quotes are of what is around.
+            parts.extend([Part::Json(around[from..=number - begin.len()].to_vec()), Part::Text(text)]);
+            from = at;
+        }
     }
     parts.push(Part::Json(around[from..].to_vec()));
     Ok(parts)

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::client::{Reply, head};
+use crate::client::{head, unchunked};
 use crate::harness::{Options, Server};
 
 const JSON: (&str, &str) = ("Content-Type", "application/json");
@@ -124,37 +124,21 @@ fn slow_watchers_of_runs_that_print_much_take_bounded_memory() {
     server.stop();
 }
 
-/// An answer without its framing in chunks.
-fn events(reply: &Reply) -> Vec<(String, Value)> {
-    let text = String::from_utf8_lossy(&reply.body).into_owned();
-    let mut rest = text.as_str();
-    let mut whole = String::new();
-    while let Some((size, after)) = rest.split_once("\r\n") {
-        let size = usize::from_str_radix(size, 16).unwrap();
-        whole += &after[..size];
-        rest = after[size..].trim_start_matches("\r\n");
-    }
+/// The events of an answer.
+fn events(answer: &[u8]) -> Vec<(String, Value)> {
+    let text = String::from_utf8(unchunked(answer)).unwrap();
     let event = |event: &str| {
         let (kind, data) = event.strip_prefix("event:")?.split_once("\ndata:")?;
         Some((kind.to_owned(), serde_json::from_str(data).unwrap()))
     };
-    whole.split("\n\n").filter_map(event).collect()
+    text.split("\n\n").filter_map(event).collect()
 }
 
 #[test]
 fn what_a_watcher_is_told_is_the_same_from_the_memo() {
     let server = serve(1);
     let body = program("printf 'a\\0b'; sleep 0.2; printf 'c\\xff' >&2; head -c 300000 /dev/zero").to_string();
-    let watch = || {
-        let body = body.clone();
-        let whole = crate::client::Pending::send(
-            server.address,
-            (head("POST", "/api/v2/execute", &[JSON, EVENTS], body.len()) + &body).as_bytes(),
-        );
-        let bytes = whole.all();
-        let start = bytes.windows(4).position(|window| window == b"\r\n\r\n").unwrap() + 4;
-        events(&Reply { status: 200, headers: Vec::new(), body: bytes[start..].to_vec() })
-    };
+    let watch = || events(&server.begin_request("POST", "/api/v2/execute", &[JSON, EVENTS], body.as_bytes()).all());
     let printed = |events: &[(String, Value)], stream: &str| -> String {
         let data = events.iter().filter(|(kind, told)| kind == "data" && told["stream"] == stream);
         data.map(|(_, told)| told["data"].as_str().unwrap()).collect()

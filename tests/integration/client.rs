@@ -149,6 +149,20 @@ impl Pending {
     }
 }
 
+/// The body of an answer that came in chunks, without their framing.
+pub fn unchunked(answer: &[u8]) -> Vec<u8> {
+    let end = |bytes: &[u8], of: &[u8]| bytes.windows(of.len()).position(|window| window == of).map(|at| at + of.len());
+    let mut rest = &answer[end(answer, b"\r\n\r\n").expect("a head")..];
+    let mut body = Vec::new();
+    while let Some(start) = end(rest, b"\r\n") {
+        let size = std::str::from_utf8(&rest[..start - 2]).unwrap();
+        let size = usize::from_str_radix(size, 16).expect("the size of a chunk");
+        body.extend_from_slice(&rest[start..start + size]);
+        rest = &rest[(start + size + 2).min(rest.len())..];
+    }
+    body
+}
+
 /// The reply, once all of it has arrived. The server frames all its answers by their length.
 fn parse(bytes: &[u8], bodiless: bool) -> Option<Reply> {
     let mut headers = [httparse::EMPTY_HEADER; 32];
