@@ -230,24 +230,6 @@ mod tests {
         }
     }
 
-    /// `cargo test --release -- --ignored --nocapture carries_fast`
-    #[test]
-    #[ignore = "a measurement"]
-    fn carries_fast() {
-        let small = place();
-        (0..5000).for_each(|n| fs::write(small.path().join(n.to_string()), [7; 500]).unwrap());
-        let large = place();
-        (0..17).for_each(|n| fs::write(large.path().join(n.to_string()), vec![7; 1 << 20]).unwrap());
-        for (what, from) in [("17 MiB", large), ("5,000 files", small)] {
-            let packed = File::from(memfd());
-            let begun = Instant::now();
-            pack(&[from.path().to_str().unwrap()], 1 << 30, &packed).unwrap();
-            let (taken, to, begun) = (begun.elapsed(), place(), Instant::now());
-            unpack(&[to.path().to_str().unwrap()], &packed).unwrap();
-            println!("{what}: packed in {taken:?}, unpacked in {:?}", begun.elapsed());
-        }
-    }
-
     fn memfd() -> std::os::fd::OwnedFd {
         rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap()
     }
