@@ -267,7 +267,7 @@ fn a_program_cannot_tell_whether_it_was_compiled_elsewhere(engine: &str) {
     // Attributes and flags exist in newer kernels only: what a sandbox has of them it does not lose.
     for left in [
         "file('a'); os.setxattr('a', 'user.x', b'y')",
-        "file('a'); os.setxattr('a', 'system.posix_acl_access', struct.pack('<I' + 'HHI' * 5, 2, 1, 6, 2**32 - 1, 2, 4, os.getuid() + 1, 4, 4, 2**32 - 1, 16, 4, 2**32 - 1, 32, 4, 2**32 - 1))",
+        "file('a'); os.setxattr('a', 'system.posix_acl_access', struct.pack('<I' + 'HHI' * 5, 2, 1, 6, 2**32 - 1, 2, 4, 4242, 4, 4, 2**32 - 1, 16, 4, 2**32 - 1, 32, 4, 2**32 - 1))",
         "file('a'); fcntl.ioctl(os.open('a', os.O_RDONLY), 0x40086602, struct.pack('l', 0x40))",
     ] {
         let code = TELL.replace("BUILD", &format!("try:\n    {left}\nexcept OSError: pass"));
