@@ -210,16 +210,30 @@ impl Runner {
                 Err(error) => tell(index, Err(error)),
             }
         };
-        let (wanted, built) = oneshot::channel();
+        let (wanted, mut handed_on) = oneshot::channel();
         let wanted = Wanted { room: self.tasks.builds.take(self.most_build), built: wanted };
         let mut running = pin!(self.run_live(job, Live { built: Some(wanted), ..Live::default() }));
+        let mut over = None;
         let built = tokio::select! {
             biased;
-            Ok(built) = built => built,
-            // It never got as far as being run, and no other would.
-            result = &mut running => {
-                left.for_each(|(index, _)| tell(index, result.clone()));
-                return tell(first, result);
+            Ok(built) = &mut handed_on => built,
+            result = &mut running => match result {
+                // It was over before this heard of what it had compiled. Its outcome is that of its own input.
+                Ok(answer) if answer.outcome.compiled() => {
+                    over = Some(Ok(answer));
+                    handed_on.try_recv().ok().flatten()
+                }
+                // It never got as far as being run, and no other would.
+                result => {
+                    left.for_each(|(index, _)| tell(index, result.clone()));
+                    return tell(first, result);
+                }
+            },
+        };
+        let running = async move {
+            match over {
+                Some(result) => result,
+                None => running.await,
             }
         };
         let others = stream::iter(left)

@@ -229,8 +229,4 @@ mod tests {
             assert!(unpack(&[inside.to_str().unwrap()], &packed).is_err());
         }
     }
-
-    fn memfd() -> std::os::fd::OwnedFd {
-        rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap()
-    }
 }
