@@ -1,6 +1,6 @@
 //! A second wall around programs, where the kernel has Landlock: they change files in their own directories and write to
 //! their devices, and nowhere else, whatever a mount allows; /proc and /sys among what is left. They signal nobody
-//! outside of their stage, connect to no abstract socket of it, and to no port.
+//! outside of their stage, connect to no abstract socket outside of it, and to no port.
 //!
 //! Reading and executing are left to mounts and modes, which is where an image says who may.
 

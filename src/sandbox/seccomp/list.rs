@@ -192,8 +192,8 @@ const SOCKET_OPTIONS: &[libc::c_int] = &[
     libc::SO_PEEK_OFF,
 ];
 
-/// Advice about one's own memory. Not among it is what moves pages of files that neighbours use (COLD, PAGEOUT, POPULATE of
-/// the kernel's own accord) or has the kernel look for equal pages (MERGEABLE).
+/// Advice about one's own memory. Not among it is what moves pages of files that neighbours use (COLD, PAGEOUT) or has
+/// the kernel look for equal pages (MERGEABLE).
 const ADVICE: &[libc::c_int] = &[
     libc::MADV_NORMAL,
     libc::MADV_RANDOM,
