@@ -44,8 +44,8 @@ test: setup ## run every test, with both engines
 	@packaging/images/build c python bash toolchains
 	@packaging/dev/clients
 	@packaging/dev/cargo test --locked
-	@echo 'again, with the other engine:'
-	@CODERUNNER_TEST_ENGINE=podman packaging/dev/cargo test --locked --test integration -- --skip podman:: --skip direct::
+	@echo 'what differs with the engine, with the other one:'
+	@packaging/dev/cargo test --locked --profile podman
 
 # The page's packages are those of its lock file, and are asked for again only when that changes.
 web/node_modules: web/package-lock.json
@@ -66,7 +66,7 @@ test-web: ## test the playground page in a browser
 	cd web && CODERUNNER_TEST_EXE=$(abspath $(TARGET))/$(HOST)/debug/coderunner npm test
 
 fuzz: setup ## try malformed input; CASES=100000 of each kind
-	@PROPTEST_CASES=$(CASES) packaging/dev/cargo test --locked --bin coderunner -- fuzz::
+	@PROPTEST_CASES=$(CASES) packaging/dev/cargo test --locked --bin coderunner fuzz::
 
 # The flags are those of cargo-fuzz but for its sanitizers, which need another compiler. What reaches new code is kept.
 FUZZ = $(TARGET)/fuzz
@@ -80,13 +80,13 @@ libfuzzer: setup ## the same, inputs chosen by the code that it reaches; SECONDS
 
 soak: setup ## run good and hostile programs, RUNS=10000, and see that nothing grows
 	@packaging/images/build c python bash
-	@CODERUNNER_TEST_RUNS=$(RUNS) packaging/dev/cargo test --locked --test integration -- soak --nocapture
+	@CODERUNNER_TEST_RUNS=$(RUNS) packaging/dev/cargo test --locked --test integration --no-capture soak
 
-bench: setup ## measure; BENCH=long for longer
+bench: setup ## measure; BENCH=long for longer, BASELINE=FILE against an older executable too
 	@packaging/images/build bash c gcc
 	@mkdir -p $(TARGET)/bench
 	@packaging/dev/cargo bench --locked --bench runs -- --json $(if $(filter long,$(BENCH)),--long) \
-		>$(TARGET)/bench/runs.json
+		$(if $(BASELINE),--baseline $(abspath $(BASELINE))) >$(TARGET)/bench/runs.json
 
 lint: setup ## check the form of the code
 	cd web && sha256sum --check --quiet dist/sources.sha256

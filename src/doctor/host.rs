@@ -65,9 +65,9 @@ pub async fn check(settings: &Settings, report: &mut Report) -> Option<Info> {
     };
     report.add(
         Check::new(CGROUPS, "v2 with cpu, memory, pids", format!("{} with {controllers}", info.cgroup_version))
-            .or(info.missing_controllers().is_empty(), limits_mend(&info)),
+            .or(info.missing_controllers().is_empty(), limits_mend(info)),
     );
-    Some(info)
+    Some(info.clone())
 }
 
 /// Where a file of ours is: the one that was installed with this executable, else that of the sources.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use futures_util::future::BoxFuture;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, OnceCell};
 
 use super::channel::Channel;
 use super::keeper::{EngineSettings, Started};
@@ -61,6 +61,8 @@ pub struct Podman {
     program: PathBuf,
     /// Held while podman is mended: it is done once, whoever notices first.
     mending: Arc<Mutex<()>>,
+    /// Asked for once: what podman looks for to tell it takes longer than making a container.
+    info: Arc<OnceCell<Info>>,
 }
 
 /// What `podman info` tells that matters here.
@@ -117,7 +119,7 @@ impl Info {
 impl Podman {
     /// The podman at this path, or of this name on PATH.
     pub fn new(program: &Path) -> Podman {
-        Podman { program: program.to_owned(), mending: Arc::default() }
+        Podman { program: program.to_owned(), mending: Arc::default(), info: Arc::default() }
     }
 
     fn cmd(&self, args: impl IntoIterator<Item = impl Into<OsString>>) -> Cmd {
@@ -289,8 +291,9 @@ impl Podman {
     }
 
     /// What podman says of itself and the host.
-    pub async fn info(&self) -> Result<Info, ProcessError> {
-        self.verb(["info", "--format", "json"]).await.map(|json| Info::parse(&json))
+    pub async fn info(&self) -> Result<&Info, ProcessError> {
+        let ask = || async { self.verb(["info", "--format", "json"]).await.map(|json| Info::parse(&json)) };
+        self.info.get_or_try_init(ask).await
     }
 }
 

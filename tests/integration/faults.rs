@@ -332,7 +332,7 @@ pub fn inside(server: &Server) -> Vec<Pid> {
         let files = leftovers::mounts(&server.instance);
         let pids: Vec<Pid> = files
             .iter()
-            .filter_map(|file| file.strip_prefix("/proc/")?.strip_suffix("/mountinfo")?.parse().ok())
+            .filter_map(|process| process.file_name()?.to_str()?.parse().ok())
             .map(Pid::from_raw)
             .filter(|pid| leftovers::is_init(*pid))
             .collect();

@@ -29,6 +29,9 @@ pub const PATIENCE: Duration = Duration::from_secs(90);
 /// Pause between two looks at something that is waited for.
 const POLL: Duration = Duration::from_millis(20);
 
+/// More tests than run at the same time.
+const SLOTS: u32 = 32;
+
 /// The languages of the local images, as `make run` has them too.
 const LOCAL: &str = include_str!("../../packaging/dev/local.toml");
 
@@ -87,7 +90,7 @@ impl Files {
         let languages = if options.languages.is_empty() { &["c"] } else { options.languages };
         let containers = if options.containers == 0 { 2 } else { options.containers };
         config.insert("listen".into(), "127.0.0.1:0".into());
-        if let Ok(engine) = std::env::var("CODERUNNER_TEST_ENGINE") {
+        if let Some(engine) = engine() {
             config.insert("engine".into(), engine.into());
         }
         config.insert("instance".into(), instance.clone().into());
@@ -397,6 +400,12 @@ pub fn clients() -> String {
     std::env::var("CODERUNNER_TEST_CLIENTS").expect("CODERUNNER_TEST_CLIENTS: run tests by `make test`")
 }
 
+/// The engine that this profile of the tests is for; the server's own choice where it is for none.
+pub fn engine() -> Option<&'static str> {
+    let profile = std::env::var("NEXTEST_PROFILE").unwrap_or_default();
+    (profile == "podman").then_some("podman")
+}
+
 /// The server's executable: where tests run as another user than cargo, that is a copy he can read.
 pub fn executable() -> PathBuf {
     std::env::var_os("CODERUNNER_TEST_EXE").map_or_else(|| env!("CARGO_BIN_EXE_coderunner").into(), PathBuf::from)
@@ -463,13 +472,16 @@ pub fn unique_name() -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
     // The uids of programs follow from a hash of the name, in one of 250 ranges, and the kernel counts processes per uid:
-    // names that are used at the same time are of different ranges.
+    // names that are used at the same time are of different ranges. Each test is a process, and the slots of those that
+    // run at the same time differ.
     let range = |name: &str| {
         let [first, second, ..] = *blake3::hash(name.as_bytes()).as_bytes();
         u32::from(u16::from_le_bytes([first, second])) % 250
     };
+    let slot = std::env::var("NEXTEST_TEST_GLOBAL_SLOT").ok().and_then(|slot| slot.parse().ok()).unwrap_or(0);
+    let wanted = (slot + SLOTS * count) % 250;
     let mut names = (0..).map(|n| format!("test-{}-{count}-{n}", std::process::id()));
-    names.find(|name| range(name) == count % 250).unwrap()
+    names.find(|name| range(name) == wanted).unwrap()
 }
 
 /// Containers of root's are not what is to be tested, and the server refuses to make them.

@@ -7,6 +7,8 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
+use serde_json::json;
+
 use crate::client::Answer;
 use crate::harness::{Files, Options, Server, eventually, marked_seconds, output, wait_gone, wait_running};
 use crate::leftovers::{self, podman};
@@ -600,27 +602,43 @@ fn tools_in_a_private_home_are_found_as_podman_run_finds_them(engine: &str) {
         ("4321:1001", &[1001], home_alone),
         ("root", &[], ""),
     ];
+    let base = Image::local();
+    base.build_with(home);
     let images = users.map(|(user, groups, _)| {
         let image = Image::local();
-        image.build_with(&format!("{home}USER {user}"));
+        image.build_from(&base, &format!("USER {user}"));
         assert_eq!(groups_with_podman(&image), groups.iter().copied().collect(), "{user}");
         image
     });
     let look = "greet -c 'echo well'; cat /home/maker/own; cat /tools; cat /root-only; echo >/root-only; ls /job\n\
         cat /proc/1/environ; grep Groups /proc/self/status";
-    for (image, (user, groups, found)) in images.iter().zip(users) {
-        // Who may not enter has no tools there.
-        let run = if found.contains("well") { "greet" } else { "sh" };
-        let config = format!(
-            "engine = {engine:?}\n[language.bash]\nimage = {:?}\nrun = [{run:?}, \"main.sh\"]\n\
+    // Who may not enter has no tools there.
+    let run = |found: &str| if found.contains("well") { "greet" } else { "sh" };
+    let mut languages = String::new();
+    for (number, (image, (_, _, found))) in images.iter().zip(users).enumerate() {
+        languages += &format!(
+            "[language.user-{number}]\nimage = {:?}\nsource = \"main.sh\"\nrun = [{:?}, \"main.sh\"]\n\
              health = {{ code = \"echo well\", output = \"well\\n\" }}\n",
-            image.name
+            image.name,
+            run(found)
         );
-        let server = Server::start(Options { containers: 1, ..options(&config, &[]) });
-        let printed = server.run(&format!("exec 2>/dev/null\n{look}")).run_output;
+    }
+    let names: Vec<String> = (0..users.len()).map(|number| format!("user-{number}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let server = Server::start(Options {
+        languages: &names,
+        containers: users.len(),
+        config: &format!("engine = {engine:?}\n{languages}"),
+        ..options("", &[])
+    });
+    server.wait_each_ready();
+    for (name, (user, groups, found)) in names.iter().zip(users) {
+        let body = json!({ "language": name, "files": [{ "content": format!("exec 2>/dev/null\n{look}") }] });
+        let headers = [("Content-Type", "application/json")];
+        let answer = server.request("POST", "/api/v2/execute", &headers, body.to_string().as_bytes()).json();
         let groups: Vec<String> = groups.iter().map(u32::to_string).collect();
         let expected: String = found.split_whitespace().map(|word| format!("{word}\n")).collect();
-        assert_eq!(printed, format!("{expected}Groups:\t{} \n", groups.join(" ")), "{user}");
-        server.stop();
+        assert_eq!(answer["run"]["stdout"], format!("{expected}Groups:\t{} \n", groups.join(" ")), "{user}: {answer}");
     }
+    server.stop();
 }

@@ -154,6 +154,11 @@ impl Image {
         build(&self.name, &self.name, SHELL, step, &[])
     }
 
+    /// Builds a version of it with a further step, from another image.
+    pub fn build_from(&self, base: &Image, step: &str) {
+        build(&self.name, &self.name, &base.name, step, &[]);
+    }
+
     /// Id of the version that podman knows by the name; `None` where it knows none.
     pub fn id(&self) -> Option<String> {
         let inspect = ["image", "inspect", "--format", "{{.Id}}", "--", &self.name];

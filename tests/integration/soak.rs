@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::client::Answer;
-use crate::harness::{Options, Server, eventually};
+use crate::harness::{Options, Server, engine, eventually};
 use crate::leftovers::{self, podman};
 
 /// Containers, and clients.
@@ -19,8 +19,7 @@ const WIDTH: usize = 6;
 
 /// How many runs: `CODERUNNER_TEST_RUNS`, or as many as take about a minute.
 fn runs() -> usize {
-    let podman = std::env::var("CODERUNNER_TEST_ENGINE").is_ok_and(|engine| engine == "podman");
-    let default = if podman { 100 } else { 1000 };
+    let default = if engine() == Some("podman") { 100 } else { 1000 };
     std::env::var("CODERUNNER_TEST_RUNS")
         .map_or(default, |text| text.parse().expect("CODERUNNER_TEST_RUNS is a number"))
 }
