@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use warp::Filter;
 
+use crate::contenders::Contender;
 use crate::http::Connection;
 use crate::jobs::{JOBS, OUTPUT};
 use crate::load::{Client, Load, Until, percentile, press};
@@ -51,31 +52,33 @@ struct Same {
     run_output: &'static str,
 }
 
-/// Measures both in turn, the bare handler last.
-pub fn measure(server: &Server, name: String) -> Result<[Hits; 2]> {
+/// Measures all of them in turn, the bare handler last.
+pub fn measure(servers: &[Server]) -> Result<Vec<Hits>> {
     let code = JOBS[0].code();
-    let mut kept = server.connect()?;
-    let first = kept.post(&code)?;
-    server.verify(&first)?;
     let bare = BareWarp::start()?;
     let same = Connection::open(bare.address)?.post(&code)?;
-    ensure!(same.body == first.body, "the bare handler answers {:?}", String::from_utf8_lossy(&same.body));
-
-    let mut loads = [Load::default(), Load::default()];
+    for server in servers {
+        let first = server.connect()?.post(&code)?;
+        server.verify(&first)?;
+        ensure!(same.body == first.body, "the bare handler answers {:?}", String::from_utf8_lossy(&same.body));
+    }
+    let ours = servers.iter().map(|server| (server.name().to_owned(), server.address()));
+    let all: Vec<(String, SocketAddr)> = ours.chain([("bare warp handler".to_owned(), bare.address)]).collect();
+    let mut loads: Vec<Load> = all.iter().map(|_| Load::default()).collect();
     for _ in 0..ROUNDS {
-        for (load, address) in loads.iter_mut().zip([server.address(), bare.address]) {
-            let clients: Result<Vec<Client>> = (0..CLIENTS).map(|_| client(address, &code)).collect();
+        for (load, (_, address)) in loads.iter_mut().zip(&all) {
+            let clients: Result<Vec<Client>> = (0..CLIENTS).map(|_| client(*address, &code)).collect();
             let slice = press(clients?, 0, Until::Elapsed(SLICE))?;
             load.latencies.extend(slice.latencies);
             load.elapsed += slice.elapsed;
         }
     }
-    let hits = |server: String, load: &Load| Hits {
-        server,
+    let hits = |((server, _), load): (&(String, SocketAddr), &Load)| Hits {
+        server: server.clone(),
         p50_ms: percentile(&load.latencies, 0.5),
         per_s: load.latencies.len() as f64 / load.elapsed.as_secs_f64(),
     };
-    Ok([hits(name, &loads[0]), hits("bare warp handler".into(), &loads[1])])
+    Ok(all.iter().zip(&loads).map(hits).collect())
 }
 
 fn client(address: SocketAddr, code: &str) -> Result<Client<'_>> {

@@ -27,9 +27,9 @@ use clap::Parser;
 
 use contenders::{Contender, Programs, Spawning, bare, bwrap, podman_run, require_images};
 use jobs::{JOBS, Job};
-use report::{Memory, Report, Start};
+use report::{BASELINE, Memory, OURS, Report, Start};
 use rounds::Plan;
-use server::{ENGINES, Server};
+use server::{Build, ENGINES, Server};
 
 /// After this long the bench ends itself: something hangs.
 const QUICK_LIMIT: Duration = Duration::from_secs(1800);
@@ -44,6 +44,9 @@ struct Cli {
     /// One job only
     #[arg(long, value_parser = JOBS.map(|job| job.name))]
     job: Option<String>,
+    /// An older executable of coderunner, measured in turn with this one
+    #[arg(long, value_name = "FILE")]
+    baseline: Option<PathBuf>,
     /// JSON on standard output, the tables on standard error
     #[arg(long)]
     json: bool,
@@ -82,7 +85,8 @@ fn bench(cli: &Cli) -> Result<bool> {
     };
     watch(limit);
     let jobs: Vec<&Job> = JOBS.iter().filter(|job| cli.job.as_deref().is_none_or(|name| name == job.name)).collect();
-    let executable = executable()?;
+    let mut builds = vec![Build { name: OURS, path: executable()? }];
+    builds.extend(cli.baseline.clone().map(|path| Build { name: BASELINE, path }));
     let programs = Programs::find()?;
     require_images(&programs, &jobs)?;
     let spawning = [bare(&programs), bwrap(&programs)?, podman_run(&programs)?];
@@ -93,17 +97,20 @@ fn bench(cli: &Cli) -> Result<bool> {
             let cannot = || format!("{} cannot run {}", contender.name(), job.name);
             contender.client(job).and_then(|mut run| run()).with_context(cannot)?;
         }
-        runs(&mut report, job, &spawning, &executable, &plan)?;
+        runs(&mut report, job, &spawning, &builds, &plan)?;
     }
     for engine in ENGINES {
-        let server = Server::start(&executable, engine, &JOBS[0])?;
-        report.growth.extend(growth::measure(&server, &JOBS[0], &plan.growth)?);
+        let start = |build: &Build| Server::start(build, engine, &JOBS[0]);
+        let servers = builds.iter().map(start).collect::<Result<Vec<_>>>()?;
+        for server in &servers {
+            report.growth.extend(growth::measure(server, &JOBS[0], &plan.growth)?);
+        }
         // The engine has no part in hits.
         if report.hits.is_empty() {
             eprintln!("cache hits");
-            report.hits = hits::measure(&server, "coderunner".into())?.into();
+            report.hits = hits::measure(&servers)?;
         }
-        server.stop()?;
+        servers.into_iter().try_for_each(Server::stop)?;
     }
     report.took_s = start.elapsed().as_secs_f64();
     report.print(cli.json)?;
@@ -111,10 +118,10 @@ fn bench(cli: &Cli) -> Result<bool> {
 }
 
 /// A job by all contenders, those that we spawn and a server of each engine.
-fn runs(report: &mut Report, job: &Job, spawning: &[Spawning; 3], executable: &Path, plan: &Plan) -> Result<()> {
+fn runs(report: &mut Report, job: &Job, spawning: &[Spawning; 3], builds: &[Build], plan: &Plan) -> Result<()> {
     eprintln!("{}: starting {}", job.name, ENGINES.join(", "));
-    let start = |engine: &&str| Server::start(executable, engine, job);
-    let servers = ENGINES.iter().map(start).collect::<Result<Vec<_>>>()?;
+    let each = ENGINES.iter().flat_map(|engine| builds.iter().map(move |build| (build, *engine)));
+    let servers = each.map(|(build, engine)| Server::start(build, engine, job)).collect::<Result<Vec<_>>>()?;
     report.starts.extend(servers.iter().map(|server| Start {
         contender: server.name().into(),
         job: job.name,

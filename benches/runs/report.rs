@@ -9,8 +9,12 @@ use crate::growth::Cost;
 use crate::hits::Hits;
 use crate::rounds::{Pace, Plan, Row};
 
-/// Those against which coderunner is compared.
+/// Those against which coderunner is compared, its baseline aside.
 const RIVALS: [&str; 3] = ["bare exec", "bwrap", "podman run"];
+
+/// The build that is measured, and an older one beside it.
+pub const OURS: &str = "coderunner";
+pub const BASELINE: &str = "baseline";
 
 /// How much slower than bare exec an uncached `sh` may be with a full pool.
 const MOST_ABOVE_BARE_MS: f64 = 5.0;
@@ -40,7 +44,7 @@ struct Ratio {
     job: &'static str,
     pace: Pace,
     contender: String,
-    rival: &'static str,
+    rival: String,
     p50: f64,
     runs_per_s: Option<f64>,
     cpu: Option<f64>,
@@ -107,9 +111,9 @@ impl Report {
 
     /// Ours against each rival.
     fn ratios(&self) -> Vec<Ratio> {
-        let ours = self.rows.iter().filter(|row| !RIVALS.contains(&row.contender.as_str()));
-        let against = |row: &Row, rival: &'static str| {
-            let same = |other: &&Row| (other.job, other.pace, other.contender.as_str()) == (row.job, row.pace, rival);
+        let ours = self.rows.iter().filter(|row| row.contender.starts_with(OURS));
+        let against = |row: &Row, rival: String| {
+            let same = |other: &&Row| (other.job, other.pace, &other.contender) == (row.job, row.pace, &rival);
             let other = self.rows.iter().find(same)?;
             let quotient = |ours: Option<f64>, theirs: Option<f64>| Some(ours? / theirs?);
             Some(Ratio {
@@ -122,7 +126,11 @@ impl Report {
                 cpu: quotient(row.cpu_ms, other.cpu_ms),
             })
         };
-        ours.flat_map(|row| RIVALS.iter().filter_map(move |rival| against(row, rival))).collect()
+        let rivals = |row: &Row| {
+            let baseline = row.contender.replacen(OURS, BASELINE, 1);
+            RIVALS.iter().map(|rival| (*rival).to_owned()).chain([baseline])
+        };
+        ours.flat_map(|row| rivals(row).filter_map(move |rival| against(row, rival))).collect()
     }
 
     /// What must hold, checked with the numbers of this run.
@@ -131,7 +139,7 @@ impl Report {
         let Some(bare) = self.rows.iter().filter(warm).find(|row| row.contender == RIVALS[0]) else {
             return Vec::new();
         };
-        let ours = self.rows.iter().filter(warm).filter(|row| !RIVALS.contains(&row.contender.as_str()));
+        let ours = self.rows.iter().filter(warm).filter(|row| row.contender.starts_with(OURS));
         let claim = |row: &Row| Claim {
             claim: format!(
                 "{}, full pool, uncached sh: median at most bare exec + {MOST_ABOVE_BARE_MS} ms",
@@ -168,14 +176,19 @@ impl Report {
         let head = ["job", "clients", "contender", "divided by", "p50", "runs/s", "CPU/run"];
         let ratio = |ratio: &Ratio| {
             let numbers = [Some(ratio.p50), ratio.runs_per_s, ratio.cpu].map(optional);
-            let names = [ratio.job.into(), pace(ratio.pace), ratio.contender.clone(), ratio.rival.into()];
+            let names = [ratio.job.into(), pace(ratio.pace), ratio.contender.clone(), ratio.rival.clone()];
             names.into_iter().chain(numbers).collect()
         };
         section("Ratios of the same run", 4, &head, self.ratios().iter().map(ratio).collect());
         let hit = |hits: &Hits| vec![hits.server.clone(), number(hits.p50_ms), format!("{:.0}", hits.per_s)];
         let mut lines: Vec<Vec<String>> = self.hits.iter().map(hit).collect();
-        if let [ours, bare] = self.hits.as_slice() {
-            lines.push(vec!["ratio".into(), number(ours.p50_ms / bare.p50_ms), number(ours.per_s / bare.per_s)]);
+        for pair in self.hits.windows(2) {
+            let [ours, other] = pair else { continue };
+            lines.push(vec![
+                format!("{} / {}", ours.server, other.server),
+                number(ours.p50_ms / other.p50_ms),
+                number(ours.per_s / other.per_s),
+            ]);
         }
         section("Cache hits, 4 clients", 1, &["server", "p50 ms", "hits/s"], lines);
         let start = |start: &Start| vec![start.contender.clone(), start.job.into(), number(start.first_answer_ms)];

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -32,6 +32,13 @@ const STOP_TIME: Duration = Duration::from_secs(60);
 /// Pause between two looks at what changes soon.
 const LOOK: Duration = Duration::from_millis(2);
 
+/// An executable of ours.
+pub struct Build {
+    /// Its name in the table.
+    pub name: &'static str,
+    pub path: PathBuf,
+}
+
 /// A server for one job, its default language.
 pub struct Server {
     name: String,
@@ -45,9 +52,9 @@ pub struct Server {
 
 impl Server {
     /// Starts one and waits for its first answer and a full pool.
-    pub fn start(executable: &Path, engine: &str, job: &Job) -> Result<Server> {
+    pub fn start(build: &Build, engine: &str, job: &Job) -> Result<Server> {
         let dir = TempDir::new()?;
-        let instance = format!("bench-{}-{}-{engine}", std::process::id(), job.name);
+        let instance = format!("bench-{}-{}-{}-{engine}", std::process::id(), build.name, job.name);
         // Free now; what takes it in between is told by the server.
         let address = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
         // Its name is on the server's command line, by which its processes are found.
@@ -61,7 +68,7 @@ impl Server {
         let log = File::create(dir.path().join("log"))?;
         let mut command = Command::new("setpriv");
         // However the bench ends, the server ends with it, in order.
-        command.args(["--pdeathsig", "TERM", "--"]).arg(executable);
+        command.args(["--pdeathsig", "TERM", "--"]).arg(&build.path);
         command.args(["serve", "--engine", engine, "--config"]).arg(&config);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         for (variable, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("CODERUNNER_")) {
@@ -71,7 +78,7 @@ impl Server {
         let start = Instant::now();
         let child = command.spawn().context("cannot start setpriv: install Debian's package util-linux")?;
         let mut server = Server {
-            name: format!("coderunner, {engine}"),
+            name: format!("{}, {engine}", build.name),
             instance,
             address,
             child,
