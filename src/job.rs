@@ -27,11 +27,11 @@ pub struct Job {
     /// Name in the catalogue.
     pub language: String,
     /// Sources of the client and files that the language adds.
-    pub files: Vec<SourceFile>,
+    pub files: Arc<[SourceFile]>,
     /// Standard input of the run stage.
     pub stdin: Bytes,
     /// Arguments appended to the language's run command.
-    pub args: Vec<String>,
+    pub args: Arc<[String]>,
     /// Whether both output streams share one pipe, which keeps their order exact.
     pub streams: Streams,
     /// Limits in force, the language's unless the client asked for lower ones.
@@ -93,13 +93,13 @@ impl Job {
         add(self.language.as_bytes());
         add(image.as_bytes());
         add(&(self.files.len() as u64).to_le_bytes());
-        for file in &self.files {
+        for file in self.files.iter() {
             add(file.name.as_bytes());
             add(&file.content);
         }
         add(&self.stdin);
         add(&(self.args.len() as u64).to_le_bytes());
-        for arg in &self.args {
+        for arg in self.args.iter() {
             add(arg.as_bytes());
         }
         add(&[matches!(self.streams, Streams::Merged).into()]);
@@ -729,7 +729,7 @@ pub(crate) mod tests {
             b in (any::<String>(), any::<Vec<u8>>(), proptest::collection::vec(any::<String>(), 0..3), "[ab]{0,3}"),
         ) {
             let key = |(code, stdin, args, image): &(String, Vec<u8>, Vec<String>, String)| {
-                let job = Job { stdin: stdin.clone().into(), args: args.clone(), ..job(code.as_bytes()) };
+                let job = Job { stdin: stdin.clone().into(), args: args.clone().into(), ..job(code.as_bytes()) };
                 job.key(image)
             };
             prop_assert_eq!(key(&a) == key(&b), a == b);
@@ -758,8 +758,8 @@ pub(crate) mod tests {
         let mut others = vec![job(b"y")];
         others.push(Job { language: "d".into(), ..base.clone() });
         others.push(Job { stdin: "x".into(), ..base.clone() });
-        others.push(Job { args: vec!["x".into()], ..base.clone() });
-        others.push(Job { args: vec![String::new()], ..base.clone() });
+        others.push(Job { args: vec!["x".into()].into(), ..base.clone() });
+        others.push(Job { args: vec![String::new()].into(), ..base.clone() });
         others.push(Job { streams: Streams::Separate, ..base.clone() });
         let limits = |change: &dyn Fn(&mut Limits)| {
             let mut job = base.clone();
@@ -773,7 +773,7 @@ pub(crate) mod tests {
         others.push(limits(&|l| l.cpus += 0.001));
         others.push(limits(&|l| l.output = bytesize::ByteSize(l.output.as_u64() + 1)));
         let mut renamed = base.clone();
-        renamed.files[0].name = "other.c".into();
+        Arc::make_mut(&mut renamed.files)[0].name = "other.c".into();
         others.push(renamed);
         let mut keys: Vec<JobKey> = others.iter().map(|job| job.key("image")).collect();
         keys.push(base.key("image"));

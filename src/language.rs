@@ -167,7 +167,7 @@ impl Language {
             language: self.name.clone(),
             files: files.into_iter().chain(own).collect(),
             stdin: Bytes::new(),
-            args: Vec::new(),
+            args: Arc::default(),
             streams,
             limits: self.limits.clone(),
             memory: StageMemory::default(),

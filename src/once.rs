@@ -86,7 +86,7 @@ pub async fn run(once: Once) -> anyhow::Result<u8> {
     let language = Arc::new(language);
     let mut job = language.job_of(files(&language, &once)?, Streams::Separate);
     job.has_room().map_err(anyhow::Error::msg)?;
-    job.args = once.args;
+    job.args = once.args.into();
 
     let phases = Phases::default();
     let _signals = shutdown::listen(phases.clone(), None).context("cannot listen for signals")?;

@@ -162,7 +162,7 @@ impl Request {
                 job.stdin = stdin.into();
             }
             if let Some(args) = input.args {
-                job.args = arguments(args)?;
+                job.args = arguments(args)?.into();
             }
             jobs.push(job);
             expected.push(input.expected_output);

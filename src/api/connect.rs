@@ -20,6 +20,7 @@ use warp::{Filter, Reply};
 use super::backlog::Backlog;
 use super::budget::Budget;
 use super::error::ApiError;
+use super::inbox::Inbox;
 use super::live::{Teller, Told};
 use super::openapi::Refused;
 use super::piston::Request;
@@ -130,11 +131,13 @@ pub fn routes(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<
         };
         let (runner, settings) = (Arc::clone(&runner), Arc::clone(&settings));
         let upgrade = upgrade.max_message_size(settings.body_limit).max_frame_size(settings.body_limit);
+        let inbox = connection.as_ref().map(|place| place.inbox.clone()).unwrap_or_default();
+        inbox.open(&settings.bodies);
         // Made here, where the caller is known; the socket comes later, in a task of its own.
         let (hand_over, socket) = oneshot::channel();
         let serving = Caller::pass_on(async move {
             if let Ok(socket) = socket.await {
-                serve(socket, runner, settings).await;
+                serve(socket, inbox, runner, settings).await;
             }
             // The connection has ended for the server when this began; its place is taken until now.
             drop((place, connection));
@@ -161,8 +164,9 @@ pub fn routes(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<
     get, path = "/api/v2/connect", operation_id = "connect",
     responses((status = 101, description = "The conversation begins"), Refused)
 )]
-async fn serve(socket: WebSocket, runner: Arc<Runner>, settings: Arc<ApiSettings>) {
-    let (mut sink, mut stream) = socket.split();
+async fn serve(socket: WebSocket, inbox: Inbox, runner: Arc<Runner>, settings: Arc<ApiSettings>) {
+    let (mut sink, messages) = socket.split();
+    let mut stream = Messages { messages, inbox };
     let over = converse(&mut sink, &mut stream, &runner, &settings).await;
     if let Over::Failed(message) = &over {
         let told = Told::Error { message: message.clone() };
@@ -171,7 +175,7 @@ async fn serve(socket: WebSocket, runner: Arc<Runner>, settings: Arc<ApiSettings
     let (code, reason) = over.code();
     let closing = async {
         if sink.send(Message::close_with(code, reason)).await.is_ok() {
-            while let Some(Ok(_)) = stream.next().await {}
+            while let Some(Ok(_)) = stream.messages.next().await {}
         }
     };
     let _ = timeout(CLOSE_TIME, closing).await;
@@ -179,12 +183,7 @@ async fn serve(socket: WebSocket, runner: Arc<Runner>, settings: Arc<ApiSettings
 
 type Sink = SplitSink<WebSocket, Message>;
 
-async fn converse(
-    sink: &mut Sink,
-    stream: &mut SplitStream<WebSocket>,
-    runner: &Runner,
-    settings: &ApiSettings,
-) -> Over {
+async fn converse(sink: &mut Sink, stream: &mut Messages, runner: &Runner, settings: &ApiSettings) -> Over {
     let request = match timeout(INIT_TIME, first(stream)).await {
         Ok(Ok(request)) => request,
         Ok(Err(over)) => return over,
@@ -230,9 +229,9 @@ fn failed(error: ApiError) -> Over {
 }
 
 /// What the client wants to be run.
-async fn first(stream: &mut SplitStream<WebSocket>) -> Result<Request, Over> {
+async fn first(stream: &mut Messages) -> Result<Request, Over> {
     loop {
-        match next(stream).await? {
+        match stream.next().await? {
             Said::Init(request) => return Ok(*request),
             Said::Data { .. } | Said::Eof | Said::Signal { .. } => return Err(Over::NotInitialized),
             Said::Else => {}
@@ -250,9 +249,9 @@ struct Keyboard {
 
 impl Keyboard {
     /// Passes on what is said until something ends the conversation.
-    async fn listen(mut self, stream: &mut SplitStream<WebSocket>) -> Over {
+    async fn listen(mut self, stream: &mut Messages) -> Over {
         loop {
-            let said = match next(stream).await {
+            let said = match stream.next().await {
                 Ok(said) => said,
                 Err(over) => return over,
             };
@@ -287,15 +286,25 @@ impl Keyboard {
     }
 }
 
-/// The next message of the client.
-async fn next(stream: &mut SplitStream<WebSocket>) -> Result<Said, Over> {
-    loop {
-        let message = match stream.next().await {
-            Some(Ok(message)) if !message.is_close() => message,
-            _ => return Err(Over::Left),
-        };
-        if message.is_text() || message.is_binary() {
-            return json::parse(message.as_bytes()).map_err(|error| failed(ApiError::BadRequest(error.to_string())));
+/// What comes from the client.
+struct Messages {
+    messages: SplitStream<WebSocket>,
+    inbox: Inbox,
+}
+
+impl Messages {
+    /// The next message.
+    async fn next(&mut self) -> Result<Said, Over> {
+        loop {
+            let message = match self.messages.next().await {
+                Some(Ok(message)) if !message.is_close() => message,
+                _ => return Err(self.inbox.exhausted().map_or(Over::Left, |exhausted| failed(exhausted.into()))),
+            };
+            self.inbox.complete();
+            if message.is_text() || message.is_binary() {
+                return json::parse(message.as_bytes())
+                    .map_err(|error| failed(ApiError::BadRequest(error.to_string())));
+            }
         }
     }
 }

@@ -9,6 +9,7 @@ pub mod connect;
 mod docs;
 mod error;
 pub mod front;
+mod inbox;
 mod json;
 mod live;
 mod openapi;

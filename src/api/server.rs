@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::front::{self, Front};
+use super::inbox::Inbox;
 use super::socket::{Ends, Socket};
 use crate::caller::Client;
 use crate::shutdown;
@@ -40,6 +41,8 @@ const UNREAD_TIME: Duration = Duration::from_millis(250);
 pub struct Place {
     _among_all: Arc<Result<OwnedSemaphorePermit, AcquireError>>,
     _of_address: Option<Arc<OwnedSemaphorePermit>>,
+    /// What a WebSocket receives there.
+    pub inbox: Inbox,
 }
 
 /// How many places each client has left: half of all, so that none keeps out all others.
@@ -84,7 +87,7 @@ pub async fn serve(
                 }
             },
         };
-        let place = Place { _among_all: Arc::new(among_all), _of_address: of_address };
+        let place = Place { _among_all: Arc::new(among_all), _of_address: of_address, inbox: Inbox::default() };
         let ends = Ends { tracker: connections.clone(), closing: closing.clone(), place: place.clone() };
         let service = front::service(fronts.clone(), Some(peer), place.clone());
         let connection = hyper::server::conn::http1::Builder::new()

@@ -156,7 +156,9 @@ impl AsyncRead for Socket {
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let read = ready!(self.stream()?.poll_read(context, buffer));
-        self.over |= read.is_err() || (buffer.filled().len() == before && buffer.remaining() > 0);
+        let length = buffer.filled().len() - before;
+        let read = read.and_then(|()| self.ends.place.inbox.received(length));
+        self.over |= read.is_err() || (length == 0 && buffer.remaining() > 0);
         Poll::Ready(read)
     }
 }

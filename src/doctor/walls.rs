@@ -245,7 +245,7 @@ impl Trial<'_> {
 
     fn job(&self, probe: Probe, word: &str) -> Job {
         let mut job = self.language.job(Bytes::new(), Streams::Merged);
-        job.args = vec![probe.word(), word.to_owned()];
+        job.args = vec![probe.word(), word.to_owned()].into();
         job
     }
 

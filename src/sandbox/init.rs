@@ -20,6 +20,7 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, clone};
+use nix::sys::prctl::set_no_new_privs;
 use nix::sys::ptrace;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigSet, Signal, kill};
@@ -36,6 +37,7 @@ use seccompiler::BpfProgram;
 
 use super::protocol::{self, CHANNEL_FD, Enforced, FromInit, JOB_DIR, StageSpec, ToInit, VERSION, WORK_DIR};
 use super::seen::Seen;
+use super::tracers::{self, Listener};
 use super::{at, carry, groups, landlock, locks, micros, seccomp};
 use crate::cgroup::{Counters, field};
 use crate::job::{Ended, Usage};
@@ -237,11 +239,11 @@ impl Init {
         let before = self.cgroup.counters();
         let started = Instant::now();
         let spawned = spawn(spec, &pipes, ids, self);
-        let mut reaped = Reaped::of(spawned.as_ref().ok().copied());
+        let mut reaped = Reaped::of(spawned.as_ref().ok().map(|(main, _)| *main));
         // The programs hold them now.
         drop(pipes);
         let ended = match spawned {
-            Ok(main) => match self.watch(main, spec, started, &before, &mut reaped)? {
+            Ok((main, listener)) => match self.watch(main, listener, spec, started, &before, &mut reaped)? {
                 Some(ended) => ended,
                 None => return Ok(None),
             },
@@ -266,6 +268,7 @@ impl Init {
     fn watch(
         &mut self,
         main: Pid,
+        mut listener: Option<Listener>,
         spec: &StageSpec,
         started: Instant,
         before: &Counters,
@@ -275,7 +278,7 @@ impl Init {
         let cpu_limit = Duration::from_micros(spec.cpu_time_us);
         let mut next_cpu_check = started + cpu_limit.min(Duration::from_micros(spec.time_us)) / 4;
         let mut next_memory_check = spec.memory.map(|_| started);
-        let mut next_locks_check = started + locks::CHECK;
+        let (mut next_locks_check, mut check_locks) = (started + locks::CHECK, locks::CHECK);
         let its_end = pidfd_open(pid_of(main)?, PidfdFlags::empty())?;
         let mut main_is_dead = false;
         let uncounted = self.cgroup.cpu_since(before).is_none();
@@ -325,7 +328,7 @@ impl Init {
                 if locks::are_too_many() {
                     return Ok(Some(Ended::Memory));
                 }
-                next_locks_check = now + locks::CHECK;
+                next_locks_check = now + check_locks;
             }
             let others = [Some(next_locks_check), next_memory_check, reaped.seen.next()].into_iter().flatten();
             let next_check = others.fold(next_cpu_check, Instant::min);
@@ -333,11 +336,10 @@ impl Init {
                 true => Duration::ZERO,
                 false => deadline.min(next_check).saturating_duration_since(now) + Duration::from_millis(1),
             };
-            let mut fds = [
-                PollFd::new(self.channel.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.children.as_fd(), PollFlags::POLLIN),
-                PollFd::new(its_end.as_fd(), PollFlags::POLLIN),
-            ];
+            let poll_fd = |fd| PollFd::new(fd, PollFlags::POLLIN);
+            // Without a listener one of the others stands twice.
+            let asked = listener.as_ref().map_or(its_end.as_fd(), |listener| listener.as_fd());
+            let mut fds = [self.channel.as_fd(), self.children.as_fd(), its_end.as_fd(), asked].map(poll_fd);
             match poll(&mut fds, PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(error) => return Err(error.into()),
@@ -346,7 +348,12 @@ impl Init {
                 while let Ok(Some(_)) = self.children.read_signal() {}
             }
             main_is_dead = fds[2].any().unwrap_or(true);
-            if fds[0].any().unwrap_or(true) {
+            let (told, asked) = (fds[0].any().unwrap_or(true), fds[3].revents() == Some(PollFlags::POLLIN));
+            if asked && listener.as_mut().is_some_and(Listener::answer) {
+                check_locks = tracers::CHECK;
+                next_locks_check = now;
+            }
+            if told {
                 match protocol::receive(self.channel.as_fd())? {
                     None => return Ok(None),
                     Some((ToInit::Kill, _)) => return Ok(Some(Ended::Killed)),
@@ -448,13 +455,19 @@ impl NotSpawned {
 ///
 /// The child shares our memory until it is the program, as with vfork: a copy of it would cost as much as all else. So
 /// it must leave nothing behind that we do not expect, and we stand still meanwhile.
-fn spawn(spec: &StageSpec, pipes: &[OwnedFd; 3], ids: (Uid, Gid), init: &mut Init) -> Result<Pid, NotSpawned> {
+fn spawn(
+    spec: &StageSpec,
+    pipes: &[OwnedFd; 3],
+    ids: (Uid, Gid),
+    init: &mut Init,
+) -> Result<(Pid, Option<Listener>), NotSpawned> {
     let program = Program::new(spec, &init.environment).map_err(NotSpawned::Program)?;
     let limits = resource_limits(spec, init.cgroup.enforced().processes);
     let Init { filter, rules, groups, stack, .. } = init;
+    let pair = tracers::Pair::new().map_err(NotSpawned::before)?;
     let (mut confined, mut failure) = (false, None);
     let child = || {
-        let prepared = confine(pipes, ids, groups, &limits, filter, rules);
+        let prepared = confine(pipes, ids, groups, &limits, filter, &pair, rules);
         confined = prepared.is_ok();
         failure = Some(prepared.map_or_else(NotSpawned::before, |()| NotSpawned::exec(program.replace_us())));
         libc::EXIT_FAILURE as isize
@@ -466,7 +479,8 @@ fn spawn(spec: &StageSpec, pipes: &[OwnedFd; 3], ids: (Uid, Gid), init: &mut Ini
     let pid = unsafe { clone(Box::new(child), stack.room(), flags, Some(libc::SIGCHLD)) };
     let pid = pid.map_err(NotSpawned::before)?;
     if confined && failure.is_none() {
-        return Ok(pid);
+        // Without a listener the kernel refuses what it would ask for.
+        return Ok((pid, pair.listener().unwrap_or_default()));
     }
     waitpid(pid, None).map_err(NotSpawned::before)?;
     Err(failure.unwrap_or_else(|| NotSpawned::Init(io::Error::other("a child ended before it was a program"))))
@@ -516,6 +530,7 @@ fn confine(
     groups: &[Gid],
     limits: &[(Resource, u64)],
     filter: &BpfProgram,
+    pair: &tracers::Pair,
     rules: &landlock::Rules,
 ) -> io::Result<()> {
     let [stdin, stdout, stderr] = pipes;
@@ -540,8 +555,9 @@ fn confine(
     SigSet::empty().thread_set_mask()?;
     default_signals();
     rules.try_clone()?.restrict_self().map_err(io::Error::other)?;
-    // Last: it holds from here on. It sets no_new_privs too.
-    seccompiler::apply_filter(filter).map_err(io::Error::other)
+    // Last: it holds from here on.
+    set_no_new_privs()?;
+    tracers::apply(filter, pair.theirs.as_fd())
 }
 
 /// What a child becomes.

@@ -30,6 +30,7 @@ mod seccomp;
 mod seen;
 mod stage;
 mod stamp;
+mod tracers;
 
 use std::fmt::Display;
 use std::io;

@@ -203,3 +203,56 @@ fn who_reads_slowly_but_steadily_gets_the_whole_answer() {
     assert_eq!(answer["run"]["stdout"].as_str().unwrap().len(), 262_144);
     server.stop();
 }
+
+/// Sends what a browser may: a frame of this kind and length, with so many bytes of it.
+fn frame(stream: &mut TcpStream, kind: u8, length: usize, sent: usize) {
+    let mut bytes = vec![kind, 0x80 | 127];
+    bytes.extend_from_slice(&(length as u64).to_be_bytes());
+    // The mask, and what it leaves as it is.
+    bytes.extend_from_slice(&[0; 4]);
+    bytes.resize(bytes.len() + sent, b' ');
+    // The server may have closed it.
+    let _ = stream.write_all(&bytes);
+}
+
+#[test]
+fn messages_that_are_never_complete_take_bounded_memory() {
+    let server = serve(1);
+    let before = memory(&server);
+    let limit = 512 * 1024;
+    let url = format!("ws://{}/api/v2/connect", server.address);
+    let began = |_| {
+        let stream = TcpStream::connect(server.address).unwrap();
+        stream.set_write_timeout(Some(Duration::from_secs(1))).unwrap();
+        let mut stream = tungstenite::client(&url, stream).unwrap().0.into_inner();
+        // A text that goes on, and what comes next of it.
+        frame(&mut stream, 0x01, limit - 64, limit - 64);
+        frame(&mut stream, 0x80, limit - 64, limit - 65);
+        stream
+    };
+    let mut most = 0;
+    let sockets: Vec<TcpStream> = (0..250).map(began).inspect(|_| most = most.max(memory(&server))).collect();
+    assert!(most < before + (128 << 20), "{} MiB, and {} before", most >> 20, before >> 20);
+    drop(sockets);
+    server.stop();
+}
+
+#[test]
+fn arguments_of_a_batch_are_in_memory_once() {
+    let server = serve(1);
+    let before = memory(&server);
+    let body = |n| {
+        let args = vec![""; 32_000];
+        json!({"language": "bash", "files": [{"content": format!("sleep 3 # {n}")}], "args": args,
+            "inputs": vec![json!({}); 100]})
+    };
+    let clients: Vec<Slow> = (0..8).map(|n| Slow::ask(&server, "/api/v2/batch", &[], &body(n))).collect();
+    let mut most = 0;
+    for _ in 0..100 {
+        most = most.max(memory(&server));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(most < before + (128 << 20), "{} MiB, and {} before", most >> 20, before >> 20);
+    drop(clients);
+    server.stop();
+}

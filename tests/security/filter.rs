@@ -14,6 +14,8 @@ on_each_engine! {
     nothing_uncounted_is_held_and_nothing_shared_is_changed
     a_stop_under_ptrace_is_no_end
     a_tracer_keeps_no_stage_from_its_end
+    few_processes_hide_locks_in_the_files_of_others
+    no_limit_of_dumps_starts_the_hosts_handler
 }
 
 fn no_socket_but_a_local_one(engine: &str) {
@@ -251,4 +253,47 @@ fn a_tracer_keeps_no_stage_from_its_end(engine: &str) {
     let ended = eventually("an answer", || Some(ended(&server, &held.replace("SECONDS", &mark))));
     assert_eq!(ended, (3, "runtime_error".to_owned()));
     server.stop();
+}
+
+/// The kernel lists locks under who made them, and those of the dead nowhere.
+fn few_processes_hide_locks_in_the_files_of_others(engine: &str) {
+    let hidden = r#"
+        #include <errno.h>
+        #include <fcntl.h>
+        #include <sched.h>
+        #include <signal.h>
+        #include <stdio.h>
+        #include <string.h>
+        #include <sys/syscall.h>
+        #include <sys/wait.h>
+        #include <unistd.h>
+        int main(void) {
+            int file = open("/tmp/f", O_RDWR | O_CREAT, 0600), made = 0, seen = 0;
+            for (; made < 100; made++) {
+                long child = syscall(SYS_clone, 0x400 | SIGCHLD, 0, 0, 0, 0);
+                if (child < 0) break;
+                if (child == 0) {
+                    struct flock lock = {.l_type = F_RDLCK, .l_start = made * 2, .l_len = 1};
+                    _exit(fcntl(file, F_SETLK, &lock) != 0);
+                }
+                waitpid(child, NULL, 0);
+            }
+            printf("%d %s\n", made, strerror(errno));
+            return 0;
+        }
+    "#;
+    prints(engine, "c", "", hidden, "8 Function not implemented\n");
+}
+
+fn no_limit_of_dumps_starts_the_hosts_handler(engine: &str) {
+    let lowered = "
+        import resource
+        for limit in (0, 0), (0, 1), (1, 1):
+            resource.setrlimit(resource.RLIMIT_CORE, limit)
+        resource.prlimit(0, resource.RLIMIT_CORE, (0, 0))
+        print(resource.getrlimit(resource.RLIMIT_CORE), resource.prlimit(0, resource.RLIMIT_CORE))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (10, 10))
+        print(resource.getrlimit(resource.RLIMIT_NOFILE))
+    ";
+    prints(engine, "python", "", lowered, "(1, 1) (1, 1)\n(10, 10)\n");
 }

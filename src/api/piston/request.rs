@@ -108,7 +108,7 @@ impl Request {
             compile: memory("compile_memory_limit", self.compile_memory_limit, most.memory.as_u64())?,
             run: memory("run_memory_limit", self.run_memory_limit, most.memory.as_u64())?,
         };
-        job.args = arguments(self.args.unwrap_or_default())?;
+        job.args = arguments(self.args.unwrap_or_default())?.into();
         job.stdin = self.stdin.unwrap_or_default().into();
         job.has_room().map_err(bad)?;
         Ok((language, job))

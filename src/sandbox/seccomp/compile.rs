@@ -19,6 +19,8 @@ pub enum Answer {
     Allow,
     /// It is not carried out and returns this error; 0 is success.
     Errno(i32),
+    /// Init decides, and where it does not listen the call fails with ENOSYS.
+    Ask,
 }
 
 /// What is decided about a system call.
@@ -209,6 +211,7 @@ fn too_far(_: std::num::TryFromIntError) -> io::Error {
 fn returns(answer: Answer) -> sock_filter {
     let value = match answer {
         Answer::Allow => libc::SECCOMP_RET_ALLOW,
+        Answer::Ask => libc::SECCOMP_RET_USER_NOTIF,
         Answer::Errno(errno) => libc::SECCOMP_RET_ERRNO | (errno.cast_unsigned() & libc::SECCOMP_RET_DATA),
     };
     step(RETURN, 0, 0, value)
@@ -242,6 +245,7 @@ pub mod tests {
                     }
                 }
                 libc::BPF_RET if step.k == libc::SECCOMP_RET_ALLOW => return Answer::Allow,
+                libc::BPF_RET if step.k == libc::SECCOMP_RET_USER_NOTIF => return Answer::Ask,
                 libc::BPF_RET => return Answer::Errno((step.k & libc::SECCOMP_RET_DATA).cast_signed()),
                 libc::BPF_ALU => loaded &= step.k,
                 libc::BPF_JMP => {

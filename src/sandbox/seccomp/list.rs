@@ -52,8 +52,8 @@ pub const ALLOWED: &[(&str, &str)] = &[
     ),
     (
         "time, limits, and what kind of machine it is",
-        "time gettimeofday clock_gettime clock_getres clock_nanosleep nanosleep times getrusage getrlimit setrlimit \
-         prlimit64 uname sysinfo getrandom",
+        "time gettimeofday clock_gettime clock_getres clock_nanosleep nanosleep times getrusage getrlimit uname \
+         sysinfo getrandom",
     ),
     (
         "local sockets: what socket(2) allows of them, asyncio, multiprocessing, node's workers and children",
@@ -76,7 +76,7 @@ pub const NO_ATTRIBUTES: &str = "setxattr lsetxattr fsetxattr getxattr lgetxattr
     flistxattr removexattr lremovexattr fremovexattr";
 
 /// Flags of clone that make a namespace.
-const NAMESPACES: libc::c_int = libc::CLONE_NEWNS
+pub const NAMESPACES: libc::c_int = libc::CLONE_NEWNS
     | libc::CLONE_NEWCGROUP
     | libc::CLONE_NEWUTS
     | libc::CLONE_NEWIPC
@@ -248,10 +248,22 @@ pub fn arguments() -> impl Iterator<Item = (&'static str, Rule)> {
         vec![Check::is(1, &number(FCNTLS))],
         vec![Check::is(1, &[bits(libc::F_SETFL)]), Check::without(2, direct)],
     ];
+    // Whoever shares a table of open files without being a thread can hide locks there: init is asked.
+    let thread = bits(libc::CLONE_THREAD);
+    let clone = vec![
+        vec![Check::without(0, bits(NAMESPACES | libc::CLONE_FILES))],
+        vec![Check::without(0, bits(NAMESPACES)), Check { mask: thread, ..Check::is(0, &[thread]) }],
+    ];
+    // A limit of 1 byte, which init sets, keeps the host's handler of dumps from being started; one of 0 does not.
+    let dumps = libc::RLIMIT_CORE;
+    let other_than = |argument, value| Check { negated: true, ..Check::is(argument, &[value]) };
+    let none = |argument| vec![Check::is(argument, &[0]), Check { upper: true, ..Check::is(argument, &[0]) }];
     let option = vec![vec![Check::is(1, &[bits(libc::SOL_SOCKET)]), Check::is(2, &number(SOCKET_OPTIONS))]];
     [
         // Its flags are in a register; those of clone3 are behind a pointer, and C libraries fall back to this.
-        ("clone", without(0, bits(NAMESPACES), libc::ENOSYS)),
+        ("clone", Rule::Where(clone, Answer::Ask)),
+        ("setrlimit", Rule::Where(vec![vec![other_than(0, dumps)]], Answer::Errno(0))),
+        ("prlimit64", Rule::Where(vec![vec![other_than(1, dumps)], none(2)], Answer::Errno(0))),
         // Reading past the page cache is work for the host's disk.
         ("open", without(1, direct, libc::EINVAL)),
         ("openat", without(2, direct, libc::EINVAL)),

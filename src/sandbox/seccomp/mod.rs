@@ -17,6 +17,7 @@ use seccompiler::BpfProgram;
 use syscalls::Sysno;
 
 use compile::{Answer, Check, Rule, Rules, compile};
+pub use list::NAMESPACES;
 use list::{ALLOWED, DONE_NOTHING, NO_ATTRIBUTES, arguments};
 
 /// The filter, to be installed by each program's process before it becomes the program.
@@ -133,6 +134,14 @@ mod tests {
         assert!(set_flags(0o4000) && !set_flags(0o44000));
         assert_eq!(answer(Sysno::msync, [0, 1, 4, 0, 0, 0]), Answer::Errno(0));
         assert!(allows(Sysno::msync, [0, 1, 1, 0, 0, 0]));
+        // What LeakSanitizer's tracer is made with; and vfork.
+        assert_eq!(answer(Sysno::clone, [0x0080_0700, 0, 0, 0, 0, 0]), Answer::Ask);
+        assert!(allows(Sysno::clone, [0x4111, 0, 0, 0, 0, 0]));
+        // RLIMIT_CORE, and RLIMIT_NOFILE: set, set, asked for.
+        assert_eq!(answer(Sysno::setrlimit, [4, 1, 0, 0, 0, 0]), Answer::Errno(0));
+        assert_eq!(answer(Sysno::prlimit64, [0, 4, 1 << 40, 0, 0, 0]), Answer::Errno(0));
+        assert!(allows(Sysno::setrlimit, [7, 1, 0, 0, 0, 0]) && allows(Sysno::prlimit64, [0, 7, 1, 0, 0, 0]));
+        assert!(allows(Sysno::prlimit64, [0, 4, 0, 1, 0, 0]));
     }
 
     #[test]
