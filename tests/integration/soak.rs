@@ -132,7 +132,8 @@ fn cgroup_of(pid: Pid) -> String {
 
 fn files_below(dir: &Path) -> usize {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    entries.map(|entry| 1 + if entry.path().is_dir() { files_below(&entry.path()) } else { 0 }).sum()
+    let is_dir = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
+    entries.map(|entry| 1 + if is_dir(&entry) { files_below(&entry.path()) } else { 0 }).sum()
 }
 
 fn memory_kib(server: &Server) -> u64 {
