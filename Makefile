@@ -66,7 +66,7 @@ test-web: ## test the playground page in a browser
 	cd web && CODERUNNER_TEST_EXE=$(abspath $(TARGET))/$(HOST)/debug/coderunner npm test
 
 fuzz: setup ## try malformed input; CASES=100000 of each kind
-	@PROPTEST_CASES=$(CASES) packaging/dev/cargo test --locked --bin coderunner fuzz::
+	@PROPTEST_CASES=$(CASES) packaging/dev/cargo test --locked --lib fuzz::
 
 # The flags are those of cargo-fuzz but for its sanitizers, which need another compiler. What reaches new code is kept.
 FUZZ = $(TARGET)/fuzz
@@ -121,7 +121,7 @@ define lay_out
 	install -m 644 coderunner.socket $(1)/lib/systemd/system/
 	sed 's|/usr/local/bin/|$(2)/bin/|' coderunner.service >$(1)/lib/systemd/system/coderunner.service
 	sed 's|/usr/local/bin/|$(2)/bin/|' packaging/systemd/user/coderunner.service >$(1)/lib/systemd/user/coderunner.service
-	sed 's/^[^#]/#&/' src/defaults.toml >$(1)/lib/coderunner/coderunner.toml
+	sed 's/^[^#]/#&/' src/config/defaults.toml >$(1)/lib/coderunner/coderunner.toml
 endef
 
 install: ## install what was built; DESTDIR=, PREFIX=/usr/local

@@ -13,12 +13,12 @@ use oci_spec::runtime::Spec;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::api::connect::Said;
-use crate::api::{batch, coderunner, piston};
 use crate::config::{Overrides, Settings};
-use crate::job::{Job, Limits};
-use crate::language::{self, Language};
-use crate::sandbox::plan::Plan;
+use crate::http::api::connect::Said;
+use crate::http::api::{batch, coderunner, piston};
+use crate::model::job::{Job, Limits};
+use crate::model::language::{self, Language};
+use crate::sandbox::direct::oci_plan::Plan;
 use crate::sandbox::podman::Info;
 use crate::sandbox::protocol::{self, FromInit, ToInit};
 
@@ -150,9 +150,9 @@ mod tests {
     use proptest::sample::{Index, select};
 
     use super::*;
-    use crate::job::{Ended, Usage};
-    use crate::language;
-    use crate::sandbox::plan;
+    use crate::model::job::{Ended, Usage};
+    use crate::model::language;
+    use crate::sandbox::direct::oci_plan;
     use crate::sandbox::protocol::{Enforced, MAX_MESSAGE, StageSpec};
 
     /// One change of some bytes.
@@ -317,7 +317,7 @@ mod tests {
         }
 
         #[test]
-        fn what_podman_writes_for_the_runtime(text in bytes(vec![plan::tests::SPEC.into()])) {
+        fn what_podman_writes_for_the_runtime(text in bytes(vec![oci_plan::tests::SPEC.into()])) {
             oci_configuration(&text);
         }
     }
@@ -328,7 +328,7 @@ mod tests {
 
         #[test]
         fn configurations(text in bytes(vec![
-            include_bytes!("defaults.toml").to_vec(),
+            include_bytes!("config/defaults.toml").to_vec(),
             language::CATALOGUE.as_bytes().to_vec(),
             b"languages = [\"x\"]\n[language.x]\nimage = \"a/b:c\"\nsource = \"m\"\nrun = [\"x\"]\nhealth = { code = \"\", output = \"\" }\n\
               [language.x.limits]\nmemory = \"64MiB\"\ncpus = 0.5\nrun_time = \"3s\"\n".to_vec(),

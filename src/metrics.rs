@@ -5,7 +5,7 @@
 //! sends ever becomes one.
 
 use std::cell::RefCell;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -15,11 +15,10 @@ use metrics::{Counter, Histogram, Unit, counter, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio_util::sync::CancellationToken;
 
-use crate::job::{Outcome, StageOutcome};
-use crate::language::Language;
-use crate::log;
-use crate::runner::Runner;
-use crate::sandbox::{Engine, Sandbox, SandboxError, SandboxSpec};
+use crate::host::log;
+use crate::model::job::{Outcome, StageOutcome};
+use crate::model::language::Language;
+use crate::sandbox::{Engine, Observer, Sandbox, SandboxError, SandboxSpec};
 
 const REQUESTS: &str = "coderunner_requests_total";
 const REQUEST_TIME: &str = "coderunner_request_seconds";
@@ -89,6 +88,17 @@ pub struct Export {
     languages: Arc<Mutex<BTreeSet<String>>>,
 }
 
+/// What there is at the moment.
+#[derive(Debug, Clone, Default)]
+pub struct Now {
+    /// Requests that wait for a sandbox.
+    pub queue_length: usize,
+    /// Memory of the cache in bytes.
+    pub cache_bytes: usize,
+    /// Sandboxes that wait for a program, by language.
+    pub ready: BTreeMap<String, usize>,
+}
+
 /// Metrics cannot be collected.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot collect metrics: {0}")]
@@ -131,15 +141,16 @@ impl Export {
     }
 
     /// Everything, in the text format of Prometheus.
-    pub fn text(&self, runner: &Runner) -> String {
-        let pool = runner.pool();
-        gauge!(QUEUE_LENGTH).set(pool.queue_length() as f64);
+    pub fn text(&self, now: &Now) -> String {
+        gauge!(QUEUE_LENGTH).set(now.queue_length as f64);
         counter!(LOG_DROPPED).absolute(log::dropped());
-        gauge!(CACHE_BYTES).set(runner.cache_bytes() as f64);
+        counter!(ERRORS, "kind" => "panic").absolute(log::panics());
+        gauge!(CACHE_BYTES).set(now.cache_bytes as f64);
         let mut languages = self.languages.lock().unwrap_or_else(PoisonError::into_inner);
-        languages.extend(runner.languages().iter().map(|language| language.name.clone()));
+        languages.extend(now.ready.keys().cloned());
         for language in languages.iter() {
-            gauge!(READY, "language" => language.clone()).set(pool.status(language).ready as f64);
+            let ready = now.ready.get(language).copied().unwrap_or_default();
+            gauge!(READY, "language" => language.clone()).set(ready as f64);
         }
         drop(languages);
         self.handle.render()
@@ -192,19 +203,6 @@ pub fn ran(language: &str, outcome: &Outcome, compiled: bool) {
     };
     let compile = outcome.compile.as_ref().filter(|_| compiled);
     [compile, outcome.run.as_ref()].into_iter().flatten().for_each(stage);
-}
-
-/// A sandbox is gone.
-pub fn sandbox_removed(forced: bool) {
-    counter!(REMOVED, "how" => if forced { "forced" } else { "itself" }).increment(1);
-}
-
-/// Somebody looked for containers without an owner; how many were removed.
-pub fn swept<E>(result: &Result<usize, E>) {
-    counter!(SWEEPS, "result" => ok(result.is_ok())).increment(1);
-    if let Ok(removed) = result {
-        counter!(SWEPT).increment(*removed as u64);
-    }
 }
 
 /// The image of a language was built then.
@@ -264,10 +262,25 @@ impl Engine for Measured {
     }
 }
 
+/// Counts what happens to containers.
+#[derive(Debug, Clone, Copy)]
+pub struct Counted;
+
+impl Observer for Counted {
+    fn removed(&self, forced: bool) {
+        counter!(REMOVED, "how" => if forced { "forced" } else { "itself" }).increment(1);
+    }
+
+    fn swept(&self, removed: Option<usize>) {
+        counter!(SWEEPS, "result" => ok(removed.is_some())).increment(1);
+        counter!(SWEPT).increment(removed.unwrap_or_default() as u64);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::job::{Stage, Verdict};
+    use crate::model::job::{Stage, Verdict};
 
     /// The dashboard that is installed.
     const DASHBOARD: &str = include_str!("../packaging/grafana/coderunner.json");

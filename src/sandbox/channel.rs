@@ -1,4 +1,4 @@
-//! The server's end of a channel: to an init, or to the agent.
+//! An end of a channel: to an init, or between the server and the agent.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixDatagram as StdSocket;
@@ -9,22 +9,43 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::Interest;
 use tokio::net::UnixDatagram;
 
-use super::SandboxError;
-use super::protocol;
+use crate::sandbox::protocol;
+
+/// A message did not get through.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// The other side has gone.
+    #[error("its channel is closed")]
+    Closed,
+    /// The kernel refused.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+}
+
+impl ChannelError {
+    fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> ChannelError {
+        move |source| ChannelError::Io { what, source }
+    }
+}
 
 /// tokio has no seqpacket socket; its datagram socket waits for one just as well.
 #[derive(Debug)]
-pub(super) struct Channel(UnixDatagram);
+pub(crate) struct Channel(UnixDatagram);
 
 impl Channel {
     /// Our end, and the one to pass to init.
-    pub fn pair() -> Result<(Channel, OwnedFd), SandboxError> {
+    pub fn pair() -> Result<(Channel, OwnedFd), ChannelError> {
         let make = || -> std::io::Result<(Channel, OwnedFd)> {
             let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
             // Only ours: init waits for its messages.
             Ok((Channel::from_fd(ours)?, theirs))
         };
-        make().map_err(SandboxError::io("cannot make a channel"))
+        make().map_err(ChannelError::io("cannot make a channel"))
     }
 
     /// Whether init has gone.
@@ -47,26 +68,24 @@ impl Channel {
     }
 
     /// Sends without waiting: a message or two always fit into the socket's buffer.
-    pub fn send(&self, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> Result<(), SandboxError> {
+    pub fn send(&self, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
         protocol::send(self.0.as_fd(), message, fds).map_err(|error| match error.kind() {
             // The latter where something was left unread.
-            std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset => {
-                SandboxError::Gone("its channel is closed".into())
-            }
-            _ => SandboxError::Io { what: "cannot send on a channel", source: error },
+            std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset => ChannelError::Closed,
+            _ => ChannelError::Io { what: "cannot send on a channel", source: error },
         })
     }
 
     /// The next message; `None` when the other side has gone. Safe to cancel.
-    pub async fn receive<T: DeserializeOwned>(&self) -> Result<Option<T>, SandboxError> {
+    pub async fn receive<T: DeserializeOwned>(&self) -> Result<Option<T>, ChannelError> {
         Ok(self.receive_with_fds().await?.map(|(message, _)| message))
     }
 
     /// The next message and the descriptors beside it.
-    pub async fn receive_with_fds<T: DeserializeOwned>(&self) -> Result<Option<(T, Vec<OwnedFd>)>, SandboxError> {
+    pub async fn receive_with_fds<T: DeserializeOwned>(&self) -> Result<Option<(T, Vec<OwnedFd>)>, ChannelError> {
         match self.0.async_io(Interest::READABLE, || protocol::receive(self.0.as_fd())).await {
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => Ok(None),
-            received => received.map_err(SandboxError::io("cannot receive on a channel")),
+            received => received.map_err(ChannelError::io("cannot receive on a channel")),
         }
     }
 }
@@ -101,7 +120,7 @@ mod tests {
         channel.send(&ToInit::Signal(15), &[]).unwrap();
         drop(init);
         for _ in 0..2 {
-            assert!(matches!(channel.send(&ToInit::Kill, &[]), Err(SandboxError::Gone(_))));
+            assert!(matches!(channel.send(&ToInit::Kill, &[]), Err(ChannelError::Closed)));
         }
     }
 }

@@ -8,11 +8,11 @@ use tempfile::TempDir;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use super::channel::Channel;
-use super::protocol::{Enforced, FromInit, ToInit};
-use super::{Engine, Sandbox, SandboxError, SandboxSpec, Slot};
-use crate::job::{Ended, Usage};
-use crate::language::Language;
+use crate::model::job::{Ended, Usage};
+use crate::model::language::Language;
+use crate::sandbox::channel::Channel;
+use crate::sandbox::protocol::{Enforced, FromInit, ToInit};
+use crate::sandbox::{Engine, Sandbox, SandboxError, SandboxSpec, Slot};
 
 /// How long a test may take that takes a moment, on a clock that does not stand still.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -138,4 +138,13 @@ pub fn on_paused_clock<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send +
         Err(std::sync::mpsc::RecvTimeoutError::Timeout) => panic!("something spins or blocks"),
         _ => thread.join().unwrap(),
     }
+}
+
+/// Nobody hears of anything.
+#[derive(Debug)]
+pub struct Unheard;
+
+impl crate::sandbox::Observer for Unheard {
+    fn removed(&self, _forced: bool) {}
+    fn swept(&self, _removed: Option<usize>) {}
 }

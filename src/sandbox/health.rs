@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use tokio::sync::{Mutex, mpsc};
 
-use super::{Engine, HEALTH_SLOT, LOST_SANDBOXES, Live, SandboxError, SandboxSpec, Slot};
-use crate::job::{Outcome, Streams};
-use crate::language::Language;
+use crate::model::job::{Outcome, Streams};
+use crate::model::language::Language;
+use crate::sandbox::{Engine, HEALTH_SLOT, LOST_SANDBOXES, Live, SandboxError, SandboxSpec, Slot};
 
 /// Where images are checked, one at a time: all checks take the same slot. It comes back when the container is gone, also
 /// where whoever asked for a check gave it up; until then no other one begins.

@@ -5,35 +5,23 @@
 //! rest (the engine's process, the job directory, the [`Slot`]) and gives it back when the container is gone.
 
 pub mod agent;
-pub mod auto;
-mod build;
-mod carry;
+pub mod artifacts;
 mod channel;
 pub mod direct;
+pub mod engine;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 pub mod fake;
-mod forgotten;
-mod groups;
 pub mod health;
 pub mod init;
-pub mod keeper;
-mod landlock;
-mod locks;
-pub mod plan;
+mod orphans;
 pub mod podman;
-pub mod pool;
 pub mod protocol;
-mod queue;
-pub mod reaper;
 mod seccomp;
-mod seen;
-mod stage;
-mod stamp;
-mod tracers;
+mod stage_client;
+pub mod supervisor;
+pub mod sweep;
 
-use std::fmt::Display;
-use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -44,13 +32,14 @@ use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::cgroup::OwnCgroup;
-use crate::job::{Job, Outcome, Stage, StageOutcome, Stream, Verdict};
-use crate::language::Language;
-use crate::process::ProcessError;
-pub use build::{Builds, Built, Wanted};
-use channel::Channel;
-use protocol::{Enforced, ToInit};
+use crate::host::cgroup::OwnCgroup;
+use crate::host::process::ProcessError;
+use crate::model::job::{Job, Outcome, Stage, StageOutcome, Stream, Verdict};
+use crate::model::language::Language;
+pub use artifacts::{Builds, Built, Wanted};
+use channel::{Channel, ChannelError};
+pub use protocol::Enforced;
+use protocol::ToInit;
 
 /// Label of every container of ours; its value is 1.
 pub const LABEL: &str = "io.coderunner";
@@ -149,6 +138,15 @@ impl SandboxError {
     }
 }
 
+impl From<ChannelError> for SandboxError {
+    fn from(error: ChannelError) -> SandboxError {
+        match error {
+            ChannelError::Closed => SandboxError::Gone(error.to_string()),
+            ChannelError::Io { what, source } => SandboxError::Io { what, source },
+        }
+    }
+}
+
 /// Makes sandboxes.
 pub trait Engine: Send + Sync {
     /// Makes one and waits until its init is ready. The slot is given back when the container is gone,
@@ -178,7 +176,7 @@ pub struct SandboxSpec {
 /// One of the numbered places for containers; dropping it gives it back.
 #[derive(Debug)]
 pub struct Slot {
-    number: u32,
+    pub(crate) number: u32,
     free: mpsc::UnboundedSender<u32>,
 }
 
@@ -227,6 +225,23 @@ pub struct Live {
     pub signals: Option<mpsc::Receiver<i32>>,
     /// Who wants what compiling makes.
     pub built: Option<Wanted>,
+    /// What compiling the same files has made elsewhere: a short cut, which changes no outcome.
+    pub compiled: Option<Arc<Built>>,
+}
+
+impl Live {
+    /// What need not be compiled on this image.
+    pub fn compiled_on(&self, image: &str) -> Option<&Arc<Built>> {
+        self.compiled.as_ref().filter(|built| built.is_of_use(image))
+    }
+}
+
+/// Hears of what happens to containers.
+pub trait Observer: std::fmt::Debug + Send + Sync {
+    /// A container is gone; by force, where it did not go by itself.
+    fn removed(&self, forced: bool);
+    /// Somebody looked for containers without an owner; how many were removed, where that worked.
+    fn swept(&self, removed: Option<usize>);
 }
 
 /// A container with init waiting in it. Used once: [`Sandbox::run`] consumes it.
@@ -238,7 +253,7 @@ pub struct Sandbox {
     /// As its image says it.
     user: String,
     /// The number of its slot.
-    number: u32,
+    pub(crate) number: u32,
     /// Content id of its image.
     pub image: String,
     /// What its init saw of the limits.
@@ -250,7 +265,7 @@ pub struct Sandbox {
     spent_us: u64,
     /// Whether init has placed the files of a job.
     prepared: bool,
-    gone: CancellationToken,
+    pub(crate) gone: CancellationToken,
     _released: DropGuard,
 }
 
@@ -262,10 +277,10 @@ impl Sandbox {
 
     /// Compiles and runs a job, then gives the container up.
     pub async fn run(mut self, language: &Language, job: &Job, live: &mut Live) -> Result<Outcome, SandboxError> {
-        let compile = match job.built_on(&self.image) {
+        let compile = match live.compiled_on(&self.image).cloned() {
             Some(built) => {
                 self.place(Vec::new())?;
-                self.unpack(built).await?;
+                self.unpack(&built).await?;
                 Some(built.compile.clone())
             }
             None => self.compile(language, job, live).await?,
@@ -309,8 +324,8 @@ impl Sandbox {
     /// Tells init what to do, with what it takes.
     fn order(&self, order: &ToInit, fds: &[BorrowedFd<'_>]) -> Result<(), SandboxError> {
         self.channel.send(order, fds).map_err(|error| match error {
-            SandboxError::Gone(seen) => self.ended(&seen),
-            other => other,
+            ChannelError::Closed => self.ended(&error.to_string()),
+            other => other.into(),
         })
     }
 
@@ -342,17 +357,4 @@ impl Sandbox {
             })
             .map_err(SandboxError::io("cannot write the sources to the job directory"))
     }
-}
-
-/// In microseconds, as times are told between server and init.
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
-}
-
-/// An error that names what it is of.
-pub(crate) fn at<T, E: Into<io::Error>>(what: impl Display, result: Result<T, E>) -> io::Result<T> {
-    result.map_err(|error| {
-        let error = error.into();
-        io::Error::new(error.kind(), format!("{what}: {error}"))
-    })
 }

@@ -7,12 +7,13 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use nix::cmsg_space;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recv, recvmsg, sendmsg};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::job::{Ended, Usage};
+use crate::model::job::{Ended, Usage};
 
 /// Changes with every change of a message, since an upgrade may replace the executable under a running server.
 pub const VERSION: u32 = 6;
@@ -180,6 +181,11 @@ pub fn receive<T: DeserializeOwned>(channel: BorrowedFd<'_>) -> std::io::Result<
         return Ok(None);
     }
     Ok(Some((serde_json::from_slice(&buffer[..length])?, fds)))
+}
+
+/// In microseconds, as times are told between server and init.
+pub fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

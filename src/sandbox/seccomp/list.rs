@@ -2,7 +2,7 @@
 
 use nix::libc;
 
-use super::{Answer, Check, Rule};
+use crate::sandbox::seccomp::{Answer, Check, Rule};
 
 /// Allowed whatever their arguments.
 pub const ALLOWED: &[(&str, &str)] = &[

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompOperator};
 use syscalls::Sysno;
 
-use super::compile::{Answer, Check, Rule, compile};
+use crate::sandbox::seccomp::compile::{Answer, Check, Rule, compile};
 
 /// Calls that podman's profile does not allow fail with this, also those that it refuses by name.
 const REFUSAL: Answer = Answer::Errno(nix::libc::ENOSYS);
@@ -78,8 +78,8 @@ fn condition(arg: &LinuxSeccompArg) -> Option<Vec<Vec<Check>>> {
 mod tests {
     use seccompiler::sock_filter;
 
-    use super::super::compile::tests::verdict;
     use super::*;
+    use crate::sandbox::seccomp::compile::tests::verdict;
 
     fn profile(text: &str) -> LinuxSeccomp {
         serde_json::from_str(text).unwrap()

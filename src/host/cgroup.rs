@@ -1,0 +1,231 @@
+//! The part of the cgroup tree that was delegated to this server, for containers that it limits itself, and what the
+//! kernel counts in a cgroup.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use crate::host::aside::aside;
+use crate::host::at;
+
+/// Where cgroup v2 is mounted.
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// The leaf that the server itself sits in: a cgroup that hands controllers on has no processes of its own.
+/// systemd's `DelegateSubgroup=` is given the same name.
+const LEAF: &str = "sup";
+
+/// Longest that what is killed in a cgroup may take to die, and the time between two looks.
+const KILL_TIME: Duration = Duration::from_secs(1);
+const KILL_PAUSE: Duration = Duration::from_millis(10);
+
+/// What containers are limited by.
+const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+
+/// A delegated cgroup below which containers get theirs.
+#[derive(Debug, Clone)]
+pub struct Delegated {
+    /// Its path below the root of the tree, with a slash in front.
+    path: PathBuf,
+}
+
+impl Delegated {
+    /// Makes room: moves this process into a leaf and hands the controllers on. The error says what is in
+    /// the way: cgroup v1, or a cgroup that is not ours.
+    pub fn take() -> io::Result<Delegated> {
+        if !Path::new(ROOT).join("cgroup.controllers").exists() {
+            return Err(io::Error::other("there is no cgroup v2 tree"));
+        }
+        let own = fs::read_to_string("/proc/self/cgroup")?;
+        let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+        let own = Path::new(own);
+        let base = if own.ends_with(LEAF) { own.parent().unwrap_or(own) } else { own };
+        if base.as_os_str().is_empty() {
+            return Err(io::Error::other("this process is in the root cgroup"));
+        }
+        let dir = Path::new(ROOT).join(base);
+        let leaf = dir.join(LEAF);
+        match fs::create_dir(&leaf) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return at(dir.display(), Err(error)),
+            _ => at(dir.display(), fs::write(leaf.join("cgroup.procs"), std::process::id().to_string()))?,
+        }
+        for controller in CONTROLLERS {
+            at(dir.display(), fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}")))?;
+        }
+        Ok(Delegated { path: Path::new("/").join(base) })
+    }
+
+    /// Makes a container's cgroup with these limits, by file.
+    pub fn make(&self, name: &str, limits: &[(String, String)]) -> io::Result<OwnCgroup> {
+        let dir = self.dir().join(name);
+        at(dir.display(), fs::create_dir(&dir))?;
+        let made = OwnCgroup { dir };
+        // Programs may read what they used, whatever the server's umask.
+        at(made.dir.display(), fs::set_permissions(&made.dir, fs::Permissions::from_mode(0o755)))?;
+        for (file, value) in limits {
+            let path = made.dir.join(file);
+            match fs::write(&path, value) {
+                // A kernel that does not account for swap.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && file == "memory.swap.max" => {}
+                written => at(path.display(), written)?,
+            }
+        }
+        Ok(made)
+    }
+
+    /// Removes the empty cgroups that an earlier server left.
+    pub fn clear(&self) {
+        let Ok(entries) = fs::read_dir(self.dir()) else { return };
+        for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+            if entry.file_name() != LEAF {
+                let _ = fs::remove_dir(entry.path());
+            }
+        }
+    }
+
+    fn dir(&self) -> PathBuf {
+        Path::new(ROOT).join(self.path.strip_prefix("/").unwrap_or(&self.path))
+    }
+}
+
+/// A container's cgroup, which goes with this if it is empty.
+#[derive(Debug)]
+pub struct OwnCgroup {
+    dir: PathBuf,
+}
+
+impl OwnCgroup {
+    /// Its directory.
+    pub fn open(&self) -> io::Result<File> {
+        at(self.dir.display(), File::open(&self.dir))
+    }
+
+    /// What was counted in it since it was made.
+    pub fn counters(&self) -> Counters {
+        Counters::read(&self.dir)
+    }
+
+    /// Kills whatever is in it, and removes it as soon as that is dead.
+    pub async fn kill(&self) {
+        let dir = self.dir.clone();
+        let killed = aside(move || {
+            // Kernels before 5.14 do not have it: what is in there ends by itself then.
+            let _ = fs::write(dir.join("cgroup.kill"), "1");
+            let deadline = Instant::now() + KILL_TIME;
+            let is_busy = |error: io::Error| error.kind() == io::ErrorKind::ResourceBusy;
+            while fs::remove_dir(&dir).is_err_and(is_busy) && Instant::now() < deadline {
+                sleep(KILL_PAUSE);
+            }
+        });
+        if let Err(error) = killed.await {
+            tracing::warn!(cgroup = %self.dir.display(), %error, "cannot kill what is in a cgroup");
+        }
+    }
+}
+
+impl Drop for OwnCgroup {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.dir);
+    }
+}
+
+/// What the kernel counted in a cgroup: nothing where it does not count there.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// User and system time.
+    pub cpu: Option<Duration>,
+    /// Most memory at once, in bytes.
+    pub peak: Option<u64>,
+    /// How often it reached its own memory limit.
+    pub ooms: u64,
+    /// Processes that were killed for want of memory.
+    pub oom_kills: u64,
+    /// Forks refused at the process limit.
+    pub forks_refused: u64,
+}
+
+impl Counters {
+    /// Those of the cgroup at this directory.
+    pub fn read(dir: &Path) -> Counters {
+        let read = |name: &str| fs::read_to_string(dir.join(name)).unwrap_or_default();
+        let events = read("memory.events");
+        Counters {
+            cpu: field(&read("cpu.stat"), "usage_usec").map(Duration::from_micros),
+            peak: read("memory.peak").trim().parse().ok(),
+            ooms: field(&events, "oom").unwrap_or(0),
+            oom_kills: field(&events, "oom_kill").unwrap_or(0),
+            forks_refused: field(&read("pids.events"), "max").unwrap_or(0),
+        }
+    }
+
+    /// Whether since `before` processes were killed for the memory that others use: below the cgroup's own limit.
+    pub fn starved_since(&self, before: &Counters) -> bool {
+        self.oom_kills > before.oom_kills && self.ooms == before.ooms
+    }
+}
+
+/// A field of one of the kernel's lists of names and numbers.
+pub fn field(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn whose_memory_was_out_is_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        let counted = |events: &str| {
+            fs::write(dir.path().join("memory.events"), events).unwrap();
+            Counters::read(dir.path())
+        };
+        let before = counted("low 0\nhigh 0\nmax 7\noom 1\noom_kill 1\noom_group_kill 0\n");
+        assert_eq!((before.ooms, before.oom_kills, before.peak, before.cpu), (1, 1, None, None));
+        assert!(!before.starved_since(&before));
+        assert!(!before.starved_since(&Counters::default()), "its own limit");
+        assert!(counted("oom 1\noom_kill 2\n").starved_since(&before), "below its limit");
+        assert!(!counted("oom 2\noom_kill 2\n").starved_since(&before));
+    }
+
+    #[test]
+    fn a_kernel_that_takes_its_time_over_a_kill_keeps_no_other_work_waiting() {
+        crate::sandbox::fake::on_paused_clock(|| async {
+            let below = tempfile::tempdir().unwrap();
+            let dir = below.path().join("box");
+            fs::create_dir(&dir).unwrap();
+            let kill = dir.join("cgroup.kill");
+            nix::unistd::mkfifo(&kill, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            let own = OwnCgroup { dir };
+            // The write is over when somebody reads.
+            let other_work = async {
+                tokio::task::yield_now().await;
+                assert_eq!(aside(move || fs::read(kill).unwrap()).await.unwrap(), b"1");
+            };
+            tokio::join!(own.kill(), other_work);
+        });
+    }
+
+    /// Where this process may make cgroups.
+    #[tokio::test]
+    async fn what_is_in_a_cgroup_is_killed_before_it_is_removed() {
+        let (below, name) = (Delegated { path: "/".into() }, format!("coderunner-test-{}", std::process::id()));
+        if !Path::new(ROOT).join("cgroup.controllers").exists() || below.make(&name, &[]).is_err() {
+            return;
+        }
+        let made = below.make(&name, &[]).unwrap();
+        let dir = below.dir().join(&name);
+        let mut inside = Command::new("sleep").arg("1000").stdin(Stdio::null()).spawn().unwrap();
+        fs::write(dir.join("cgroup.procs"), inside.id().to_string()).unwrap();
+        drop(OwnCgroup { dir: dir.clone() });
+        assert!(dir.exists(), "it is not empty");
+        made.kill().await;
+        assert!(!dir.exists());
+        assert_eq!(inside.wait().unwrap().code(), None, "killed");
+    }
+}

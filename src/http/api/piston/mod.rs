@@ -1,0 +1,64 @@
+//! Piston's API, version 2: what its clients send and read, and what we add beside its fields.
+
+mod answer;
+mod request;
+mod version;
+
+use std::sync::Arc;
+
+use warp::filters::BoxedFilter;
+use warp::reply::Response;
+use warp::{Filter, Reply};
+
+use crate::http::error::ApiError;
+use crate::http::openapi::Refused;
+use crate::http::{ApiSettings, Wishes, is_json, post, respond};
+use crate::run::Runner;
+pub use answer::{Answer, Ending, Ran, Runtime, StageAnswer};
+pub use request::{Request, arguments, place};
+
+/// A request that is one, for those who sent another.
+const EXAMPLE: &str = "{\"language\": \"…\", \"version\": \"*\", \"files\": [{\"content\": \"…\"}]}";
+
+/// Piston's paths.
+pub fn routes(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<(Response,)> {
+    let listing = Arc::clone(runner);
+    let runtimes = warp::path!("api" / "v2" / "runtimes")
+        .and(warp::get().or(warp::head()).unify())
+        .map(move || warp::reply::json(&runtimes(&listing)).into_response());
+    let other_method =
+        warp::path!("api" / "v2" / "runtimes").map(|| ApiError::MethodNotAllowed("GET, HEAD").into_response());
+    let execute = post(warp::path!("api" / "v2" / "execute"), is_taken, EXAMPLE, execute, runner, settings);
+    runtimes.or(other_method).unify().or(execute).unify().boxed()
+}
+
+/// Published clients send their JSON as text, or do not say what it is.
+fn is_taken(kind: Option<&str>) -> bool {
+    let essence = kind.and_then(|kind| kind.split(';').next()).map(str::trim);
+    is_json(kind) || essence.is_none_or(|essence| essence.eq_ignore_ascii_case("text/plain"))
+}
+
+/// The languages that are served
+#[utoipa::path(get, path = "/api/v2/runtimes", responses((status = 200, description = "All of them", body = Vec<Runtime>), Refused))]
+fn runtimes(runner: &Runner) -> Vec<Runtime> {
+    runner.languages().iter().map(|language| Runtime::from(&**language)).collect()
+}
+
+/// Compile and run a program
+///
+/// As Piston has it, with additions: `verdict`, `cached`, `age`, `queued`, `truncated`, and totals of bytes. Whatever the
+/// program does, the answer is 200. `Cache-Control: no-cache` runs anew; `Accept: text/event-stream` tells what happens.
+#[utoipa::path(
+    post, path = "/api/v2/execute", request_body = Request,
+    responses((status = 200, description = "What became of it",
+        content((Answer = "application/json"), (String = "text/event-stream"))), Refused)
+)]
+async fn execute(
+    request: Result<Request, ApiError>,
+    wishes: Wishes,
+    runner: Arc<Runner>,
+    settings: Arc<ApiSettings>,
+) -> Result<Response, ApiError> {
+    let (language, job) = request?.into_job(runner.languages(), settings.source_limit)?;
+    respond(runner, &settings, job, wishes, move |answer| Answer::new(&language, answer)).await
+}

@@ -1,0 +1,293 @@
+//! The bodies of answers: small ones as a whole, large ones made while the client takes them.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::task::Poll;
+
+use bytes::Bytes;
+use futures_util::stream;
+use warp::Reply;
+use warp::http::HeaderValue;
+use warp::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use warp::reply::Response;
+
+use crate::http::budget::{Budget, Lease};
+use crate::http::error::ApiError;
+use crate::http::text::{self, Fields, MOST_WRITTEN, Part, Reader, Source, Texts};
+use crate::model::job::Outcome;
+
+/// Bytes of a body that are made at a time. A connection holds one of these that is being sent, and one that comes next.
+pub const CHUNK: usize = 64 * 1024;
+
+/// What the chunks of one answer take together.
+pub const CHUNKS: usize = 2 * CHUNK;
+
+/// What a body may have printed text of and still be made as a whole.
+const WHOLE: usize = 8 * 1024;
+
+/// What a body may be and be no burden: the buffers of the connection take more.
+const FREE: usize = 8 * 1024;
+
+/// An answer of an outcome as JSON. What it is made of stays in memory until it has been sent, within the budget.
+pub async fn json(budget: &Budget, mut value: impl Texts, outcome: &Outcome) -> Result<Response, ApiError> {
+    if printed(&mut value) > WHOLE {
+        let lease = budget.lease(cost(outcome)).await?;
+        return leased_json(value, vec![lease]).await;
+    }
+    let bytes = serde_json::to_vec(&value).map_err(ApiError::unwritten)?;
+    if bytes.len() <= FREE {
+        return Ok(as_json(Response::new(bytes.into())));
+    }
+    // From here on nothing else of it is kept.
+    drop(value);
+    let lease = Arc::new(budget.lease(bytes.len()).await?);
+    Ok(as_json(Response::new(Leased::bytes(bytes, lease).into())))
+}
+
+/// An answer as JSON, for which there is memory already.
+pub async fn leased_json(mut value: impl Texts, leases: Vec<Lease>) -> Result<Response, ApiError> {
+    let mut writer = Writer::new(&mut value, Fields::AsDeclared, leases)?;
+    let length = writer.length().await;
+    let mut made = false;
+    let chunks = stream::poll_fn(move |context| {
+        // Others have their turns between two chunks, however fast this client is.
+        if std::mem::take(&mut made) {
+            context.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        made = true;
+        Poll::Ready(writer.chunk().map(Ok::<_, Infallible>))
+    });
+    let mut response = as_json(warp::reply::stream(chunks).into_response());
+    response.headers_mut().insert(CONTENT_LENGTH, length.into());
+    Ok(response)
+}
+
+fn as_json(mut response: Response) -> Response {
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+/// Bytes of printed text in an answer.
+fn printed(value: &mut impl Texts) -> usize {
+    let mut printed = 0;
+    value.each(&mut |text| printed += text.kept());
+    printed
+}
+
+/// Memory that an answer of this outcome takes until it has been sent.
+pub fn cost(outcome: &Outcome) -> usize {
+    outcome.size() + CHUNKS
+}
+
+/// Writes JSON piece by piece.
+pub struct Writer {
+    parts: VecDeque<Part>,
+    /// Where in the first part.
+    written: usize,
+    reader: Option<Reader>,
+    scratch: Vec<u8>,
+    leases: Arc<Vec<Lease>>,
+}
+
+impl Writer {
+    /// A writer of a value.
+    pub fn new(value: &mut impl Texts, fields: Fields, leases: Vec<Lease>) -> Result<Writer, ApiError> {
+        let parts = text::in_parts(value, fields).map_err(ApiError::unwritten)?.into();
+        Ok(Writer { parts, written: 0, reader: None, scratch: Vec::new(), leases: Arc::new(leases) })
+    }
+
+    /// The same with these bytes around it.
+    pub fn between(mut self, before: &[u8], after: &[u8]) -> Writer {
+        self.parts.push_front(Part::Json(before.to_vec()));
+        self.parts.push_back(Part::Json(after.to_vec()));
+        self
+    }
+
+    /// Bytes that there are in all.
+    pub async fn length(&self) -> usize {
+        let mut length = 0;
+        for part in &self.parts {
+            length += match part {
+                Part::Json(json) => json.len(),
+                Part::Text(source) => source.written().await,
+            };
+        }
+        length
+    }
+
+    /// The next bytes; none at the end.
+    pub fn chunk(&mut self) -> Option<Bytes> {
+        let mut chunk = Vec::new();
+        while let Some(part) = self.parts.front() {
+            let ended = match part {
+                Part::Json(json) => {
+                    let rest = json.get(self.written..).unwrap_or_default();
+                    let taken = rest.len().min(CHUNK - chunk.len());
+                    reserve(&mut chunk, taken);
+                    chunk.extend_from_slice(&rest[..taken]);
+                    self.written += taken;
+                    taken == rest.len()
+                }
+                Part::Text(source) => text_into(&mut chunk, source, &mut self.reader, &mut self.scratch),
+            };
+            if ended {
+                self.parts.pop_front();
+                (self.written, self.reader) = (0, None);
+            } else {
+                break;
+            }
+        }
+        (!chunk.is_empty()).then(|| Leased::bytes(chunk, Arc::clone(&self.leases)))
+    }
+}
+
+/// Adds text while there is room for a piece; whether it has ended.
+fn text_into(chunk: &mut Vec<u8>, source: &Source, reader: &mut Option<Reader>, scratch: &mut Vec<u8>) -> bool {
+    let reader = reader.get_or_insert_with(|| Reader::of(source));
+    while chunk.len() + MOST_WRITTEN <= CHUNK {
+        let Some(piece) = reader.next(source) else { return true };
+        let escaped = text::escaped(&piece, scratch);
+        reserve(chunk, escaped.len());
+        chunk.extend_from_slice(escaped);
+    }
+    false
+}
+
+/// Makes room once: a buffer that grows by doubling is twice as large as it need be.
+fn reserve(chunk: &mut Vec<u8>, more: usize) {
+    if chunk.capacity() - chunk.len() < more {
+        chunk.reserve_exact(CHUNK.max(chunk.len() + more) - chunk.len());
+    }
+}
+
+/// Bytes on their way, and the memory that they may take: given back when the connection has let go of them.
+pub struct Leased<L> {
+    bytes: Vec<u8>,
+    _lease: Arc<L>,
+}
+
+impl<L> AsRef<[u8]> for Leased<L> {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl<L: Send + Sync + 'static> Leased<L> {
+    /// As the connection takes them. The pieces of an answer share a lease.
+    pub fn bytes(bytes: Vec<u8>, lease: Arc<L>) -> Bytes {
+        Bytes::from_owner(Leased { bytes, _lease: lease })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::http::api::piston::StageAnswer;
+    use crate::model::job::{Ended, Output, Stage, StageOutcome, Stream, Usage};
+    use proptest::prelude::*;
+
+    fn outcome(pieces: &[(bool, Vec<u8>)], cap: usize) -> Arc<Outcome> {
+        let mut output = Output::default();
+        for (stderr, bytes) in pieces {
+            output.push(if *stderr { Stream::Stderr } else { Stream::Stdout }, bytes, cap);
+        }
+        let run = StageOutcome {
+            stage: Stage::Run,
+            ended: Ended::Exited(0),
+            artifact: true,
+            usage: Usage::default(),
+            output,
+        };
+        Arc::new(Outcome { compile: None, run: Some(run) })
+    }
+
+    /// What serde_json makes of the texts when they are there as a whole.
+    fn at_once(outcome: &Outcome) -> Vec<u8> {
+        let output = &outcome.run.as_ref().unwrap().output;
+        let mut answer = StageAnswer::of(&Arc::new(outcome.clone()), Stage::Run)
+            .map(|answer| serde_json::to_value(answer).unwrap())
+            .unwrap();
+        answer["stdout"] = output.text_of(Stream::Stdout).into();
+        answer["stderr"] = output.text_of(Stream::Stderr).into();
+        answer["output"] = output.text().into();
+        serde_json::to_vec(&answer).unwrap()
+    }
+
+    fn in_chunks(mut value: impl Texts, fields: Fields) -> (Vec<Bytes>, usize) {
+        let mut writer = Writer::new(&mut value, fields, Vec::new()).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let length = runtime.block_on(writer.length());
+        (std::iter::from_fn(|| writer.chunk()).collect(), length)
+    }
+
+    fn answer(outcome: &Arc<Outcome>) -> StageAnswer {
+        StageAnswer::of(outcome, Stage::Run).unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_streamed_is_what_serde_json_makes(
+            pieces in proptest::collection::vec((any::<bool>(), prop_oneof![
+                proptest::collection::vec(any::<u8>(), 0..40),
+                ".{0,40}".prop_map(String::into_bytes),
+                (0usize..9000, any::<char>()).prop_map(|(times, c)| c.to_string().repeat(times).into_bytes()),
+            ]), 0..8),
+            cap in prop_oneof![0usize..100, Just(usize::MAX)],
+        ) {
+            let outcome = outcome(&pieces, cap);
+            let (chunks, length) = in_chunks(answer(&outcome), Fields::AsDeclared);
+            let streamed = chunks.concat();
+            prop_assert_eq!(streamed.len(), length);
+            prop_assert_eq!(&streamed, &serde_json::to_vec(&answer(&outcome)).unwrap());
+            let (sorted, _) = in_chunks(answer(&outcome), Fields::Sorted);
+            prop_assert_eq!(sorted.concat(), at_once(&outcome));
+        }
+
+        #[test]
+        fn what_is_cut_is_a_beginning_and_within_its_bound(
+            pieces in proptest::collection::vec((any::<bool>(), ".{0,60}".prop_map(String::into_bytes)), 0..8),
+            most in 0usize..600,
+        ) {
+            let outcome = outcome(&pieces, usize::MAX);
+            let mut cut = answer(&outcome);
+            let missing = cut.cut(most);
+            let whole = serde_json::to_value(answer(&outcome)).unwrap();
+            let (chunks, length) = in_chunks(cut, Fields::AsDeclared);
+            prop_assert_eq!(chunks.concat().len(), length);
+            let told: serde_json::Value = serde_json::from_slice(&chunks.concat()).unwrap();
+            let mut shorter = false;
+            for (field, part) in [("stdout", 4), ("stderr", 4), ("output", 2)] {
+                let (text, all) = (told[field].as_str().unwrap(), whole[field].as_str().unwrap());
+                prop_assert!(all.starts_with(text));
+                prop_assert!(serde_json::to_string(text).unwrap().len() - 2 <= most / part);
+                shorter |= text.len() < all.len();
+            }
+            prop_assert_eq!(missing, shorter);
+            prop_assert_eq!(told["truncated"].as_bool().unwrap(), shorter);
+        }
+    }
+
+    #[test]
+    fn chunks_are_bounded_and_made_one_by_one() {
+        let outcome = outcome(&[(false, vec![1; 1 << 20]), (true, vec![0xff; 1 << 20])], usize::MAX);
+        let (chunks, length) = in_chunks(answer(&outcome), Fields::AsDeclared);
+        assert!(length > 18 << 20, "{length}");
+        assert!(chunks.iter().all(|chunk| chunk.len() <= CHUNK));
+        assert!(chunks.len() < length / CHUNK * 2, "{}", chunks.len());
+    }
+
+    #[test]
+    fn a_lease_is_held_until_the_last_chunk_is_let_go() {
+        let budget = Budget::new(1 << 20);
+        let outcome = outcome(&[(false, vec![1; 100_000])], usize::MAX);
+        let lease = budget.try_lease(400 << 10).unwrap();
+        let mut writer = Writer::new(&mut answer(&outcome), Fields::AsDeclared, vec![lease]).unwrap();
+        let chunk = std::iter::from_fn(|| writer.chunk()).last();
+        drop(writer);
+        assert!(budget.try_lease(400 << 10).is_err());
+        drop(chunk);
+        assert!(budget.try_lease(400 << 10).is_ok());
+    }
+}

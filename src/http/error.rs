@@ -1,0 +1,178 @@
+//! The one map from errors to HTTP.
+
+use serde::Serialize;
+use warp::http::header::{ALLOW, RETRY_AFTER, WWW_AUTHENTICATE};
+use warp::http::{HeaderValue, StatusCode};
+use warp::reply::Response;
+use warp::{Rejection, Reply};
+
+use crate::http::auth::Denied;
+use crate::run::PoolError;
+use crate::run::RunError;
+use crate::run::SandboxError;
+use crate::run::context::Caller;
+
+/// Longest message in bytes: some repeat a part of the request, which may be as long as a body.
+const MAX_MESSAGE: usize = 1000;
+
+/// What is said to a client whose request has no outcome.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    #[error("the body is no valid request: {why}; send {example}")]
+    BadBody { why: String, example: &'static str },
+    #[error("{0}")]
+    BadRequest(String),
+    #[error("the body did not arrive in time; send it at once")]
+    BodyTimeout,
+    #[error("{what} too large: {}at most {limit} bytes are allowed", counted(.size))]
+    TooLarge { what: &'static str, size: Option<usize>, limit: usize },
+    #[error("the head of the request is too large: at most {0} bytes are allowed")]
+    HeadTooLarge(usize),
+    #[error("send the body as Content-Type: application/json")]
+    UnsupportedMediaType,
+    #[error("send the body as it is, without Content-Encoding: compressed ones are not taken")]
+    UnsupportedEncoding,
+    #[error("there is nothing here; POST /coderunner or /api/v2/execute runs code")]
+    NotFound,
+    #[error("this path takes another method: {0}")]
+    MethodNotAllowed(&'static str),
+    #[error("pages of the origin {0:?} may not call this server: its setting cors_origins does not have it")]
+    OriginForbidden(String),
+    #[error("this server does not answer to the host {0:?}: its setting allowed_hosts has to name it")]
+    HostForbidden(String),
+    #[error("a key is needed: send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`")]
+    Unauthorized,
+    #[error("too many requests; the next one will be served in {0} s")]
+    TooManyRequests(u64),
+    #[error("{0}; try again later")]
+    Overloaded(String),
+    #[error("{0}; try again in a minute")]
+    Unavailable(String),
+    #[error("the server failed, its log says why under request id {0}")]
+    Internal(String),
+}
+
+/// The body of every answer that is no success.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+pub struct Refusal {
+    /// What is wrong, and what to do.
+    message: String,
+}
+
+impl From<Denied> for ApiError {
+    fn from(denied: Denied) -> ApiError {
+        match denied {
+            Denied::NoKey => ApiError::Unauthorized,
+            // A client that comes back after whole seconds is not too early.
+            Denied::TooMany(wait) => ApiError::TooManyRequests(wait.as_secs() + 1),
+        }
+    }
+}
+
+impl From<RunError> for ApiError {
+    fn from(error: RunError) -> ApiError {
+        match error {
+            RunError::Pool(PoolError::QueueFull { .. } | PoolError::QueueTimeout { .. } | PoolError::Draining)
+            | RunError::ShuttingDown => ApiError::Overloaded(error.to_string()),
+            RunError::Pool(PoolError::Unavailable { .. } | PoolError::Broken { .. }) => {
+                ApiError::Unavailable(error.to_string())
+            }
+            RunError::Sandbox(ref inner) if matches!(**inner, SandboxError::HostMemory) => {
+                ApiError::Overloaded(inner.to_string())
+            }
+            RunError::Sandbox(ref inner) => {
+                let id = request_id();
+                tracing::error!(error = %inner, "a request failed");
+                ApiError::Internal(id)
+            }
+        }
+    }
+}
+
+impl Reply for ApiError {
+    /// The answer, with the headers that its status asks for.
+    fn into_response(self) -> Response {
+        let body = warp::reply::json(&Refusal { message: self.message() });
+        let mut response = warp::reply::with_status(body, self.status()).into_response();
+        match self {
+            ApiError::Overloaded(_) => {
+                response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("5"));
+            }
+            ApiError::Unavailable(_) => {
+                response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("60"));
+            }
+            ApiError::Unauthorized => {
+                let bearer = HeaderValue::from_static("Bearer realm=\"coderunner\"");
+                response.headers_mut().insert(WWW_AUTHENTICATE, bearer);
+            }
+            ApiError::TooManyRequests(seconds) => {
+                response.headers_mut().insert(RETRY_AFTER, seconds.into());
+            }
+            ApiError::MethodNotAllowed(allow) => {
+                response.headers_mut().insert(ALLOW, HeaderValue::from_static(allow));
+            }
+            _ => {}
+        }
+        response
+    }
+}
+
+impl ApiError {
+    /// Of a value of ours that cannot be written as JSON.
+    pub fn unwritten(error: serde_json::Error) -> ApiError {
+        let id = request_id();
+        tracing::error!(%error, "an answer cannot be written");
+        ApiError::Internal(id)
+    }
+
+    /// What is said to the client. What it sent is repeated within bounds.
+    pub fn message(&self) -> String {
+        let mut message = self.to_string();
+        if message.len() > MAX_MESSAGE {
+            message.truncate(message.floor_char_boundary(MAX_MESSAGE));
+            message.push('…');
+        }
+        message
+    }
+
+    pub fn status(&self) -> StatusCode {
+        match self {
+            ApiError::BadBody { .. } | ApiError::BadRequest(_) => StatusCode::BAD_REQUEST,
+            ApiError::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
+            ApiError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            ApiError::HeadTooLarge(_) => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            ApiError::UnsupportedMediaType | ApiError::UnsupportedEncoding => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            ApiError::NotFound => StatusCode::NOT_FOUND,
+            ApiError::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
+            ApiError::OriginForbidden(_) | ApiError::HostForbidden(_) => StatusCode::FORBIDDEN,
+            ApiError::Unauthorized => StatusCode::UNAUTHORIZED,
+            ApiError::TooManyRequests(_) => StatusCode::TOO_MANY_REQUESTS,
+            ApiError::Overloaded(_) | ApiError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
+            ApiError::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    /// What warp's own refusals mean: all ours are answers.
+    pub fn from_rejection(rejection: &Rejection) -> ApiError {
+        if rejection.is_not_found() {
+            ApiError::NotFound
+        } else if rejection.find::<warp::reject::MethodNotAllowed>().is_some() {
+            ApiError::MethodNotAllowed("GET, POST")
+        } else if rejection.find::<warp::reject::InvalidHeader>().is_some() {
+            ApiError::BadRequest("a header is not valid".into())
+        } else {
+            let id = request_id();
+            tracing::error!(?rejection, "a refusal without a meaning");
+            ApiError::Internal(id)
+        }
+    }
+}
+
+fn counted(size: &Option<usize>) -> String {
+    size.map(|size| format!("{size} bytes, and ")).unwrap_or_default()
+}
+
+/// The id of the request that is being answered.
+fn request_id() -> String {
+    Caller::current().map_or_else(|| "unknown".into(), |caller| caller.request.to_string())
+}

@@ -1,0 +1,97 @@
+//! What a WebSocket has sent of a message that is not complete: in memory, and within the budget for what is received.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::http::budget::{Budget, Exhausted, Lease};
+
+/// Bytes that a message may take without a lease: most that is typed is shorter, and a connection's buffers are as large.
+const FREE: usize = 16 * 1024;
+
+/// Bytes that are leased at a time.
+const STEP: usize = 64 * 1024;
+
+/// Counts what a connection receives, once it is a WebSocket. All clones count the same.
+#[derive(Debug, Clone, Default)]
+pub struct Inbox(Arc<Mutex<Option<Message>>>);
+
+/// A message that is arriving.
+#[derive(Debug)]
+struct Message {
+    budget: Arc<Budget>,
+    received: usize,
+    allowed: usize,
+    lease: Option<Lease>,
+    exhausted: bool,
+}
+
+impl Message {
+    fn new(budget: Arc<Budget>) -> Message {
+        Message { budget, received: 0, allowed: FREE, lease: None, exhausted: false }
+    }
+}
+
+impl Inbox {
+    /// Begins to count.
+    pub fn open(&self, budget: &Arc<Budget>) {
+        *self.message() = Some(Message::new(Arc::clone(budget)));
+    }
+
+    /// Counts bytes that have come. An error where there is no memory for them: no more may be read then.
+    pub fn received(&self, bytes: usize) -> io::Result<()> {
+        let mut message = self.message();
+        let Some(message) = message.as_mut() else { return Ok(()) };
+        message.received += bytes;
+        while message.received > message.allowed {
+            match (message.budget.try_lease(STEP), &mut message.lease) {
+                (Ok(more), Some(lease)) => lease.add(more),
+                (Ok(more), none) => *none = Some(more),
+                (Err(exhausted), _) => {
+                    message.exhausted = true;
+                    return Err(io::Error::other(exhausted));
+                }
+            }
+            message.allowed += STEP;
+        }
+        Ok(())
+    }
+
+    /// The message is complete: what comes from here on belongs to the next one.
+    pub fn complete(&self) {
+        if let Some(message) = self.message().as_mut() {
+            *message = Message::new(Arc::clone(&message.budget));
+        }
+    }
+
+    /// Why no more was read, where memory was the reason.
+    pub fn exhausted(&self) -> Option<Exhausted> {
+        self.message().as_ref().filter(|message| message.exhausted).map(|_| Exhausted)
+    }
+
+    fn message(&self) -> MutexGuard<'_, Option<Message>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_leased_while_it_arrives() {
+        let budget = Arc::new(Budget::new(1 << 20));
+        let (one, other) = (Inbox::default(), Inbox::default());
+        one.received(10 << 20).unwrap();
+        one.open(&budget);
+        other.open(&budget);
+        // A client has half of it.
+        one.received(512 * 1024).unwrap();
+        other.received(FREE).unwrap();
+        assert!(other.received(1).is_err());
+        assert_eq!((one.exhausted(), other.exhausted()), (None, Some(Exhausted)));
+        one.complete();
+        other.complete();
+        other.received(512 * 1024).unwrap();
+        assert_eq!(other.exhausted(), None);
+    }
+}

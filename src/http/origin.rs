@@ -1,0 +1,274 @@
+//! Which names the server answers to, and which pages may call it: what stands between a browser's user and the pages
+//! of strangers.
+
+use std::net::{IpAddr, SocketAddr};
+
+use warp::Reply;
+use warp::http::header::{
+    ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
+    ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS,
+    ACCESS_CONTROL_REQUEST_METHOD, HOST, HeaderMap, ORIGIN, VARY,
+};
+use warp::http::uri::Authority;
+use warp::http::{HeaderName, HeaderValue, Method, Request, Version};
+use warp::reply::Response;
+
+use crate::http::error::ApiError;
+
+/// How long a browser may remember the answer to a preflight, in seconds: the most that Firefox takes is a day.
+const PREFLIGHT_AGE: u32 = 86_400;
+
+/// Methods that pages of other origins may use.
+const METHODS: HeaderValue = HeaderValue::from_static("GET, POST");
+
+/// Headers that a preflight which names none is told of.
+const PAGES_SEND: &str = "content-type, cache-control, authorization, x-api-key, x-request-id, traceparent";
+
+/// Headers that pages of other origins may read.
+const PAGES_READ: HeaderValue = HeaderValue::from_static("x-request-id, retry-after");
+
+const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
+
+/// The hosts and origins of a configuration.
+#[derive(Debug, Clone)]
+pub struct Origins {
+    /// Names that the server answers to beside those of loopback, in lower case; `None` for any.
+    hosts: Option<Vec<String>>,
+    /// Origins whose pages may call; `None` for any.
+    pages: Option<Vec<HeaderValue>>,
+}
+
+/// Who a request says that it is from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum From {
+    /// No page of another origin.
+    Nobody,
+    /// A page of this origin, which may call.
+    Page(HeaderValue),
+}
+
+impl Origins {
+    /// Those of the settings, for a server that listens on this address.
+    pub fn new(allowed_hosts: &[String], cors_origins: &[String], address: SocketAddr) -> Origins {
+        let any = |list: &[String]| list.iter().any(|one| one == "*");
+        let own = address.ip().to_canonical();
+        let reached_by_any = allowed_hosts.is_empty() && !own.is_loopback();
+        let hosts = allowed_hosts.iter().map(|host| name(host).to_ascii_lowercase()).chain([own.to_string()]);
+        let pages = cors_origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok());
+        Origins {
+            hosts: (!any(allowed_hosts) && !reached_by_any).then(|| hosts.collect()),
+            pages: (!any(cors_origins)).then(|| pages.collect()),
+        }
+    }
+
+    /// Who a request is from, if it may be answered: by its names of this server and of the page that sends it. A name
+    /// that its owner has changed to lead here is not one of ours, whatever the page's origin.
+    pub fn admit<B>(&self, request: &Request<B>) -> Result<From, ApiError> {
+        let headers = request.headers();
+        let mut hosts = headers.get_all(HOST).iter();
+        let host = match (hosts.next(), hosts.next()) {
+            (_, Some(_)) => return Err(bad("there is more than one Host header")),
+            (None, None) if request.version() >= Version::HTTP_11 => return Err(bad("the Host header is missing")),
+            (host, None) => host,
+        };
+        let host = host.map(|host| host.to_str().map_err(|_| bad("the Host header is not valid"))).transpose()?;
+        for host in host.into_iter().chain(request.uri().authority().map(Authority::as_str)) {
+            self.answers_to(host)?;
+        }
+        let Some(origin) = headers.get(ORIGIN) else { return Ok(From::Nobody) };
+        // Plain HTTP has no Sec-Fetch-Site, a proxy may have changed Host.
+        let rest = origin.to_str().ok().and_then(|origin| origin.split_once("://")).map(|(_, rest)| rest);
+        let own = headers.get(SEC_FETCH_SITE).is_some_and(|site| site == "same-origin")
+            || rest.is_some_and(|rest| Some(rest) == host);
+        match &self.pages {
+            _ if own => Ok(From::Nobody),
+            None => Ok(From::Page(HeaderValue::from_static("*"))),
+            Some(pages) if pages.contains(origin) => Ok(From::Page(origin.clone())),
+            Some(_) => Err(ApiError::OriginForbidden(String::from_utf8_lossy(origin.as_bytes()).into_owned())),
+        }
+    }
+
+    fn answers_to(&self, host: &str) -> Result<(), ApiError> {
+        // One that is empty is valid, and names nobody.
+        let valid = host.is_empty() || (host.parse::<Authority>().is_ok() && !host.contains('@'));
+        if !valid {
+            return Err(bad("the Host header is not valid"));
+        }
+        let Some(hosts) = &self.hosts else { return Ok(()) };
+        let name = name(host);
+        let known = is_loopback(name) || hosts.iter().any(|known| known.eq_ignore_ascii_case(name));
+        if known { Ok(()) } else { Err(ApiError::HostForbidden(name.to_owned())) }
+    }
+
+    /// Adds to an answer what browsers and caches need to know.
+    pub fn tell(&self, from: &From, headers: &mut HeaderMap) {
+        headers.append(VARY, HeaderValue::from_static("Origin"));
+        if let From::Page(origin) = from {
+            headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
+            headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, PAGES_READ);
+        }
+    }
+}
+
+/// The answer to a browser that asks what a page of another origin may send, if a request is that: any header. What is
+/// not understood is ignored, and a page cannot have a browser send what the browser keeps for itself.
+pub fn preflight<B>(from: &From, request: &Request<B>) -> Option<Response> {
+    let asks = request.method() == Method::OPTIONS && request.headers().contains_key(ACCESS_CONTROL_REQUEST_METHOD);
+    if !asks || *from == From::Nobody {
+        return None;
+    }
+    let asked = request.headers().get_all(ACCESS_CONTROL_REQUEST_HEADERS).iter();
+    let asked = asked.filter_map(|list| list.to_str().ok()).flat_map(|list| list.split(',')).map(str::trim);
+    let names: Vec<&str> = asked.filter(|name| HeaderName::try_from(*name).is_ok()).collect();
+    let names = if names.is_empty() { PAGES_SEND.to_owned() } else { names.join(", ") };
+    let mut response = warp::reply().into_response();
+    let headers = response.headers_mut();
+    headers.insert(ACCESS_CONTROL_ALLOW_METHODS, METHODS);
+    headers.insert(ACCESS_CONTROL_MAX_AGE, PREFLIGHT_AGE.into());
+    headers.append(VARY, HeaderValue::from_static("access-control-request-headers"));
+    if let Ok(names) = HeaderValue::try_from(names) {
+        headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, names);
+    }
+    Some(response)
+}
+
+/// Whether this can be a setting: a name or an address, without a port.
+pub fn is_host(text: &str) -> bool {
+    let address = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    let label = |label: &str| {
+        (1..=63).contains(&label.len()) && label.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'-' || c == b'_')
+    };
+    address.parse::<IpAddr>().is_ok() || (text.len() <= 253 && text.split('.').all(label))
+}
+
+/// A host without its port, the brackets of an address and the dot of a name that is complete.
+fn name(host: &str) -> &str {
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or_default(),
+        // More colons are an address without brackets.
+        None if host.bytes().filter(|c| *c == b':').count() > 1 => host,
+        None => host.split(':').next().unwrap_or_default(),
+    };
+    name.strip_suffix('.').unwrap_or(name)
+}
+
+/// Whether nobody but this machine has this name.
+fn is_loopback(name: &str) -> bool {
+    let last = name.rsplit('.').next().unwrap_or_default();
+    let is_name = last.eq_ignore_ascii_case("localhost") && !name.starts_with('.');
+    is_name || name.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
+}
+
+fn bad(message: &str) -> ApiError {
+    ApiError::BadRequest(message.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn origins(hosts: &[&str], pages: &[&str], address: &str) -> Origins {
+        let owned = |list: &[&str]| list.iter().map(|one| (*one).to_owned()).collect::<Vec<_>>();
+        Origins::new(&owned(hosts), &owned(pages), address.parse().unwrap())
+    }
+
+    fn asked(headers: &[(&str, &str)]) -> Request<()> {
+        headers.iter().fold(Request::builder(), |all, (name, value)| all.header(*name, *value)).body(()).unwrap()
+    }
+
+    fn answers(origins: &Origins, host: &str) -> bool {
+        origins.admit(&asked(&[("host", host)])).is_ok()
+    }
+
+    #[test]
+    fn a_server_on_loopback_answers_to_its_own_names() {
+        let own = origins(&[], &[], "127.0.0.1:8080");
+        for host in
+            ["localhost", "LOCALHOST:8080", "127.0.0.1:1", "[::1]:8080", "127.1.2.3", "a.localhost", "localhost."]
+        {
+            assert!(answers(&own, host), "{host}");
+        }
+        for host in ["evil.example", "localhost.evil.example", "192.0.2.1", "127.0.0.1.evil.example", "localhosts", ""]
+        {
+            assert!(!answers(&own, host), "{host}");
+        }
+        assert!(answers(&origins(&[], &[], "[::ffff:127.0.0.1]:1"), "localhost"));
+        assert!(!answers(&origins(&[], &[], "[::ffff:127.0.0.1]:1"), "evil.example"));
+    }
+
+    #[test]
+    fn a_server_for_others_answers_to_any_name_unless_it_has_some() {
+        assert!(answers(&origins(&[], &[], "0.0.0.0:80"), "any.example"));
+        assert!(answers(&origins(&[], &[], "192.0.2.1:80"), "any.example"));
+        assert!(answers(&origins(&["*"], &[], "127.0.0.1:80"), "any.example"));
+        let named = origins(&["Run.example", "2001:db8::1"], &[], "192.0.2.1:80");
+        for host in ["run.example", "RUN.example:8443", "run.example.", "[2001:db8::1]:80", "192.0.2.1", "localhost"] {
+            assert!(answers(&named, host), "{host}");
+        }
+        for host in ["other.example", "a.run.example", "192.0.2.2"] {
+            assert!(!answers(&named, host), "{host}");
+        }
+    }
+
+    #[test]
+    fn a_host_is_told_once_and_is_one() {
+        let any = origins(&["*"], &["*"], "127.0.0.1:80");
+        let refused = |headers: &[(&str, &str)]| any.admit(&asked(headers)).unwrap_err().to_string();
+        assert!(refused(&[("host", "a"), ("host", "a")]).contains("more than one"));
+        assert!(refused(&[]).contains("missing"));
+        for host in ["a b", "a/b", "user@a", "a:b:c", "[::1", "a,b c"] {
+            assert!(refused(&[("host", host)]).contains("not valid"), "{host}");
+        }
+        let mut old = asked(&[]);
+        *old.version_mut() = Version::HTTP_10;
+        assert!(any.admit(&old).is_ok());
+        // What is asked for by its whole address.
+        let mut whole = asked(&[("host", "localhost")]);
+        *whole.uri_mut() = "http://evil.example/".parse().unwrap();
+        assert!(origins(&[], &[], "127.0.0.1:80").admit(&whole).is_err());
+    }
+
+    #[test]
+    fn pages_are_those_that_may_call() {
+        let some = origins(&[], &["https://one.example"], "127.0.0.1:80");
+        let from = |headers: &[(&str, &str)]| some.admit(&asked(&[&[("host", "localhost:80")], headers].concat()));
+        assert_eq!(from(&[]).unwrap(), From::Nobody);
+        assert_eq!(from(&[("origin", "http://localhost:80")]).unwrap(), From::Nobody);
+        assert_eq!(from(&[("origin", "https://a.example"), ("sec-fetch-site", "same-origin")]).unwrap(), From::Nobody);
+        assert_eq!(
+            from(&[("origin", "https://one.example")]).unwrap(),
+            From::Page("https://one.example".parse().unwrap())
+        );
+        for origin in ["https://two.example", "null", "http://localhost:81", ""] {
+            assert!(from(&[("origin", origin)]).is_err(), "{origin}");
+        }
+    }
+
+    #[test]
+    fn a_preflight_is_told_what_it_asks_for() {
+        let page = From::Page("*".parse().unwrap());
+        let request = |headers: &[(&str, &str)]| {
+            let mut request = asked(&[&[("access-control-request-method", "POST")], headers].concat());
+            *request.method_mut() = Method::OPTIONS;
+            request
+        };
+        let names = |asks: &str| {
+            let response = preflight(&page, &request(&[("access-control-request-headers", asks)])).unwrap();
+            response.headers()[ACCESS_CONTROL_ALLOW_HEADERS].to_str().unwrap().to_owned()
+        };
+        assert_eq!(names("x-requested-with, content-type"), "x-requested-with, content-type");
+        assert_eq!(names("no name, x-a"), "x-a");
+        assert_eq!(names(""), PAGES_SEND);
+        assert!(preflight(&From::Nobody, &request(&[])).is_none());
+    }
+
+    #[test]
+    fn settings_are_names_and_addresses() {
+        for host in ["run.example.org", "localhost", "192.0.2.1", "::1", "[::1]", "a_b"] {
+            assert!(is_host(host), "{host}");
+        }
+        for host in ["", "run.example.org:80", "http://a", "a/b", "*.a", "a..b", "a b", "[a]"] {
+            assert!(!is_host(host), "{host}");
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! The playground at `/`, and `/embed.js` for pages of others: what `make web` built, as part of the executable.
+
+use std::sync::Arc;
+
+use warp::filters::BoxedFilter;
+use warp::http::header::{
+    ACCEPT_ENCODING, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, HeaderMap,
+    IF_NONE_MATCH, REFERRER_POLICY, VARY, X_CONTENT_TYPE_OPTIONS,
+};
+use warp::http::{HeaderValue, Method, StatusCode};
+use warp::path::FullPath;
+use warp::reply::Response;
+use warp::{Filter, Reply};
+
+use crate::http::error::ApiError;
+
+/// The page loads its own files and talks to its own server, nothing else, and no text of it can become markup.
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
+                      base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; \
+                      trusted-types 'none'";
+
+/// The file at `/`.
+const PAGE: &str = "playground.html";
+
+/// A file as `web/dist` has it.
+struct Asset {
+    name: &'static str,
+    content_type: &'static str,
+    /// Its name changes whenever it does.
+    immutable: bool,
+    plain: &'static [u8],
+    gzip: &'static [u8],
+}
+
+const ASSETS: &[Asset] = include!("../../web/dist/assets.rs");
+
+/// A file in one coding.
+struct Coded {
+    bytes: &'static [u8],
+    tag: HeaderValue,
+}
+
+/// A file that is served.
+struct Served {
+    asset: &'static Asset,
+    plain: Coded,
+    gzip: Coded,
+}
+
+impl Coded {
+    fn new(bytes: &'static [u8]) -> Option<Coded> {
+        let tag = HeaderValue::from_str(&format!("\"{}\"", &blake3::hash(bytes).to_hex()[..32])).ok()?;
+        Some(Coded { bytes, tag })
+    }
+}
+
+/// `/` and the files that it and other pages load; nothing where the playground is off.
+pub fn route(on: bool) -> BoxedFilter<(Response,)> {
+    let files = Arc::new(if on { Files::new() } else { Files(Vec::new()) });
+    warp::path::full()
+        .and(warp::method())
+        .and(warp::header::headers_cloned())
+        .and_then(move |path: FullPath, method: Method, headers: HeaderMap| {
+            let answer = files.answer(path.as_str(), &method, &headers);
+            std::future::ready(answer.ok_or_else(warp::reject::not_found))
+        })
+        .boxed()
+}
+
+/// All that are served.
+struct Files(Vec<Served>);
+
+impl Files {
+    fn new() -> Files {
+        let serve = |asset| Some(Served { asset, plain: Coded::new(asset.plain)?, gzip: Coded::new(asset.gzip)? });
+        Files(ASSETS.iter().filter_map(serve).collect())
+    }
+
+    fn answer(&self, path: &str, method: &Method, headers: &HeaderMap) -> Option<Response> {
+        let name = match path.strip_prefix('/')? {
+            "" => PAGE,
+            name => name,
+        };
+        let file = self.0.iter().find(|file| file.asset.name == name)?;
+        Some(match *method {
+            Method::GET | Method::HEAD => file.answer(headers),
+            _ => ApiError::MethodNotAllowed("GET, HEAD").into_response(),
+        })
+    }
+}
+
+impl Served {
+    fn answer(&self, headers: &HeaderMap) -> Response {
+        let gzip = takes_gzip(headers);
+        let coded = if gzip { &self.gzip } else { &self.plain };
+        let mut response = match has(headers, &coded.tag) {
+            true => StatusCode::NOT_MODIFIED.into_response(),
+            false => coded.bytes.into_response(),
+        };
+        let all = response.headers_mut();
+        all.insert(CONTENT_TYPE, HeaderValue::from_static(self.asset.content_type));
+        all.insert(ETAG, coded.tag.clone());
+        all.insert(VARY, HeaderValue::from_static("accept-encoding"));
+        if gzip {
+            all.insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+        }
+        let kept = if self.asset.immutable { "public, max-age=31536000, immutable" } else { "no-cache" };
+        all.insert(CACHE_CONTROL, HeaderValue::from_static(kept));
+        secure(all);
+        response
+    }
+}
+
+/// The headers that keep a page to itself.
+pub fn secure(headers: &mut HeaderMap) {
+    headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY));
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+}
+
+/// The words of a header that is a list.
+fn words(headers: &HeaderMap, name: warp::http::HeaderName) -> impl Iterator<Item = &str> {
+    headers
+        .get_all(name)
+        .into_iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|list| list.split(','))
+        .map(str::trim)
+}
+
+fn takes_gzip(headers: &HeaderMap) -> bool {
+    words(headers, ACCEPT_ENCODING).any(|word| {
+        let mut parts = word.split(';').map(str::trim);
+        let coding = parts.next().unwrap_or_default();
+        let refused = parts.filter_map(|part| part.strip_prefix("q=")).any(|q| q.parse() == Ok(0.0));
+        coding.eq_ignore_ascii_case("gzip") && !refused
+    })
+}
+
+/// Whether the client has what carries this tag.
+fn has(headers: &HeaderMap, tag: &HeaderValue) -> bool {
+    words(headers, IF_NONE_MATCH).any(|word| word == "*" || word.trim_start_matches("W/").as_bytes() == tag.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ask(method: Method, path: &str, headers: &[(&'static str, &str)]) -> Option<Response> {
+        let headers = headers
+            .iter()
+            .map(|(name, value)| (warp::http::HeaderName::from_static(name), HeaderValue::from_str(value).unwrap()));
+        Files::new().answer(path, &method, &headers.collect())
+    }
+
+    fn get(path: &str, headers: &[(&'static str, &str)]) -> Response {
+        ask(Method::GET, path, headers).unwrap()
+    }
+
+    #[test]
+    fn the_page_names_files_that_exist() {
+        let page = ASSETS.iter().find(|asset| asset.name == PAGE).unwrap();
+        let text = std::str::from_utf8(page.plain).unwrap();
+        let is_file = |part: &&str| [".js", ".css", ".svg"].iter().any(|ending| part.ends_with(ending));
+        let named: Vec<&str> = text.split('"').filter(is_file).collect();
+        assert!(named.len() >= 4, "{named:?}");
+        for name in named {
+            assert_eq!(get(&format!("/{name}"), &[]).status(), StatusCode::OK, "{name}");
+        }
+        assert!(!text.contains("style="), "the policy allows no style attribute");
+    }
+
+    #[test]
+    fn the_coding_is_what_the_client_takes() {
+        for refuses in [&[][..], &[("accept-encoding", "br, gzip;q=0")]] {
+            assert!(!get("/", refuses).headers().contains_key(CONTENT_ENCODING));
+        }
+        let gzip = get("/", &[("accept-encoding", "br;q=1.0, GZIP;q=0.5")]);
+        assert_eq!(gzip.headers()[CONTENT_ENCODING], "gzip");
+        assert_eq!(gzip.headers()[CONTENT_SECURITY_POLICY], POLICY);
+        assert_ne!(gzip.headers()[ETAG], get("/", &[]).headers()[ETAG]);
+    }
+
+    #[test]
+    fn who_has_a_file_is_not_sent_it_again() {
+        let tag = get("/embed.js", &[]).headers()[ETAG].to_str().unwrap().to_owned();
+        for list in [tag.clone(), format!("\"other\", W/{tag}"), "*".into()] {
+            assert_eq!(get("/embed.js", &[("if-none-match", &list)]).status(), StatusCode::NOT_MODIFIED, "{list}");
+        }
+        // The other coding is another representation.
+        let other = get("/embed.js", &[("if-none-match", &tag), ("accept-encoding", "gzip")]);
+        assert_eq!(other.status(), StatusCode::OK);
+    }
+
+    #[test]
+    fn other_methods_and_paths_are_refused() {
+        let response = ask(Method::POST, "/", &[]).unwrap();
+        assert_eq!(response.status(), StatusCode::METHOD_NOT_ALLOWED);
+        assert_eq!(response.headers()["allow"], "GET, HEAD");
+        assert!(ask(Method::GET, "/assets.rs", &[]).is_none());
+        assert!(Files(Vec::new()).answer("/", &Method::GET, &HeaderMap::new()).is_none());
+    }
+}
