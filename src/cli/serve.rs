@@ -63,7 +63,7 @@ pub struct Workshop {
     pub engine: Arc<dyn Engine>,
     /// Whether its containers can be limited without podman's help.
     delegated: bool,
-    keepers: TaskTracker,
+    supervisors: TaskTracker,
     living: Living,
 }
 
@@ -77,31 +77,31 @@ impl Workshop {
         let executable = std::env::current_exe().context("cannot find the path of this executable")?;
         instance::mountable(&executable)?;
         let podman = Podman::new(&settings.podman);
-        let (keepers, living) = (TaskTracker::new(), Living::default());
+        let (supervisors, living) = (TaskTracker::new(), Living::default());
         let engine_settings = EngineSettings {
             instance: instance.name.clone(),
             jobs,
             executable,
             require_limits: settings.require_limits,
-            keepers: keepers.clone(),
+            supervisors: supervisors.clone(),
             living: living.clone(),
             observer: Arc::new(Counted),
         };
         let engine = Chosen::new(settings.engine, podman.clone(), engine_settings);
         let delegated = engine.limits_by_itself();
         let engine = Arc::new(Measured(Arc::new(engine)));
-        Ok(Workshop { instance, podman, engine, delegated, keepers, living })
+        Ok(Workshop { instance, podman, engine, delegated, supervisors, living })
     }
 
     /// Waits until all containers have gone, then removes by label whatever has not.
     pub async fn close(self) {
         let going = async {
             self.engine.release(None).await;
-            self.keepers.close();
-            self.keepers.wait().await;
+            self.supervisors.close();
+            self.supervisors.wait().await;
         };
         if tokio::time::timeout(KEEPERS_TIME, going).await.is_err() {
-            tracing::warn!(containers = self.keepers.len(), "containers did not go by themselves");
+            tracing::warn!(containers = self.supervisors.len(), "containers did not go by themselves");
         }
         let living = Living::default();
         let sweep = sweep::sweep(&self.podman, &self.instance.name, &living);

@@ -72,7 +72,7 @@ impl Start {
     }
 }
 
-/// The init of a sandbox, and its keeper. When it is dropped the container has ended and its slot is given back.
+/// The init of a sandbox, and its supervisor. When it is dropped the container has ended and its slot is given back.
 pub struct Init {
     channel: Channel,
     gone: CancellationToken,

@@ -44,7 +44,7 @@ impl Checks {
 
     async fn run(&self, engine: &dyn Engine, language: &Arc<Language>, image: &str) -> Result<Outcome, SandboxError> {
         let mut freed = self.freed.lock().await;
-        // We hold a sender: it does not close. The keeper of the one before sees that it comes back.
+        // We hold a sender: it does not close. The supervisor of the one before sees that it comes back.
         let number = freed.recv().await.unwrap_or(HEALTH_SLOT);
         let slot = Slot::new(number, self.free.clone());
         let spec = SandboxSpec { language: Arc::clone(language), image: image.to_owned(), slot };

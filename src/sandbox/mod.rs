@@ -1,7 +1,7 @@
 //! Sandboxes: one container each, made ahead of time, used by one job, then deleted.
 //!
 //! Who owns what: a [`Sandbox`] holds our end of the channel to init. Dropping it, whatever the reason,
-//! closes the channel; init exits, and the container with it. Its *keeper*, a task of the engine, owns the
+//! closes the channel; init exits, and the container with it. Its *supervisor*, a task of the engine, owns the
 //! rest (the engine's process, the job directory, the [`Slot`]) and gives it back when the container is gone.
 
 pub mod agent;

@@ -41,15 +41,15 @@ pub struct EngineSettings {
     pub executable: PathBuf,
     /// Whether a sandbox whose limits the kernel does not keep is refused.
     pub require_limits: bool,
-    /// Where the keepers of sandboxes run.
-    pub keepers: TaskTracker,
+    /// Where the supervisors of sandboxes run.
+    pub supervisors: TaskTracker,
     /// Where they tell what they keep.
     pub living: Living,
     /// Who hears of what becomes of it.
     pub observer: Arc<dyn Observer>,
 }
 
-/// The names of the containers that have a keeper. All others of the instance are left over.
+/// The names of the containers that have a supervisor. All others of the instance are left over.
 #[derive(Debug, Clone, Default)]
 pub struct Living(Arc<Mutex<HashSet<String>>>);
 
@@ -60,13 +60,13 @@ impl Living {
         Mark { living: self.clone(), name: name.to_owned() }
     }
 
-    /// Whether a container has a keeper.
+    /// Whether a container has a supervisor.
     pub fn is_living(&self, name: &str) -> bool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(name)
     }
 }
 
-/// A container that has a keeper.
+/// A container that has a supervisor.
 #[derive(Debug)]
 pub struct Mark {
     living: Living,
@@ -114,8 +114,8 @@ impl EngineSettings {
             .map_err(SandboxError::io("cannot make a job directory"))
     }
 
-    /// Hands a container to a keeper, and returns it as a sandbox once its init is ready. Whatever fails, the
-    /// keeper cleans up.
+    /// Hands a container to a supervisor, and returns it as a sandbox once its init is ready. Whatever fails, the
+    /// supervisor cleans up.
     pub(crate) async fn raise(&self, started: Started, language: &Language) -> Result<Sandbox, SandboxError> {
         let Started { channel, job_dir, image, user, slot, own_cgroup, cgroup, ended, remove, owned } = started;
         let (uid, number) = (slot.uid(&self.instance), slot.number);
@@ -123,7 +123,7 @@ impl EngineSettings {
         let last_words = Arc::new(OnceLock::new());
         let (told, over, words) = (released.clone(), gone.clone(), Arc::clone(&last_words));
         let observer = Arc::clone(&self.observer);
-        self.keepers.spawn(async move {
+        self.supervisors.spawn(async move {
             // Dropped in reverse: nothing else takes the place before all of this is gone.
             let _slot = slot;
             let owned = owned;

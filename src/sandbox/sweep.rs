@@ -17,7 +17,7 @@ const INTERVAL: Duration = Duration::from_secs(60);
 /// Time after which a failed sweep is tried again, doubled up to [`INTERVAL`]: podman refuses to remove what is just ending.
 const RETRY: Duration = Duration::from_secs(2);
 
-/// Removes the containers of an instance that have no keeper, and tells how many there were.
+/// Removes the containers of an instance that have no supervisor, and tells how many there were.
 pub async fn sweep(podman: &Podman, instance: &str, living: &Living) -> Result<usize, ProcessError> {
     // Listed first: whatever is made later is not in the list, whatever was made before has its mark.
     let mut names = podman.list(instance).await?;

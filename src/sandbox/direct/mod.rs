@@ -69,7 +69,7 @@ struct Template {
     limits: Limits,
     /// The image's, as the image says it.
     user: String,
-    keepers: TaskTracker,
+    supervisors: TaskTracker,
     /// There as long as the container may be.
     mark: Option<Mark>,
 }
@@ -92,7 +92,7 @@ impl Drop for Template {
         let Some(removal) = self.removal() else { return };
         // The last sandbox of it has gone. Where there is no runtime any more the sweep removes it.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            self.keepers.spawn_on(removal, &runtime);
+            self.supervisors.spawn_on(removal, &runtime);
         }
     }
 }
@@ -234,7 +234,7 @@ impl DirectEngine {
             agent: Arc::clone(agent),
             limits: Limits::default(),
             user: String::new(),
-            keepers: self.settings.keepers.clone(),
+            supervisors: self.settings.supervisors.clone(),
             mark: Some(mark),
         };
         let config = self.podman.create(&name, podman::walls(&name, &self.settings, language, image)).await?;

@@ -526,7 +526,7 @@ mod tests {
             jobs: "/run/jobs".into(),
             executable: "/usr/bin/coderunner".into(),
             require_limits: false,
-            keepers: TaskTracker::new(),
+            supervisors: TaskTracker::new(),
             living: Living::default(),
             observer: Arc::new(crate::sandbox::fake::Unheard),
         }

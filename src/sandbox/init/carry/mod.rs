@@ -1,7 +1,7 @@
 //! What compiling left behind, as one init packs it and others unpack it.
 //!
 //! A program must not be able to tell whether it was compiled in its sandbox or in another one. So all that it can see of
-//! the [places](super::init) that programs may write to is carried: names, in the order in which a directory tells them,
+//! the [places](crate::sandbox::init) that programs may write to is carried: names, in the order in which a directory tells them,
 //! kinds, contents with their holes, hard links, modes, times. Whatever else a file can have (an owner, attributes, ACLs,
 //! room that is reserved) and whatever cannot be read makes packing fail, and then each sandbox compiles for itself.
 //!
