@@ -24,11 +24,11 @@ use crate::model::language;
 use crate::sandbox::{self, engine::EngineKind};
 use doctor::probe::{self, Probe};
 
-/// Compiles and runs code of strangers, each run in a fresh rootless container.
+/// Compile and run untrusted code, each run in a fresh rootless container
 #[derive(Debug, Parser)]
 #[command(version, about, propagate_version = true)]
 struct Cli {
-    /// How the log is written
+    /// Log format
     #[arg(long, global = true, value_name = "FORMAT", env = "CODERUNNER_LOG_FORMAT", default_value = "text")]
     log_format: log::Format,
     #[command(subcommand)]
@@ -37,96 +37,96 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Serve HTTP until SIGTERM or Ctrl-C.
+    /// Serve HTTP until SIGTERM or Ctrl-C
     Serve {
         #[command(flatten)]
         common: Common,
         /// Address and port to listen on [default: 127.0.0.1:8080]
         #[arg(long, value_name = "ADDRESS")]
         listen: Option<SocketAddr>,
-        /// How sandboxes are made
+        /// Engine that makes the sandboxes [default: the configured one]
         #[arg(long)]
         engine: Option<EngineKind>,
     },
-    /// Run one program; its input, output and exit code pass through.
+    /// Run one program; pass its input, output and exit code through
     Run {
-        /// The configuration [default: /etc/coderunner/coderunner.toml]
+        /// Configuration file [default: /etc/coderunner/coderunner.toml]
         #[arg(long, value_name = "FILE", env = "CODERUNNER_CONFIG")]
         config: Option<PathBuf>,
-        /// The language [default: that of the file's name]
+        /// Language [default: by the ending of the file name]
         #[arg(short, long)]
         language: Option<String>,
-        /// A further file, beside the program; repeat it for more
+        /// Further file beside the program; may be repeated
         #[arg(short, long = "file", value_name = "FILE")]
         files: Vec<PathBuf>,
-        /// What the program reads, instead of our own standard input
+        /// Standard input of the program, instead of this command's own
         #[arg(long, value_name = "TEXT")]
         stdin: Option<String>,
-        /// How long it may run, as in 2s or 500ms [default: that of the language]
+        /// Time limit, such as 2s or 500ms [default: that of the language]
         #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
         time: Option<Duration>,
-        /// How much memory it may use, as in 64MiB [default: that of the language]
+        /// Memory limit, such as 64MiB [default: that of the language]
         #[arg(long, value_name = "SIZE")]
         memory: Option<ByteSize>,
-        /// Print what became of it as JSON, as /api/v2/execute answers, instead of what it prints
+        /// Print the result as JSON, in the form of /api/v2/execute, instead of the program's output
         #[arg(long)]
         json: bool,
-        /// The source, and the arguments of the program: whatever they look like, they are not ours
+        /// Source file, and the arguments of the program; everything after the file goes to the program
         #[arg(required = true, trailing_var_arg = true, value_names = ["FILE", "ARGS"])]
         program: Vec<OsString>,
     },
-    /// Try every limit and wall on this host; exit code 1 if one does not hold.
+    /// Check every limit and every isolation wall on this host; exit with code 1 if one fails
     Doctor {
         #[command(flatten)]
         common: Common,
-        /// The engine that has to be well; both are tried [default: the configured one]
+        /// Engine that must pass; both are checked [default: the configured one]
         #[arg(long)]
         engine: Option<EngineKind>,
-        /// Print JSON instead of a table.
+        /// Print JSON instead of a table
         #[arg(long)]
         json: bool,
     },
-    /// Look for newer images now, in the running server if there is one.
+    /// Update the images now, through the running server if there is one
     Update(Common),
-    /// Print the settings in effect.
+    /// Print the effective settings
     Config(Common),
-    /// Make a key for a client, and the line of the configuration that lets its owner in.
+    /// Create an API key for a client, and print the line for the configuration
     Key {
-        /// Its owner, as shown in the log
+        /// Owner of the key, as shown in the log
         #[arg(default_value = "client")]
         owner: String,
     },
-    /// Print what makes a shell complete our words.
+    /// Generate shell completions
     Completions {
-        /// The shell
+        /// Shell
         shell: clap_complete::Shell,
     },
-    /// Write manual pages; `make install` does this.
+    /// Write the manual pages; used by `make install`
     #[command(hide = true)]
     Man {
-        /// Where to
+        /// Target directory
         directory: PathBuf,
     },
-    /// Remove what a killed server has left; the unit does this.
+    /// Remove the containers that a killed server left behind; used by the systemd unit
     #[command(hide = true)]
     Sweep(Common),
     /// PID 1 of a sandbox.
     #[command(hide = true)]
     Init,
-    /// The server's hand in podman's namespaces.
+    /// The agent: makes sandboxes inside podman's namespaces
     #[command(hide = true)]
     Agent,
-    /// What doctor runs in sandboxes.
+    /// Checks that `doctor` runs inside sandboxes
     #[command(hide = true)]
     Probe { probe: Probe, word: String },
 }
 
 #[derive(Debug, Args)]
 struct Common {
-    /// The configuration [default: /etc/coderunner/coderunner.toml]
+    /// Configuration file [default: /etc/coderunner/coderunner.toml]
     #[arg(long, value_name = "FILE", env = "CODERUNNER_CONFIG")]
     config: Option<PathBuf>,
-    /// A language to serve; the first is the default one
+    /// Language to serve; may be repeated, the first one is the default
     #[arg(long = "language", value_name = "NAME")]
     languages: Vec<String>,
 }

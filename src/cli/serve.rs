@@ -101,7 +101,7 @@ impl Workshop {
             self.supervisors.wait().await;
         };
         if tokio::time::timeout(KEEPERS_TIME, going).await.is_err() {
-            tracing::warn!(containers = self.supervisors.len(), "containers did not go by themselves");
+            tracing::warn!(containers = self.supervisors.len(), "containers did not exit by themselves");
         }
         let living = Living::default();
         let sweep = sweep::sweep(&self.podman, &self.instance.name, &living);
@@ -148,7 +148,9 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
                 workshop.close().await;
                 return Err(refusal.into());
             }
-            Some(Err(error)) => tracing::error!(%error, "cannot try the limits: each sandbox is asked when it is made"),
+            Some(Err(error)) => {
+                tracing::error!(%error, "cannot check the limits at start; each sandbox is checked when it is made")
+            }
             Some(Ok(())) => {}
         }
     }
@@ -405,7 +407,7 @@ async fn report_host(podman: &Podman, delegated: bool, require_limits: bool) -> 
         Ok(info) => info,
         Err(error) => {
             // It may come back: until then requests are refused with a reason.
-            tracing::error!(%error, "podman does not work here");
+            tracing::error!(%error, "podman does not work on this host");
             return Ok(false);
         }
     };

@@ -84,7 +84,7 @@ pub fn start(filter: EnvFilter, format: Format, colours: bool) {
 /// Starts the thread that writes. Nothing is written before.
 pub fn start_writing() -> io::Result<Flush> {
     let tell = |lines, ever| {
-        tracing::warn!(lines, ever, "lines of the log were dropped here: they could not be written, or not in time");
+        tracing::warn!(lines, ever, "log lines were dropped here: they could not be written in time");
     };
     std::thread::Builder::new().name("log".into()).spawn(move || {
         loop {

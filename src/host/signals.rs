@@ -74,15 +74,15 @@ pub fn listen(phases: Phases, reload: Option<mpsc::Sender<()>>) -> std::io::Resu
                 // A reload that waits already serves this one too.
                 (SIGHUP, Some(reload)) => drop(reload.try_send(())),
                 _ if !phases.stop.is_cancelled() => {
-                    tracing::info!("stopping: running requests come to their end");
+                    tracing::info!("stopping: waiting for running requests");
                     phases.stop.cancel();
                 }
                 _ if !phases.cut.is_cancelled() => {
-                    tracing::info!("stopping now: running requests are cut off");
+                    tracing::info!("stopping now: cancelling running requests");
                     phases.cut.cancel();
                 }
                 _ => {
-                    tracing::warn!("ended without cleaning up: the next start does it");
+                    tracing::warn!("exited without clean-up; the next start cleans up");
                     log::flush();
                     std::process::exit(1);
                 }

@@ -30,13 +30,13 @@ pub fn ready() {
 pub fn reloading() {
     match NotifyState::monotonic_usec_now() {
         Ok(now) => tell(&[NotifyState::Reloading, now]),
-        Err(error) => tracing::warn!(%error, "cannot tell systemd of a reload"),
+        Err(error) => tracing::warn!(%error, "cannot notify systemd of a reload"),
     }
 }
 
 /// The end has begun.
 pub fn stopping() {
-    tell(&[NotifyState::Stopping, NotifyState::Status("stopping: running requests come to their end")]);
+    tell(&[NotifyState::Stopping, NotifyState::Status("stopping: waiting for running requests")]);
 }
 
 /// Keeps the status line and the watchdog until dropped. `status` takes the locks that requests take: where it
@@ -54,6 +54,6 @@ pub fn report(status: impl Fn() -> String + Send + 'static) -> AbortOnDropHandle
 
 fn tell(state: &[NotifyState]) {
     if let Err(error) = sd_notify::notify(state) {
-        tracing::warn!(%error, "cannot tell systemd how the server is");
+        tracing::warn!(%error, "cannot notify systemd of the status");
     }
 }

@@ -203,7 +203,7 @@ pub struct Credentials<'a> {
     pub key: Option<&'a str>,
 }
 
-/// Lets requests in.
+/// Authenticates and rate-limits clients.
 pub struct Gate {
     keys: Vec<(Arc<str>, KeyHash)>,
     limiter: Option<DefaultKeyedRateLimiter<Client>>,

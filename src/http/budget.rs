@@ -48,7 +48,7 @@ pub struct Lease {
 
 /// There is no memory left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("all of the memory for what is sent and received is in use")]
+#[error("the memory for requests and answers is used up")]
 pub struct Exhausted;
 
 impl From<Exhausted> for ApiError {

@@ -18,11 +18,11 @@ const MAX_MESSAGE: usize = 1000;
 /// What is said to a client whose request has no outcome.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
-    #[error("the body is no valid request: {why}; send {example}")]
+    #[error("invalid request body: {why}; send {example}")]
     BadBody { why: String, example: &'static str },
     #[error("{0}")]
     BadRequest(String),
-    #[error("the body did not arrive in time; send it at once")]
+    #[error("the body did not arrive in time")]
     BodyTimeout,
     #[error("{what} too large: {}at most {limit} bytes are allowed", counted(.size))]
     TooLarge { what: &'static str, size: Option<usize>, limit: usize },
@@ -30,17 +30,17 @@ pub enum ApiError {
     HeadTooLarge(usize),
     #[error("send the body as Content-Type: application/json")]
     UnsupportedMediaType,
-    #[error("send the body as it is, without Content-Encoding: compressed ones are not taken")]
+    #[error("send the body without Content-Encoding: compressed bodies are not supported")]
     UnsupportedEncoding,
-    #[error("there is nothing here; POST /coderunner or /api/v2/execute runs code")]
+    #[error("not found; POST /coderunner or /api/v2/execute runs code")]
     NotFound,
-    #[error("this path takes another method: {0}")]
+    #[error("method not allowed; this path allows {0}")]
     MethodNotAllowed(&'static str),
-    #[error("pages of the origin {0:?} may not call this server: its setting cors_origins does not have it")]
+    #[error("the origin {0:?} is not allowed: add it to the setting cors_origins")]
     OriginForbidden(String),
-    #[error("this server does not answer to the host {0:?}: its setting allowed_hosts has to name it")]
+    #[error("the host {0:?} is not allowed: add it to the setting allowed_hosts")]
     HostForbidden(String),
-    #[error("a key is needed: send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`")]
+    #[error("an API key is required: send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`")]
     Unauthorized,
     #[error("too many requests; the next one will be served in {0} s")]
     TooManyRequests(u64),

@@ -364,7 +364,7 @@ impl ImageUpdater {
         self.announce_all(languages, &Image::Missing("its image is being checked".into()));
         self.check(&id, languages).await?;
         self.podman.tag(&id, &self.current_name(name)).await?;
-        tracing::info!(image = name, id, "an image is in use");
+        tracing::info!(image = name, id, "image in use");
         self.announce_all(languages, &Image::Ready(id));
         Ok(())
     }
@@ -453,7 +453,7 @@ impl ImageUpdater {
             for name in left {
                 let deleted = self.delete(&name).await;
                 if let (Err(error), true) = (deleted, tries == most) {
-                    tracing::info!(image = name, %error, "an image that is not used stays until the next update");
+                    tracing::info!(image = name, %error, "cannot delete an unused image; retrying at the next update");
                 }
             }
             if tries < most {
@@ -538,7 +538,7 @@ impl ImageUpdater {
             std::fs::write(&self.stamp, b"")
         };
         if let Err(error) = note() {
-            tracing::warn!(file = %self.stamp.display(), %error, "cannot note the time of an update");
+            tracing::warn!(file = %self.stamp.display(), %error, "cannot save the time of the update");
         }
     }
 }

@@ -134,7 +134,7 @@ impl Sandbox {
         let (memory, ours, theirs) = match files() {
             Ok(files) => files,
             Err(error) => {
-                tracing::warn!(%error, "what was compiled is not carried to other sandboxes");
+                tracing::warn!(%error, "cannot copy the compiled files to other sandboxes; each input is compiled by itself");
                 return Ok(None);
             }
         };
@@ -149,9 +149,12 @@ impl Sandbox {
             (Ok(packed), FromInit::Packed) => return Ok(Some(packed)),
             (Err(error), FromInit::Packed) => error.to_string(),
             (_, FromInit::NotCarried(reason)) => reason,
-            _ => return Err(SandboxError::Init("an answer to something else".into())),
+            _ => return Err(SandboxError::Init("unexpected message from init".into())),
         };
-        tracing::debug!(reason = refused, "what was compiled is not carried to other sandboxes");
+        tracing::debug!(
+            reason = refused,
+            "cannot copy the compiled files to other sandboxes; each input is compiled by itself"
+        );
         Ok(None)
     }
 
@@ -166,10 +169,10 @@ impl Sandbox {
             Ok(FromInit::Unpacked) => return Ok(()),
             Err(SandboxError::Lost) => return Err(SandboxError::Lost),
             Ok(FromInit::NotCarried(reason)) => reason,
-            Ok(_) => "an answer to something else".into(),
+            Ok(_) => "unexpected message from init".into(),
             Err(error) => error.to_string(),
         };
-        tracing::warn!(reason, "what was compiled elsewhere cannot be used: it is compiled again");
+        tracing::warn!(reason, "cannot use the compiled files of another sandbox; compiling again");
         built.refused.store(true, Ordering::Relaxed);
         Err(SandboxError::NotCarried)
     }

@@ -90,11 +90,11 @@ impl Chosen {
         match against {
             Some(reason) if self.kind == EngineKind::Auto => {
                 direct.release(None).await;
-                tracing::info!(reason, "engine: podman, for the direct one cannot be used");
+                tracing::info!(reason, "engine: podman, since the direct engine cannot be used");
                 Ok(podman())
             }
             Some(reason) => {
-                tracing::warn!(reason, "engine: direct, as configured, in spite of a reason against it");
+                tracing::warn!(reason, "engine: direct, as configured, although the check of the host failed");
                 Ok(Arc::new(direct))
             }
             None => {

@@ -335,7 +335,7 @@ impl Sandbox {
         if self.prepared {
             return SandboxError::Init(reason);
         }
-        tracing::warn!(reason, "a sandbox is of no use any more");
+        tracing::warn!(reason, "discarded an unusable sandbox");
         SandboxError::Lost
     }
 

@@ -89,7 +89,7 @@ impl Sandbox {
                     Some(FromInit::Failed(reason)) => return Err(self.failed(reason)),
                     Some(FromInit::HostMemory) => return Err(SandboxError::HostMemory),
                     Some(_) => {
-                        return Err(SandboxError::Init("an answer to something else".into()));
+                        return Err(SandboxError::Init("unexpected message from init".into()));
                     }
                     None => break self.ended_under(started, "its channel is closed")?,
                 },

@@ -148,7 +148,9 @@ impl EngineSettings {
             _released: released.drop_guard(),
         };
         let not_made = |reason: String| SandboxError::NotMade { language: language.name.clone(), reason };
-        let why = || not_made(last_words.get().cloned().unwrap_or_else(|| "it ended at once".into()));
+        let why = || {
+            not_made(last_words.get().cloned().unwrap_or_else(|| "the container exited before init was ready".into()))
+        };
         let ready = tokio::select! {
             message = timeout(START_TIME, sandbox.channel.receive()) => message,
             () = sandbox.gone.cancelled() => return Err(why()),
@@ -169,7 +171,7 @@ impl EngineSettings {
                 "the executable speaks protocol {version}, this server {}: it was replaced, restart the server",
                 protocol::VERSION
             ))),
-            Ok(Ok(Some(_))) => Err(not_made("init said something else than that it is ready".into())),
+            Ok(Ok(Some(_))) => Err(not_made("unexpected message from init while it started".into())),
             Ok(Ok(None)) => {
                 // The engine knows more than that, a moment later.
                 let _ = timeout(WORDS_TIME, sandbox.gone.cancelled()).await;

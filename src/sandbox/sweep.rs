@@ -42,13 +42,13 @@ pub async fn run(
             let pause = match swept {
                 Ok(removed) => {
                     if removed > 0 {
-                        tracing::info!(removed, "containers without an owner are removed");
+                        tracing::info!(removed, "removed containers without an owner");
                     }
                     retry = RETRY;
                     INTERVAL
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "cannot sweep; trying again");
+                    tracing::warn!(%error, "cannot remove containers without an owner; retrying");
                     let pause = retry;
                     retry = (retry * 2).min(INTERVAL);
                     pause

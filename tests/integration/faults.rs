@@ -235,7 +235,7 @@ fn templates_that_a_hanging_podman_does_not_remove_hold_up_no_end() {
     let options = Options { languages: &languages, containers: 1, env: &env, ..options(&config) };
     let mut server = Server::start(options.clone());
     for language in languages {
-        server.wait_log(&["an image is in use", &format!("coderunner-{language}:")]);
+        server.wait_log(&["image in use", &format!("coderunner-{language}:")]);
     }
     hangs.put("hang");
     server.signal(Signal::SIGTERM);

@@ -564,7 +564,7 @@ fn the_time_of_a_look_that_cannot_be_kept_makes_no_more_of_them() {
     fs::create_dir_all(&stamp).unwrap();
     File::open(&stamp).unwrap().set_modified(SystemTime::now() - Duration::from_secs(8 * 24 * 3600)).unwrap();
     let server = Server::launch_with(files, &options);
-    server.wait_log(&["cannot note the time of an update"]);
+    server.wait_log(&["cannot save the time of the update"]);
     server.wait_ready();
     let pulls = registry.pulls(&image);
     // Twice as long as would be enough.

@@ -81,7 +81,7 @@ fn a_second_signal_does_not_wait_for_programs() {
     let server = Server::start(options("[shutdown]\ndrain = \"10m\"\n[limits]\nrun_time = \"280s\""));
     let (running, mark) = begin_sleep(&server, 250);
     server.signal(Signal::SIGTERM);
-    server.wait_log(&["stopping: running requests come to their end"]);
+    server.wait_log(&["stopping: waiting for running requests"]);
     assert!(!running.has_begun());
     server.signal(Signal::SIGTERM);
     assert_eq!(running.reply().status, 503);

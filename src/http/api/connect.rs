@@ -105,7 +105,7 @@ impl Places {
     }
 
     fn take(&self, client: Client) -> Result<(OwnedSemaphorePermit, Option<OwnedSemaphorePermit>), ApiError> {
-        let overloaded = |whose: &str| ApiError::Overloaded(format!("as many sockets{whose} are open as may be"));
+        let overloaded = |whose: &str| ApiError::Overloaded(format!("too many open WebSockets{whose}"));
         let share = match &client {
             // Whoever comes through a proxy on this host need not be alone behind its address.
             Client::Address(address) if address.is_loopback() => None,
@@ -151,13 +151,15 @@ pub fn routes(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<
             .into_response()
     });
     let other = path.and(warp::method()).map(|method| match method {
-        Method::GET => ApiError::BadRequest("this path speaks WebSocket; open one".into()).into_response(),
+        Method::GET => {
+            ApiError::BadRequest("this path is a WebSocket: connect with an upgrade request".into()).into_response()
+        }
         _ => ApiError::MethodNotAllowed("GET").into_response(),
     });
     socket.or(other).unify().boxed()
 }
 
-/// Run a program that can be typed to, by WebSocket
+/// Run a program interactively, by WebSocket
 ///
 /// The client says `init` with the fields of a program, then `data` for `stdin`, `eof` and `signal`; the server says
 /// `runtime`, `queued`, `stage`, `data`, `exit` and `error`, and closes with 4999 when the program is done.

@@ -142,12 +142,12 @@ impl Podman {
         if !is_lost(&again) {
             return again;
         }
-        tracing::warn!("podman's process was killed, and all containers with it: podman begins anew");
+        tracing::warn!("podman's process was killed together with all containers; resetting podman");
         // It fails over the containers that it finds dead, after it has done what is needed.
         let migrated = self.cmd(["system", "migrate"]).output(VERB_TIME).await;
         settled(&cmd).await.inspect_err(|_| {
             if let Err(error) = migrated {
-                tracing::error!(%error, "podman cannot begin anew");
+                tracing::error!(%error, "cannot reset podman");
             }
         })
     }
@@ -194,7 +194,7 @@ impl Podman {
     /// Removes a container; a failure is for the log, and for the next sweep.
     pub async fn remove_or_warn(&self, name: &str) {
         if let Err(error) = self.remove(&[name.to_owned()]).await {
-            tracing::warn!(container = name, %error, "cannot remove a container: the next sweep tries again");
+            tracing::warn!(container = name, %error, "cannot remove a container; retrying in the next sweep");
         }
     }
 
