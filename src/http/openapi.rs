@@ -120,9 +120,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_readme_has_every_status() {
-        let readme = include_str!("../../README.md");
-        let cells = readme.lines().filter_map(|line| line.strip_prefix("| ")?.split(" |").next());
+    fn the_documentation_has_every_status() {
+        let api = include_str!("../../docs/api.md");
+        let cells = api.lines().filter_map(|line| line.strip_prefix("| ")?.split(" |").next());
         let told: Vec<&str> = cells.flat_map(|cell| cell.split(", ")).collect();
         for status in Refused::responses().keys() {
             assert!(told.contains(&status.as_str()), "{status} is not in the table");

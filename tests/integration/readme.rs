@@ -1,17 +1,24 @@
-//! What the README shows is what happens.
+//! What the README and the documentation show is what happens.
 
 use std::fs;
 
 use crate::harness::{Options, Server, drive};
 
-const README: &str = include_str!("../../README.md");
+const DOCUMENTS: [&str; 5] = [
+    include_str!("../../README.md"),
+    include_str!("../../docs/api.md"),
+    include_str!("../../docs/configuration.md"),
+    include_str!("../../docs/languages.md"),
+    include_str!("../../docs/operation.md"),
+];
 
-/// The address that the README's examples call.
+/// The address that the examples call.
 const EXAMPLES: &str = "127.0.0.1:8080";
 
 /// Blocks of code in a language that call the server.
 fn examples(language: &str, server: &Server) -> Vec<String> {
-    let blocks = README.split("```").skip(1).step_by(2).filter_map(|block| block.strip_prefix(language));
+    let blocks = DOCUMENTS.iter().flat_map(|text| text.split("```").skip(1).step_by(2));
+    let blocks = blocks.filter_map(|block| block.strip_prefix(language));
     let calling = blocks.filter(|block| block.starts_with('\n') && block.contains(EXAMPLES));
     calling.map(|block| block.trim().replace(EXAMPLES, &server.address.to_string())).collect()
 }
