@@ -182,13 +182,12 @@ impl Report {
         section("Ratios of the same run", 4, &head, self.ratios().iter().map(ratio).collect());
         let hit = |hits: &Hits| vec![hits.server.clone(), number(hits.p50_ms), format!("{:.0}", hits.per_s)];
         let mut lines: Vec<Vec<String>> = self.hits.iter().map(hit).collect();
-        for pair in self.hits.windows(2) {
-            let [ours, other] = pair else { continue };
-            lines.push(vec![
-                format!("{} / {}", ours.server, other.server),
-                number(ours.p50_ms / other.p50_ms),
-                number(ours.per_s / other.per_s),
-            ]);
+        if let [ours, others @ ..] = self.hits.as_slice() {
+            let divided = |other: &Hits| {
+                let name = format!("{} / {}", ours.server, other.server);
+                vec![name, number(ours.p50_ms / other.p50_ms), number(ours.per_s / other.per_s)]
+            };
+            lines.extend(others.iter().map(divided));
         }
         section("Cache hits, 4 clients", 1, &["server", "p50 ms", "hits/s"], lines);
         let start = |start: &Start| vec![start.contender.clone(), start.job.into(), number(start.first_answer_ms)];

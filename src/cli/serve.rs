@@ -29,18 +29,16 @@ use crate::model::language::Language;
 use crate::run::cache::MemoCache;
 use crate::run::readiness::Readiness;
 use crate::run::{Runner, Tasks};
-use crate::sandbox::engine::Chosen;
-use crate::sandbox::engine::EngineKind;
+use crate::sandbox::engine::{Chosen, EngineKind};
 use crate::sandbox::health::Checks;
 use crate::sandbox::podman::Podman;
-use crate::sandbox::supervisor::EngineSettings;
-use crate::sandbox::supervisor::Living;
+use crate::sandbox::supervisor::{EngineSettings, Living};
 use crate::sandbox::sweep;
 use crate::sandbox::{Engine, SandboxError};
 use crate::scheduler::pool::{Image, Pool, Status};
 
 /// How long containers may take to go at the end, before what is left is removed by force.
-const KEEPERS_TIME: Duration = Duration::from_secs(15);
+const SUPERVISORS_TIME: Duration = Duration::from_secs(15);
 
 /// How long that may take. Together it has to be more than what hangs may take until it is killed, and with the drain less
 /// than systemd waits for the end of a service.
@@ -100,7 +98,7 @@ impl Workshop {
             self.supervisors.close();
             self.supervisors.wait().await;
         };
-        if tokio::time::timeout(KEEPERS_TIME, going).await.is_err() {
+        if tokio::time::timeout(SUPERVISORS_TIME, going).await.is_err() {
             tracing::warn!(containers = self.supervisors.len(), "containers did not exit by themselves");
         }
         let living = Living::default();
@@ -223,7 +221,7 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     closing.await;
     pool.drain();
     background.close();
-    if tokio::time::timeout(KEEPERS_TIME, background.wait()).await.is_err() {
+    if tokio::time::timeout(SUPERVISORS_TIME, background.wait()).await.is_err() {
         tracing::warn!("background tasks did not end in time");
     }
     workshop.close().await;

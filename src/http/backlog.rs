@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 use tokio::sync::{Notify, mpsc};
 
-use crate::http::budget::{Budget, Exhausted, Lease};
+use crate::http::budget::{Budget, Exhausted, Growing};
 use crate::model::job::{Output, Place, Stage};
 use crate::run::Event;
 
@@ -20,9 +20,6 @@ const SEGMENT: usize = 64 * 1024;
 /// What may wait for a client without a lease: less than a connection has as buffers.
 const FREE: usize = 8 * 1024;
 
-/// Bytes of memory that are leased at a time.
-const STEP: usize = 64 * 1024;
-
 /// Events that wait for the client of a run.
 pub struct Backlog<'a> {
     budget: &'a Budget,
@@ -30,15 +27,18 @@ pub struct Backlog<'a> {
     changed: Notify,
 }
 
-#[derive(Default)]
 struct Waiting {
     segments: VecDeque<Segment>,
     /// How far the first segment has been told.
     told: Place,
-    /// Bytes that it may take.
-    allowed: usize,
-    lease: Option<Lease>,
+    memory: Growing,
     over: bool,
+}
+
+impl Default for Waiting {
+    fn default() -> Waiting {
+        Waiting { segments: VecDeque::new(), told: Place::default(), memory: Growing::new(FREE), over: false }
+    }
 }
 
 enum Segment {
@@ -49,8 +49,7 @@ enum Segment {
 impl<'a> Backlog<'a> {
     /// An empty one.
     pub fn new(budget: &'a Budget) -> Backlog<'a> {
-        let waiting = Waiting { allowed: FREE, ..Waiting::default() };
-        Backlog { budget, waiting: Mutex::new(waiting), changed: Notify::new() }
+        Backlog { budget, waiting: Mutex::default(), changed: Notify::new() }
     }
 
     /// Takes all events, at once when each happens, until there are no more or no memory is left for them.
@@ -58,14 +57,8 @@ impl<'a> Backlog<'a> {
         while let Some(event) = happening.recv().await {
             let mut waiting = self.waiting();
             waiting.add(event);
-            while waiting.size() > waiting.allowed {
-                let more = self.budget.try_lease(STEP)?;
-                match &mut waiting.lease {
-                    Some(lease) => lease.add(more),
-                    none => *none = Some(more),
-                }
-                waiting.allowed += STEP;
-            }
+            let size = waiting.size();
+            waiting.memory.cover(size, self.budget)?;
             drop(waiting);
             self.changed.notify_one();
         }
@@ -134,7 +127,7 @@ impl Waiting {
             }
         };
         if self.size() <= FREE {
-            (self.allowed, self.lease) = (FREE, None);
+            self.memory = Growing::new(FREE);
         }
         Some(event)
     }
@@ -204,7 +197,7 @@ mod tests {
         while backlog.next_now().is_some() {
             count += 1;
         }
-        assert_eq!((count, backlog.waiting().lease.is_none()), (200_000, true));
+        assert_eq!((count, backlog.waiting().memory.is_free()), (200_000, true));
     }
 
     #[tokio::test]

@@ -16,6 +16,9 @@ const WAIT: Duration = Duration::from_secs(10);
 /// What is counted in: a permit is so many bytes.
 const UNIT: usize = 1024;
 
+/// Bytes that are leased at a time for what grows.
+const STEP: usize = 64 * 1024;
+
 /// The part of the memory that answers may take together that wait for their own. They are in memory meanwhile.
 const WAITING_PART: u32 = 4;
 
@@ -44,6 +47,39 @@ struct Shares {
 pub struct Lease {
     of_client: OwnedSemaphorePermit,
     of_all: OwnedSemaphorePermit,
+}
+
+/// Memory for what grows: leased in steps, beyond what is free.
+#[derive(Debug)]
+pub struct Growing {
+    allowed: usize,
+    lease: Option<Lease>,
+}
+
+impl Growing {
+    /// Nothing is leased yet; so many bytes need no lease.
+    pub const fn new(free: usize) -> Growing {
+        Growing { allowed: free, lease: None }
+    }
+
+    /// Leases as much as these bytes, all that there are, need.
+    pub fn cover(&mut self, bytes: usize, budget: &Budget) -> Result<(), Exhausted> {
+        while bytes > self.allowed {
+            let more = budget.try_lease(STEP)?;
+            match &mut self.lease {
+                Some(lease) => lease.add(more),
+                none => *none = Some(more),
+            }
+            self.allowed += STEP;
+        }
+        Ok(())
+    }
+
+    /// Whether nothing is leased.
+    #[cfg(test)]
+    pub fn is_free(&self) -> bool {
+        self.lease.is_none()
+    }
 }
 
 /// There is no memory left.

@@ -3,13 +3,10 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::http::budget::{Budget, Exhausted, Lease};
+use crate::http::budget::{Budget, Exhausted, Growing};
 
 /// Bytes that a message may take without a lease: most that is typed is shorter, and a connection's buffers are as large.
 const FREE: usize = 16 * 1024;
-
-/// Bytes that are leased at a time.
-const STEP: usize = 64 * 1024;
 
 /// Counts what a connection receives, once it is a WebSocket. All clones count the same.
 #[derive(Debug, Clone, Default)]
@@ -20,14 +17,13 @@ pub struct Inbox(Arc<Mutex<Option<Message>>>);
 struct Message {
     budget: Arc<Budget>,
     received: usize,
-    allowed: usize,
-    lease: Option<Lease>,
+    memory: Growing,
     exhausted: bool,
 }
 
 impl Message {
     fn new(budget: Arc<Budget>) -> Message {
-        Message { budget, received: 0, allowed: FREE, lease: None, exhausted: false }
+        Message { budget, received: 0, memory: Growing::new(FREE), exhausted: false }
     }
 }
 
@@ -42,18 +38,9 @@ impl Inbox {
         let mut message = self.message();
         let Some(message) = message.as_mut() else { return Ok(()) };
         message.received += bytes;
-        while message.received > message.allowed {
-            match (message.budget.try_lease(STEP), &mut message.lease) {
-                (Ok(more), Some(lease)) => lease.add(more),
-                (Ok(more), none) => *none = Some(more),
-                (Err(exhausted), _) => {
-                    message.exhausted = true;
-                    return Err(io::Error::other(exhausted));
-                }
-            }
-            message.allowed += STEP;
-        }
-        Ok(())
+        let covered = message.memory.cover(message.received, &message.budget);
+        message.exhausted = covered.is_err();
+        covered.map_err(io::Error::other)
     }
 
     /// The message is complete: what comes from here on belongs to the next one.

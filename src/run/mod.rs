@@ -169,7 +169,9 @@ impl Runner {
             return Err(RunError::ShuttingDown);
         }
         let keyed = self.keyed(job)?;
-        if let Some(answer) = self.kept(&keyed.key, reuse) {
+        if reuse != Reuse::Refused
+            && let Some(answer) = self.kept(&keyed.key)
+        {
             return Ok(answer);
         }
         let flight = self.board(keyed, built, reuse)?;
@@ -189,13 +191,10 @@ impl Runner {
         if reuse == Reuse::Refused {
             return Ok(None);
         }
-        Ok(self.kept(&job.key(&self.image(&job.language)?), reuse))
+        Ok(self.kept(&job.key(&self.image(&job.language)?)))
     }
 
-    fn kept(&self, key: &JobKey, reuse: Reuse) -> Option<Answer> {
-        if reuse == Reuse::Refused {
-            return None;
-        }
+    fn kept(&self, key: &JobKey) -> Option<Answer> {
         let kept = self.memo.get(key);
         metrics::cache(kept.is_some());
         kept.map(|(outcome, age)| Answer { outcome, cached: Some(age), queued: Duration::ZERO })

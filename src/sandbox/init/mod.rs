@@ -114,6 +114,8 @@ struct Init {
     cgroup: Cgroup,
     /// Ready before there is a job, as the next one.
     filter: BpfProgram,
+    /// The way of the filter's listener to us.
+    pair: tracers::Pair,
     rules: landlock::Rules,
     ids: Option<(Uid, Gid)>,
     /// Those of the image's user.
@@ -144,6 +146,7 @@ impl Init {
             children,
             cgroup,
             filter,
+            pair: tracers::Pair::new()?,
             rules,
             ids: None,
             environment: environment.collect(),
@@ -473,11 +476,10 @@ fn spawn(
 ) -> Result<(Pid, Option<Listener>), NotSpawned> {
     let program = Program::new(spec, &init.environment).map_err(NotSpawned::Program)?;
     let limits = resource_limits(spec, init.cgroup.enforced().processes);
-    let Init { filter, rules, groups, stack, .. } = init;
-    let pair = tracers::Pair::new().map_err(NotSpawned::before)?;
+    let Init { filter, pair, rules, groups, stack, .. } = init;
     let (mut confined, mut failure) = (false, None);
     let child = || {
-        let prepared = confine(pipes, ids, groups, &limits, filter, &pair, rules);
+        let prepared = confine(pipes, ids, groups, &limits, filter, pair, rules);
         confined = prepared.is_ok();
         failure = Some(prepared.map_or_else(NotSpawned::before, |()| NotSpawned::exec(program.replace_us())));
         libc::EXIT_FAILURE as isize
@@ -488,9 +490,11 @@ fn spawn(
     // the child shares while it is already the programs' uid: it is not dumpable, and no program runs yet.
     let pid = unsafe { clone(Box::new(child), stack.room(), flags, Some(libc::SIGCHLD)) };
     let pid = pid.map_err(NotSpawned::before)?;
+    // Whatever became of the child: what it sent is of this stage alone. Without a listener the kernel refuses what it would
+    // ask for.
+    let listener = pair.listener().unwrap_or_default();
     if confined && failure.is_none() {
-        // Without a listener the kernel refuses what it would ask for.
-        return Ok((pid, pair.listener().unwrap_or_default()));
+        return Ok((pid, listener));
     }
     waitpid(pid, None).map_err(NotSpawned::before)?;
     Err(failure.unwrap_or_else(|| NotSpawned::Init(io::Error::other("a child ended before it was a program"))))

@@ -54,7 +54,7 @@ impl Pair {
     }
 
     /// What was sent; none where the kernel has no such listeners.
-    pub fn listener(self) -> io::Result<Option<Listener>> {
+    pub fn listener(&self) -> io::Result<Option<Listener>> {
         let (mut byte, mut space) = ([0], nix::cmsg_space!(RawFd));
         let mut parts = [IoSliceMut::new(&mut byte)];
         let flags = MsgFlags::MSG_CMSG_CLOEXEC;
