@@ -96,7 +96,7 @@ impl Mould {
         drop(go);
         let device = fs::metadata(&plan.root)?.dev();
         let filter = plan.filter.iter().map(|&(code, jt, jf, k)| sock_filter { code, jt, jf, k }).collect();
-        Ok((Mould { plan, filter, programs: seccomp::filter()?, mounts, device }, child))
+        Ok((Mould { plan, filter, programs: seccomp::filter(), mounts, device }, child))
     }
 
     /// Makes a sandbox. The rest is told by its init.

@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr, OsString};
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -80,7 +80,7 @@ pub fn main() -> ExitCode {
     let channel = unsafe { OwnedFd::from_raw_fd(CHANNEL_FD) };
     // SAFETY: of what this process has open nobody owns anything but the channel.
     let live = |filter| unsafe { live(channel, std::env::vars_os().collect(), filter) };
-    let lived = seccomp::filter().and_then(live);
+    let lived = live(seccomp::filter());
     match lived {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -114,8 +114,7 @@ struct Init {
     cgroup: Cgroup,
     /// Ready before there is a job, as the next one.
     filter: BpfProgram,
-    /// The way of the filter's listener to us.
-    pair: tracers::Pair,
+    standard: Standard,
     rules: landlock::Rules,
     ids: Option<(Uid, Gid)>,
     /// Those of the image's user.
@@ -146,7 +145,7 @@ impl Init {
             children,
             cgroup,
             filter,
-            pair: tracers::Pair::new()?,
+            standard: Standard::new()?,
             rules,
             ids: None,
             environment: environment.collect(),
@@ -361,8 +360,13 @@ impl Init {
                 while let Ok(Some(_)) = self.children.read_signal() {}
             }
             main_is_dead = fds[2].any().unwrap_or(true);
-            let (told, asked) = (fds[0].any().unwrap_or(true), fds[3].revents() == Some(PollFlags::POLLIN));
-            if asked && listener.as_mut().is_some_and(Listener::answer) {
+            let told = fds[0].any().unwrap_or(true);
+            let asked = listener.is_some().then(|| fds[3].revents()).flatten().unwrap_or(PollFlags::empty());
+            if asked.contains(PollFlags::POLLHUP) {
+                // Nobody is left who could ask: the kernel says so as soon as a program begins to end, and again and again
+                // until it has ended.
+                listener = None;
+            } else if asked.contains(PollFlags::POLLIN) && listener.as_mut().is_some_and(Listener::answer) {
                 check_locks = tracers::CHECK;
                 next_locks_check = now;
             }
@@ -467,7 +471,8 @@ impl NotSpawned {
 /// Starts the stage's command as `ids`, without anything of ours but the three pipes.
 ///
 /// The child shares our memory until it is the program, as with vfork: a copy of it would cost as much as all else. So
-/// it must leave nothing behind that we do not expect, and we stand still meanwhile.
+/// it must leave nothing behind that we do not expect, and we stand still meanwhile. It also shares our descriptors: where the
+/// filter asks us is then open here, and closed in what becomes the program, which the kernel gives a table of its own.
 fn spawn(
     spec: &StageSpec,
     pipes: &[OwnedFd; 3],
@@ -476,28 +481,53 @@ fn spawn(
 ) -> Result<(Pid, Option<Listener>), NotSpawned> {
     let program = Program::new(spec, &init.environment).map_err(NotSpawned::Program)?;
     let limits = resource_limits(spec, init.cgroup.enforced().processes);
-    let Init { filter, pair, rules, groups, stack, .. } = init;
-    let (mut confined, mut failure) = (false, None);
+    let Init { filter, standard, rules, groups, stack, .. } = init;
+    let (mut listener, mut failure) = (None, None);
     let child = || {
-        let prepared = confine(pipes, ids, groups, &limits, filter, pair, rules);
-        confined = prepared.is_ok();
-        failure = Some(prepared.map_or_else(NotSpawned::before, |()| NotSpawned::exec(program.replace_us())));
+        failure = Some(match confine(pipes, ids, groups, &limits, filter, rules) {
+            Ok(confined) => {
+                listener = Some(confined);
+                NotSpawned::exec(program.replace_us())
+            }
+            Err(error) => NotSpawned::before(error),
+        });
         libc::EXIT_FAILURE as isize
     };
-    let flags = CloneFlags::CLONE_VM | CloneFlags::CLONE_VFORK;
+    let flags = CloneFlags::CLONE_VM | CloneFlags::CLONE_FILES | CloneFlags::CLONE_VFORK;
     // SAFETY: the stack lives as long as the child uses it, for CLONE_VFORK returns when the child is the program or
     // has ended. Nothing else of ours runs meanwhile: this process has one thread. Nobody may look into the memory that
     // the child shares while it is already the programs' uid: it is not dumpable, and no program runs yet.
     let pid = unsafe { clone(Box::new(child), stack.room(), flags, Some(libc::SIGCHLD)) };
+    standard.restore().map_err(NotSpawned::before)?;
     let pid = pid.map_err(NotSpawned::before)?;
-    // Whatever became of the child: what it sent is of this stage alone. Without a listener the kernel refuses what it would
-    // ask for.
-    let listener = pair.listener().unwrap_or_default();
-    if confined && failure.is_none() {
-        return Ok((pid, listener));
+    match (listener, failure) {
+        (Some(listener), None) => Ok((pid, listener)),
+        (_, failure) => {
+            waitpid(pid, None).map_err(NotSpawned::before)?;
+            Err(failure.unwrap_or_else(|| NotSpawned::Init(io::Error::other("a child ended before it was a program"))))
+        }
     }
-    waitpid(pid, None).map_err(NotSpawned::before)?;
-    Err(failure.unwrap_or_else(|| NotSpawned::Init(io::Error::other("a child ended before it was a program"))))
+}
+
+/// Our own standard descriptors, kept for when a child has put its pipes in their places.
+struct Standard([OwnedFd; 3]);
+
+impl Standard {
+    fn new() -> io::Result<Standard> {
+        let keep = |fd: BorrowedFd| fd.try_clone_to_owned();
+        Ok(Standard([keep(io::stdin().as_fd())?, keep(io::stdout().as_fd())?, keep(io::stderr().as_fd())?]))
+    }
+
+    fn restore(&self) -> io::Result<()> {
+        take_their_places(&self.0)
+    }
+}
+
+/// Makes these the standard descriptors.
+fn take_their_places([stdin, stdout, stderr]: &[OwnedFd; 3]) -> io::Result<()> {
+    dup2_stdin(stdin)?;
+    dup2_stdout(stdout)?;
+    Ok(dup2_stderr(stderr)?)
 }
 
 /// Stack of a child in bytes until it is the program. The functions that it runs are not deep, but what they do where
@@ -544,13 +574,9 @@ fn confine(
     groups: &[Gid],
     limits: &[(Resource, u64)],
     filter: &BpfProgram,
-    pair: &tracers::Pair,
     rules: &landlock::Rules,
-) -> io::Result<()> {
-    let [stdin, stdout, stderr] = pipes;
-    dup2_stdin(stdin)?;
-    dup2_stdout(stdout)?;
-    dup2_stderr(stderr)?;
+) -> io::Result<Option<Listener>> {
+    take_their_places(pipes)?;
     chdir(WORK_DIR)?;
     // The kernel's first choice at the memory limit, before init.
     fs::write("/proc/self/oom_score_adj", "1000")?;
@@ -571,7 +597,7 @@ fn confine(
     rules.try_clone()?.restrict_self().map_err(io::Error::other)?;
     // Last: it holds from here on.
     set_no_new_privs()?;
-    tracers::apply(filter, pair.theirs.as_fd())
+    tracers::apply(filter)
 }
 
 /// What a child becomes.

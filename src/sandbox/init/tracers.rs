@@ -5,15 +5,12 @@
 //! table so. It cannot be told apart from others, so the filter asks init about each, and init allows a few: fewer locks can
 //! be hidden then than are allowed anyway. Where nobody can be asked, the kernel refuses them.
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use nix::libc;
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
-};
 use seccompiler::BpfProgram;
 
 /// How many of them a stage may make: LeakSanitizer makes one at the end of each process.
@@ -27,68 +24,26 @@ const NAMESPACES: u64 = crate::sandbox::seccomp::NAMESPACES as u64;
 nix::ioctl_readwrite!(receive, b'!', 0, libc::seccomp_notif);
 nix::ioctl_readwrite!(answer, b'!', 1, libc::seccomp_notif_resp);
 
-/// The way of a listener from the process that installs a filter to init.
-pub struct Pair {
-    /// Init's.
-    ours: OwnedFd,
-    /// Of the process that becomes a program.
-    pub theirs: OwnedFd,
-}
-
 /// Where the kernel asks whether processes may do what the filter leaves to init.
 pub struct Listener {
     fd: OwnedFd,
     allowed: u32,
 }
 
-impl Pair {
-    /// A pair that no program gets.
-    pub fn new() -> io::Result<Pair> {
-        let (ours, theirs) = socketpair(
-            AddressFamily::Unix,
-            SockType::Datagram,
-            None,
-            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-        )?;
-        Ok(Pair { ours, theirs })
-    }
-
-    /// What was sent; none where the kernel has no such listeners.
-    pub fn listener(&self) -> io::Result<Option<Listener>> {
-        let (mut byte, mut space) = ([0], nix::cmsg_space!(RawFd));
-        let mut parts = [IoSliceMut::new(&mut byte)];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let message = match recvmsg::<()>(self.ours.as_raw_fd(), &mut parts, Some(&mut space), flags) {
-            Err(nix::errno::Errno::EAGAIN) => return Ok(None),
-            received => received?,
-        };
-        let descriptor = message.cmsgs()?.find_map(|message| match message {
-            ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
-            _ => None,
-        });
-        // SAFETY: it was just received, and nobody else knows it.
-        let fd = descriptor.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
-        Ok(fd.map(|fd| Listener { fd, allowed: 0 }))
-    }
-}
-
-/// Installs the filter in this process, which may gain no rights any more, and sends its listener.
-pub fn apply(filter: &BpfProgram, to: BorrowedFd) -> io::Result<()> {
+/// Installs the filter in this process, which may gain no rights any more. Without a listener, which kernels before Linux 5.0
+/// do not have, nor those where a filter around us has one already, what would be asked is refused.
+pub fn apply(filter: &BpfProgram) -> io::Result<Option<Listener>> {
     let length = u16::try_from(filter.len()).map_err(io::Error::other)?;
     let program = libc::sock_fprog { len: length, filter: filter.as_ptr().cast_mut().cast() };
     let (mode, flags) = (libc::SECCOMP_SET_MODE_FILTER, libc::SECCOMP_FILTER_FLAG_NEW_LISTENER);
     // SAFETY: the kernel reads `len` steps of four fields each, which are the same in both structures, and keeps a copy.
     let installed = unsafe { libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program) };
     let Ok(listener @ 0..) = RawFd::try_from(installed) else {
-        // Linux before 5.0, or a filter around us has one already.
-        return seccompiler::apply_filter(filter).map_err(io::Error::other);
+        seccompiler::apply_filter(filter).map_err(io::Error::other)?;
+        return Ok(None);
     };
-    // SAFETY: it is new, and nobody else knows it.
-    let listener = unsafe { OwnedFd::from_raw_fd(listener) };
-    let descriptors = [listener.as_raw_fd()];
-    let rights = [ControlMessage::ScmRights(&descriptors)];
-    sendmsg::<()>(to.as_raw_fd(), &[IoSlice::new(&[0])], &rights, MsgFlags::empty(), None)?;
-    Ok(())
+    // SAFETY: it is new, and nobody else knows it. The kernel closes it in what becomes a program.
+    Ok(Some(Listener { fd: unsafe { OwnedFd::from_raw_fd(listener) }, allowed: 0 }))
 }
 
 impl Listener {

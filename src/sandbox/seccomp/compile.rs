@@ -4,7 +4,6 @@
 //! halves, so both take a few steps, and looks at arguments only where a rule asks for it.
 
 use std::collections::BTreeMap;
-use std::io;
 
 use nix::libc;
 use seccompiler::{BpfProgram, sock_filter};
@@ -13,7 +12,7 @@ use seccompiler::{BpfProgram, sock_filter};
 pub type Rules = BTreeMap<u32, Rule>;
 
 /// What happens to a call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Answer {
     /// The kernel carries it out.
     Allow,
@@ -77,36 +76,29 @@ const AT_LEAST: u32 = libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K;
 const JUMP: u32 = libc::BPF_JMP | libc::BPF_JA;
 const RETURN: u32 = libc::BPF_RET | libc::BPF_K;
 
-/// A step of a program whose blocks have no place yet.
-enum Step {
-    Made(sock_filter),
-    /// To the block of this index.
-    Block(usize),
-}
+/// Farthest that a branch goes: its distance has 8 bits, and a jump to either side may come between.
+const NEAR: usize = 250;
 
 /// Where a run of numbers leads.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Target {
     Answer(Answer),
-    Block(usize),
+    Place(Place),
 }
+
+/// A step, by how many there are from it to the end.
+type Place = usize;
 
 /// Makes the program. Numbers without a rule, those of x86-64's x32 ABI among them, get `otherwise`; a call of another
 /// architecture, which has other numbers, ends the process.
-///
-/// # Errors
-/// Where a rule has more values than a jump can skip (255 steps).
-pub fn compile(rules: &Rules, otherwise: Answer) -> io::Result<BpfProgram> {
-    let mut blocks = Vec::new();
+pub fn compile(rules: &Rules, otherwise: Answer) -> BpfProgram {
+    let mut program = Program::default();
     let mut runs = vec![(0, Target::Answer(otherwise))];
     let mut next = 0;
     for (&number, rule) in rules {
         let target = match rule {
             Rule::Always(answer) => Target::Answer(*answer),
-            Rule::Where(lists, refused) => {
-                blocks.push(block(lists, *refused)?);
-                Target::Block(blocks.len() - 1)
-            }
+            Rule::Where(lists, refused) => Target::Place(program.lists(lists, *refused)),
         };
         if number > next {
             begin(&mut runs, next, Target::Answer(otherwise));
@@ -116,26 +108,14 @@ pub fn compile(rules: &Rules, otherwise: Answer) -> io::Result<BpfProgram> {
     }
     begin(&mut runs, next, Target::Answer(otherwise));
 
-    let mut steps = vec![
-        Step::Made(step(LOAD, 0, 0, ARCH)),
-        Step::Made(step(EQUAL, 1, 0, ARCHITECTURE)),
-        Step::Made(step(RETURN, 0, 0, libc::SECCOMP_RET_KILL_PROCESS)),
-        Step::Made(step(LOAD, 0, 0, NUMBER)),
-    ];
-    steps.extend(tree(&runs)?);
-    let mut places = Vec::with_capacity(blocks.len());
-    let mut end = steps.len();
-    for block in &blocks {
-        places.push(end);
-        end += block.len();
-    }
-    let placed = steps.into_iter().enumerate().map(|(here, step_or_block)| match step_or_block {
-        Step::Made(made) => Ok(made),
-        Step::Block(index) => Ok(step(JUMP, 0, 0, u32::try_from(places[index] - here - 1).map_err(too_far)?)),
-    });
-    let mut program = placed.collect::<io::Result<BpfProgram>>()?;
-    program.extend(blocks.into_iter().flatten());
-    Ok(program)
+    let found = program.tree(&runs);
+    program.go_to(found);
+    let same = program.push(step(LOAD, 0, 0, NUMBER));
+    let other = program.push(step(RETURN, 0, 0, libc::SECCOMP_RET_KILL_PROCESS));
+    program.branch(EQUAL, ARCHITECTURE, same, other);
+    program.push(step(LOAD, 0, 0, ARCH));
+    program.steps.reverse();
+    program.steps
 }
 
 /// From this number on it leads there.
@@ -147,65 +127,99 @@ fn begin(runs: &mut Vec<(u32, Target)>, number: u32, target: Target) {
     }
 }
 
-/// Finds the run that a number is in.
-fn tree(runs: &[(u32, Target)]) -> io::Result<Vec<Step>> {
-    if let [(_, target)] = runs {
-        return Ok(vec![match target {
-            Target::Answer(answer) => Step::Made(returns(*answer)),
-            Target::Block(index) => Step::Block(*index),
-        }]);
-    }
-    let middle = runs.len() / 2;
-    let (lower, upper) = (tree(&runs[..middle])?, tree(&runs[middle..])?);
-    let start = runs[middle].0;
-    let mut steps = match u8::try_from(lower.len()) {
-        Ok(length) => vec![Step::Made(step(AT_LEAST, length, 0, start))],
-        Err(_) => vec![
-            Step::Made(step(AT_LEAST, 0, 1, start)),
-            Step::Made(step(JUMP, 0, 0, u32::try_from(lower.len()).map_err(too_far)?)),
-        ],
-    };
-    steps.extend(lower);
-    steps.extend(upper);
-    Ok(steps)
+/// A program that is made from its end, for every jump goes towards that: so it is known how far.
+#[derive(Default)]
+struct Program {
+    /// The last one first.
+    steps: Vec<sock_filter>,
+    /// Where each answer was given last. The kernel's compiler takes its time for each step, at each installation.
+    answers: BTreeMap<Answer, Place>,
 }
 
-/// Allows where all checks of one list hold.
-fn block(lists: &[Vec<Check>], refused: Answer) -> io::Result<Vec<sock_filter>> {
-    let mut steps = Vec::new();
-    for list in lists {
-        let mut rest = vec![returns(Answer::Allow)];
-        for check in list.iter().rev() {
-            let mut these = ask(check, rest.len())?;
-            these.append(&mut rest);
-            rest = these;
+impl Program {
+    /// Puts a step before the others.
+    fn push(&mut self, step: sock_filter) -> Place {
+        self.steps.push(step);
+        self.steps.len()
+    }
+
+    /// How many steps a step that is put before the others skips to get there.
+    fn distance(&self, to: Place) -> usize {
+        self.steps.len() - to
+    }
+
+    /// Has what is put before the others lead there.
+    fn go_to(&mut self, place: Place) -> Place {
+        match self.distance(place) {
+            0 => place,
+            // No program of the kernel's has more than 4096 steps.
+            distance => self.push(step(JUMP, 0, 0, distance as u32)),
         }
-        steps.append(&mut rest);
     }
-    steps.push(returns(refused));
-    Ok(steps)
-}
 
-/// Goes on where a check holds, and else skips so many steps.
-fn ask(check: &Check, skipped: usize) -> io::Result<Vec<sock_filter>> {
-    // The halves of a register lie as the machine, which is little-endian, has them in memory.
-    let offset = ARGUMENTS + u32::from(check.argument) * 8 + if check.upper { 4 } else { 0 };
-    let mut steps = vec![step(LOAD, 0, 0, offset)];
-    if check.mask != u32::MAX {
-        steps.push(step(AND, 0, 0, check.mask));
+    /// The place, or one that leads there and is near enough for a branch.
+    fn near(&mut self, place: Place) -> Place {
+        if self.distance(place) <= NEAR { place } else { self.go_to(place) }
     }
-    for (index, value) in check.values.iter().enumerate() {
-        let left = check.values.len() - index - 1;
-        let miss = if left == 0 { skipped } else { 0 };
-        let (yes, no) = if check.negated { (left + skipped, 0) } else { (left, miss) };
-        let short = |distance: usize| u8::try_from(distance).map_err(too_far);
-        steps.push(step(EQUAL, short(yes)?, short(no)?, *value));
-    }
-    Ok(steps)
-}
 
-fn too_far(_: std::num::TryFromIntError) -> io::Error {
-    io::Error::other("a seccomp rule has too many values for the jumps of a filter")
+    fn branch(&mut self, code: u32, value: u32, yes: Place, no: Place) -> Place {
+        let (yes, no) = (self.near(yes), self.near(no));
+        let (yes, no) = (self.distance(yes) as u8, self.distance(no) as u8);
+        self.push(step(code, yes, no, value))
+    }
+
+    /// A step near here that gives this answer.
+    fn answer(&mut self, answer: Answer) -> Place {
+        if let Some(&place) = self.answers.get(&answer)
+            && self.distance(place) <= NEAR
+        {
+            return place;
+        }
+        let place = self.push(returns(answer));
+        self.answers.insert(answer, place);
+        place
+    }
+
+    /// Finds the run that a number is in.
+    fn tree(&mut self, runs: &[(u32, Target)]) -> Place {
+        if let [(_, target)] = runs {
+            return match *target {
+                Target::Answer(answer) => self.answer(answer),
+                Target::Place(place) => place,
+            };
+        }
+        let (lower, upper) = runs.split_at(runs.len() / 2);
+        let start = upper[0].0;
+        let upper = self.tree(upper);
+        let lower = self.tree(lower);
+        self.branch(AT_LEAST, start, upper, lower)
+    }
+
+    /// Allows where all checks of one list hold.
+    fn lists(&mut self, lists: &[Vec<Check>], refused: Answer) -> Place {
+        let mut otherwise = self.answer(refused);
+        for list in lists.iter().rev() {
+            let mut holds = self.answer(Answer::Allow);
+            for check in list.iter().rev() {
+                holds = self.check(check, holds, otherwise);
+            }
+            otherwise = holds;
+        }
+        otherwise
+    }
+
+    fn check(&mut self, check: &Check, holds: Place, otherwise: Place) -> Place {
+        let (found, mut not_found) = if check.negated { (otherwise, holds) } else { (holds, otherwise) };
+        for &value in check.values.iter().rev() {
+            not_found = self.branch(EQUAL, value, found, not_found);
+        }
+        self.go_to(not_found);
+        if check.mask != u32::MAX {
+            self.push(step(AND, 0, 0, check.mask));
+        }
+        // The halves of a register lie as the machine, which is little-endian, has them in memory.
+        self.push(step(LOAD, 0, 0, ARGUMENTS + u32::from(check.argument) * 8 + if check.upper { 4 } else { 0 }))
+    }
 }
 
 fn returns(answer: Answer) -> sock_filter {
@@ -270,7 +284,7 @@ pub mod tests {
         let only = |value| Rule::Where(vec![vec![Check::is(1, &[value])]], Answer::Errno(7));
         // Enough for jumps that are too far for one step.
         let rules: Rules = (0..600).filter(|n| n % 3 != 0).map(|n| (n, only(n))).collect();
-        let filter = compile(&rules, Answer::Errno(38)).unwrap();
+        let filter = compile(&rules, Answer::Errno(38));
         for call in (0..700).chain([u32::MAX, 0x4000_0000, 0x4000_0001]) {
             for argument in [call, call ^ 1] {
                 let expected = match rules.contains_key(&call) {
@@ -290,7 +304,7 @@ pub mod tests {
         let not = Check { negated: true, ..Check::is(1, &[3, 4]) };
         let lists = vec![vec![upper, Check::without(0, 0xf0)], vec![not, Check::is(2, &[9])]];
         let rules = Rules::from([(5, Rule::Where(lists, Answer::Errno(1)))]);
-        let filter = compile(&rules, Answer::Errno(38)).unwrap();
+        let filter = compile(&rules, Answer::Errno(38));
         for (first, second, third, allowed) in [
             (0x1_0000_0000, 3, 0, true),
             (0x2_0000_000f, 3, 0, true),
@@ -308,7 +322,7 @@ pub mod tests {
     #[test]
     fn runs_of_the_same_answer_are_one() {
         let rules = |from, to| (from..to).map(|n| (n, Rule::Always(Answer::Allow))).collect::<Rules>();
-        let length = |rules| compile(&rules, Answer::Errno(1)).unwrap().len();
+        let length = |rules| compile(&rules, Answer::Errno(1)).len();
         assert_eq!(length(rules(3, 4)), length(rules(3, 400)));
     }
 }
