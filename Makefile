@@ -21,7 +21,7 @@ endif
 HOST := $(or $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p'),$(shell uname -m)-unknown-linux-gnu)
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 # Cargo's directory of the profile dev has another name.
-EXECUTABLE := $(TARGET)/$(HOST)/$(PROFILE:dev=debug)/coderunner
+EXECUTABLE = $(TARGET)/$(HOST)/$(PROFILE:dev=debug)/coderunner
 
 .PHONY: all help build run test fuzz libfuzzer soak test-web test-vm bench lint web images install uninstall deb tarball clean setup
 
@@ -36,6 +36,8 @@ build: ## build the executable; PROFILE=release
 setup: ## install what building, running and testing need
 	@packaging/dev/setup
 
+# Optimizing the whole program takes minutes: that is for what is installed.
+run: PROFILE = quick
 # The last line without a shell between: its parent is make, and ends it.
 run: setup build ## start a server and post a hello program; LANGUAGE=c, LISTEN=127.0.0.1:8080
 	@setpriv --pdeathsig TERM packaging/dev/run $(EXECUTABLE) $(LANGUAGE)
