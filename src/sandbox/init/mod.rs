@@ -361,7 +361,7 @@ impl Init {
             }
             main_is_dead = fds[2].any().unwrap_or(true);
             let told = fds[0].any().unwrap_or(true);
-            let asked = listener.is_some().then(|| fds[3].revents()).flatten().unwrap_or(PollFlags::empty());
+            let asked = fds[3].revents().unwrap_or(PollFlags::empty());
             if asked.contains(PollFlags::POLLHUP) {
                 // Nobody is left who could ask: the kernel says so as soon as a program begins to end, and again and again
                 // until it has ended.
