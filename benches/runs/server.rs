@@ -54,7 +54,7 @@ impl Server {
     /// Starts one and waits for its first answer and a full pool.
     pub fn start(build: &Build, engine: &str, job: &Job) -> Result<Server> {
         let dir = TempDir::new()?;
-        let instance = format!("bench-{}-{}-{}-{engine}", std::process::id(), build.name, job.name);
+        let instance = format!("{}{}-{}-{engine}", build.name, std::process::id(), job.name);
         // Free now; what takes it in between is told by the server.
         let address = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
         // Its name is on the server's command line, by which its processes are found.
