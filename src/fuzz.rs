@@ -16,8 +16,9 @@ use serde::de::DeserializeOwned;
 use crate::config::{Overrides, Settings};
 use crate::http::api::connect::Said;
 use crate::http::api::{batch, coderunner, piston};
-use crate::model::job::{Job, Limits};
+use crate::model::job::Job;
 use crate::model::language::{self, Language};
+use crate::model::limits::Limits;
 use crate::sandbox::direct::oci_plan::Plan;
 use crate::sandbox::podman::Info;
 use crate::sandbox::protocol::{self, FromInit, ToInit};
@@ -150,8 +151,8 @@ mod tests {
     use proptest::sample::{Index, select};
 
     use super::*;
-    use crate::model::job::{Ended, Usage};
     use crate::model::language;
+    use crate::model::outcome::{Ended, Usage};
     use crate::sandbox::direct::oci_plan;
     use crate::sandbox::protocol::{Enforced, MAX_MESSAGE, StageSpec};
 

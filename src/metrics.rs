@@ -16,8 +16,8 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio_util::sync::CancellationToken;
 
 use crate::host::log;
-use crate::model::job::{Outcome, StageOutcome};
 use crate::model::language::Language;
+use crate::model::outcome::{Outcome, StageOutcome};
 use crate::sandbox::{Engine, Observer, Sandbox, SandboxError, SandboxSpec};
 
 const REQUESTS: &str = "coderunner_requests_total";
@@ -280,7 +280,8 @@ impl Observer for Counted {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::job::{Stage, Verdict};
+    use crate::model::job::Stage;
+    use crate::model::outcome::Verdict;
 
     /// The dashboard that is installed.
     const DASHBOARD: &str = include_str!("../packaging/grafana/coderunner.json");

@@ -8,7 +8,8 @@ use bytes::Bytes;
 use tokio::sync::{Notify, mpsc};
 
 use crate::http::budget::{Budget, Exhausted, Growing};
-use crate::model::job::{Output, Place, Stage};
+use crate::model::job::Stage;
+use crate::model::output::{Output, Place};
 use crate::run::Event;
 
 /// Most bytes of output that are told in one message.
@@ -145,7 +146,7 @@ impl Waiting {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::job::Stream;
+    use crate::model::output::Stream;
 
     fn printed(stream: Stream, bytes: &'static [u8]) -> Event {
         Event::Output(Stage::Run, stream, Bytes::from_static(bytes))

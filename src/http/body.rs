@@ -15,7 +15,7 @@ use warp::reply::Response;
 use crate::http::budget::{Budget, Lease};
 use crate::http::error::ApiError;
 use crate::http::text::{self, Fields, MOST_WRITTEN, Part, Reader, Source, Texts};
-use crate::model::job::Outcome;
+use crate::model::outcome::Outcome;
 
 /// Bytes of a body that are made at a time. A connection holds one of these that is being sent, and one that comes next.
 pub const CHUNK: usize = 64 * 1024;
@@ -185,7 +185,9 @@ impl<L: Send + Sync + 'static> Leased<L> {
 mod tests {
     use super::*;
     use crate::http::api::piston::StageAnswer;
-    use crate::model::job::{Ended, Output, Stage, StageOutcome, Stream, Usage};
+    use crate::model::job::Stage;
+    use crate::model::outcome::{Ended, StageOutcome, Usage};
+    use crate::model::output::{Output, Stream};
     use proptest::prelude::*;
 
     fn outcome(pieces: &[(bool, Vec<u8>)], cap: usize) -> Arc<Outcome> {

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use serde::{Serialize, Serializer};
 
-use crate::model::job::{Outcome, Output, Place, Stage, StageOutcome, Stream};
+use crate::model::job::Stage;
+use crate::model::outcome::{Outcome, StageOutcome};
+use crate::model::output::{Output, Place, Stream};
 
 /// Bytes that are decoded at a time. As JSON they are six times as much at most.
 const PIECE: usize = 4096;

@@ -8,7 +8,9 @@ use figment::value::Dict;
 use semver::Version;
 use serde::{Deserialize, Serialize};
 
-use crate::model::job::{Job, Limits, Outcome, SourceFile, Stage, StageMemory, StageOutcome, Streams, Verdict};
+use crate::model::job::{Job, SourceFile, Stage, Streams};
+use crate::model::limits::{Limits, StageMemory};
+use crate::model::outcome::{Outcome, StageOutcome, Verdict};
 
 /// The catalogue that is built in.
 pub const CATALOGUE: &str = include_str!("languages.toml");

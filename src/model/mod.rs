@@ -1,6 +1,10 @@
-//! Pure data: what is asked for, what is known of languages, what came of it. Nothing here reads, writes or waits.
+//! Pure data: jobs, their limits and outcomes, and the languages. Nothing here does I/O or waits.
 
 pub mod client;
 pub mod job;
+pub mod key;
 pub mod language;
+pub mod limits;
+pub mod outcome;
+pub mod output;
 pub mod size;

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use cached::{Cached, LruTtlCache};
 
-use crate::model::job::{JobKey, Outcome};
+use crate::model::key::JobKey;
+use crate::model::outcome::Outcome;
 use crate::model::size::exact;
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
@@ -99,7 +100,9 @@ mod tests {
     use nix::sys::time::TimeValLike;
 
     use super::*;
-    use crate::model::job::{Ended, Output, Stage, StageOutcome, Stream, Usage};
+    use crate::model::job::Stage;
+    use crate::model::outcome::{Ended, StageOutcome, Usage};
+    use crate::model::output::{Output, Stream};
     use bytesize::ByteSize;
 
     fn outcome(ended: Ended, printed: usize) -> Arc<Outcome> {

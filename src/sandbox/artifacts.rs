@@ -17,7 +17,7 @@ use rustix::pipe::{SpliceFlags, splice};
 use tokio::net::unix::pipe;
 use tokio::sync::oneshot;
 
-use crate::model::job::StageOutcome;
+use crate::model::outcome::StageOutcome;
 use crate::sandbox::init::carry;
 use crate::sandbox::protocol::{FromInit, ToInit};
 use crate::sandbox::{Sandbox, SandboxError};
@@ -240,7 +240,9 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::*;
-    use crate::model::job::{Ended, Output, Stage, Usage};
+    use crate::model::job::Stage;
+    use crate::model::outcome::{Ended, Usage};
+    use crate::model::output::Output;
     use crate::sandbox::channel::Channel;
     use crate::sandbox::protocol::{Enforced, send};
 

@@ -8,8 +8,8 @@ use tempfile::TempDir;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use crate::model::job::{Ended, Usage};
 use crate::model::language::Language;
+use crate::model::outcome::{Ended, Usage};
 use crate::sandbox::channel::Channel;
 use crate::sandbox::protocol::{Enforced, FromInit, ToInit};
 use crate::sandbox::{Engine, Sandbox, SandboxError, SandboxSpec, Slot};

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use tokio::sync::{Mutex, mpsc};
 
-use crate::model::job::{Outcome, Streams};
+use crate::model::job::Streams;
 use crate::model::language::Language;
+use crate::model::outcome::Outcome;
 use crate::sandbox::{Engine, HEALTH_SLOT, LOST_SANDBOXES, Live, SandboxError, SandboxSpec, Slot};
 
 /// Where images are checked, one at a time: all checks take the same slot. It comes back when the container is gone, also

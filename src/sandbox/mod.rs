@@ -34,8 +34,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::host::cgroup::OwnCgroup;
 use crate::host::process::ProcessError;
-use crate::model::job::{Job, Outcome, Stage, StageOutcome, Stream, Verdict};
+use crate::model::job::{Job, Stage};
 use crate::model::language::Language;
+use crate::model::outcome::{Outcome, StageOutcome, Verdict};
+use crate::model::output::Stream;
 pub use artifacts::{Builds, Built, Wanted};
 use channel::{Channel, ChannelError};
 pub use protocol::Enforced;

@@ -13,7 +13,7 @@ use nix::cmsg_space;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recv, recvmsg, sendmsg};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::model::job::{Ended, Usage};
+use crate::model::outcome::{Ended, Usage};
 
 /// Changes with every change of a message, since an upgrade may replace the executable under a running server.
 pub const VERSION: u32 = 6;

@@ -18,8 +18,10 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::host::cgroup::Counters;
-use crate::model::job::{Ended, Job, Output, Stage, StageOutcome, Stream, Streams, Usage};
+use crate::model::job::{Job, Stage, Streams};
 use crate::model::language::Language;
+use crate::model::outcome::{Ended, StageOutcome, Usage};
+use crate::model::output::{Output, Stream};
 use crate::sandbox::channel::ChannelError;
 use crate::sandbox::protocol::{FromInit, StageSpec, ToInit, micros};
 use crate::sandbox::{Event, Live, STAGE_GRACE, Sandbox, SandboxError};

@@ -21,7 +21,7 @@ use nix::unistd::{Uid, getgroups, getresgid, getresuid, setuid};
 use serde::{Deserialize, Serialize};
 
 use crate::host::print;
-use crate::model::job::Limits;
+use crate::model::limits::Limits;
 
 /// The hidden verb that becomes a probe.
 pub const VERB: &str = "probe";

@@ -22,8 +22,10 @@ use crate::http::error::ApiError;
 use crate::http::openapi::Refused;
 use crate::http::text::{Fields, Text, Texts};
 use crate::http::{ApiSettings, LINES, Wishes, is_json, post};
-use crate::model::job::{self, Job, Stage, StageOutcome, Verdict};
+use crate::model::job::{Job, Stage};
 use crate::model::language::Language;
+use crate::model::outcome::{StageOutcome, Verdict};
+use crate::model::output;
 use crate::run::context::Caller;
 use crate::run::{self, RunError, Runner};
 
@@ -191,7 +193,7 @@ impl Tried {
 
 /// Whether this is what a program printed, white space at the ends of lines and at the end aside.
 fn printed(run: &StageOutcome, expected: &str) -> bool {
-    !run.output.truncated_of(job::Stream::Stdout) && same(&run.output.text_of(job::Stream::Stdout), expected)
+    !run.output.truncated_of(output::Stream::Stdout) && same(&run.output.text_of(output::Stream::Stdout), expected)
 }
 
 fn same(one: &str, other: &str) -> bool {

@@ -11,8 +11,9 @@ use crate::http::error::ApiError;
 use crate::http::openapi::Refused;
 use crate::http::text::{Text, Texts};
 use crate::http::{ApiSettings, Wishes, is_json, post, respond};
-use crate::model::job::{Job, Outcome, Stage, Streams};
+use crate::model::job::{Job, Stage, Streams};
 use crate::model::language::Language;
+use crate::model::outcome::Outcome;
 use crate::run::Runner;
 
 /// A request that is one, for those who sent another.
@@ -99,7 +100,8 @@ async fn run(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::job::{Ended, Output, StageOutcome, Stream, Usage};
+    use crate::model::outcome::{Ended, StageOutcome, Usage};
+    use crate::model::output::{Output, Stream};
 
     #[test]
     fn an_answer_is_the_text_and_why_it_was_cut_short() {

@@ -45,7 +45,7 @@ use seccompiler::BpfProgram;
 use crate::host::at;
 use crate::host::cgroup::{Counters, field};
 use crate::host::print;
-use crate::model::job::{Ended, Usage};
+use crate::model::outcome::{Ended, Usage};
 use crate::sandbox::init::seen::Seen;
 use crate::sandbox::protocol::{
     self, CHANNEL_FD, Enforced, FromInit, JOB_DIR, StageSpec, ToInit, VERSION, WORK_DIR, micros,

@@ -7,8 +7,10 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::http::text::{Text, Texts};
-use crate::model::job::{Ended, Outcome, Stage, StageOutcome, Stream, Verdict};
+use crate::model::job::Stage;
 use crate::model::language::Language;
+use crate::model::outcome::{Ended, Outcome, StageOutcome, Verdict};
+use crate::model::output::Stream;
 use crate::run;
 
 /// Exit code of what could not be started, as shells have it.

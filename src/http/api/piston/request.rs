@@ -11,8 +11,9 @@ use utoipa::ToSchema;
 
 use crate::http::api::piston::version::is_within;
 use crate::http::error::ApiError;
-use crate::model::job::{Job, Limits, SourceFile, StageMemory, Streams};
+use crate::model::job::{Job, SourceFile, Streams};
 use crate::model::language::{Language, is_file_name, named};
+use crate::model::limits::{Limits, StageMemory};
 
 /// Files of a request. Their names travel in one message to init, and their directories count as files.
 const MAX_FILES: usize = 100;
