@@ -19,7 +19,7 @@ use crate::http::api::{batch, coderunner, piston};
 use crate::model::job::Job;
 use crate::model::language::{self, Language};
 use crate::model::limits::Limits;
-use crate::sandbox::direct::oci_plan::Plan;
+use crate::sandbox::direct::oci_config::SandboxConfig;
 use crate::sandbox::podman::Info;
 use crate::sandbox::protocol::{self, FromInit, ToInit};
 
@@ -103,12 +103,13 @@ fn podmans_json(text: &[u8]) {
 fn oci_configuration(text: &[u8]) {
     let Ok(spec) = serde_json::from_slice::<Spec>(text) else { return };
     for own_cgroup in [true, false] {
-        match Plan::of(&spec, own_cgroup) {
-            Ok(plan) => {
-                assert!(plan.root.is_absolute() && plan.mounts.iter().all(|place| place.at.is_absolute()));
-                assert!(plan.sysctls.keys().all(|setting| setting.starts_with("/proc/sys")));
+        match SandboxConfig::from_spec(&spec, own_cgroup) {
+            Ok(config) => {
+                assert!(config.root.is_absolute());
+                assert!(config.mounts.iter().all(|mount| mount.destination.is_absolute()));
+                assert!(config.sysctls.keys().all(|setting| setting.starts_with("/proc/sys")));
                 assert_eq!(spec.process().as_ref().and_then(|process| process.no_new_privileges()), Some(true));
-                assert!(!plan.filter.is_empty(), "a seccomp filter");
+                assert!(!config.filter.is_empty(), "a seccomp filter");
             }
             Err(why) => assert!(!why.is_empty()),
         }
@@ -153,7 +154,7 @@ mod tests {
     use super::*;
     use crate::model::language;
     use crate::model::outcome::{Ended, Usage};
-    use crate::sandbox::direct::oci_plan;
+    use crate::sandbox::direct::oci_config;
     use crate::sandbox::protocol::{Enforced, MAX_MESSAGE, StageSpec};
 
     /// One change of some bytes.
@@ -318,7 +319,7 @@ mod tests {
         }
 
         #[test]
-        fn what_podman_writes_for_the_runtime(text in bytes(vec![oci_plan::tests::SPEC.into()])) {
+        fn what_podman_writes_for_the_runtime(text in bytes(vec![oci_config::tests::SPEC.into()])) {
             oci_configuration(&text);
         }
     }

@@ -19,13 +19,13 @@ const LAYERS: &[(&str, &str)] = &[
     ("metrics", "sandbox host"),
     ("scheduler", "sandbox host"),
     ("sandbox::engine", "sandbox::direct sandbox::podman sandbox host"),
-    ("sandbox::direct", "sandbox::podman sandbox::agent sandbox sandbox::plan sandbox::protocol host"),
-    ("sandbox::podman", "sandbox sandbox::plan sandbox::protocol host"),
+    ("sandbox::direct", "sandbox::podman sandbox::agent sandbox sandbox::oci_config sandbox::protocol host"),
+    ("sandbox::podman", "sandbox sandbox::protocol host"),
     ("sandbox", "sandbox::init sandbox::protocol host"),
     // What runs in other processes knows nothing of the server.
-    ("sandbox::agent", "sandbox::init sandbox::plan sandbox::protocol sandbox::seccomp host"),
-    ("sandbox::init", "sandbox::plan sandbox::protocol sandbox::seccomp host"),
-    ("sandbox::plan", "sandbox::protocol sandbox::seccomp host"),
+    ("sandbox::agent", "sandbox::init sandbox::oci_config sandbox::protocol sandbox::seccomp host"),
+    ("sandbox::init", "sandbox::protocol sandbox::seccomp host"),
+    ("sandbox::oci_config", "sandbox::seccomp"),
     ("sandbox::protocol", "host"),
     ("sandbox::seccomp", ""),
     ("host", ""),
@@ -35,7 +35,7 @@ const LAYERS: &[(&str, &str)] = &[
 /// Modules that stand elsewhere than in the part that they belong to.
 const PLACES: &[(&str, &str)] = &[
     ("sandbox::channel", "sandbox::protocol"),
-    ("sandbox::direct::oci_plan", "sandbox::plan"),
+    ("sandbox::direct::oci_config", "sandbox::oci_config"),
     ("sandbox::orphans", "sandbox::podman"),
     ("sandbox::sweep", "sandbox::engine"),
 ];
@@ -62,6 +62,10 @@ fn part(path: &str) -> Option<&'static str> {
 fn paths(text: &str) -> Vec<String> {
     let mut found = Vec::new();
     for (at, _) in text.match_indices("crate::") {
+        // The visibility of an item is no use.
+        if text[..at].ends_with("pub(in ") {
+            continue;
+        }
         let rest = &text[at + "crate::".len()..];
         let end = rest.find(|c: char| !(c.is_alphanumeric() || c == '_' || c == ':')).unwrap_or(rest.len());
         let head = rest[..end].trim_end_matches(':');

@@ -7,4 +7,5 @@ pub mod language;
 pub mod limits;
 pub mod outcome;
 pub mod output;
+pub mod rootfs;
 pub mod size;

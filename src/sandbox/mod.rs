@@ -9,6 +9,7 @@ pub mod artifacts;
 mod channel;
 pub mod direct;
 pub mod engine;
+mod error;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 pub mod fake;
@@ -18,7 +19,9 @@ mod orphans;
 pub mod podman;
 pub mod protocol;
 mod seccomp;
+mod slot;
 mod stage_client;
+mod stage_pipes;
 pub mod supervisor;
 pub mod sweep;
 
@@ -33,15 +36,16 @@ use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::host::cgroup::OwnCgroup;
-use crate::host::process::ProcessError;
 use crate::model::job::{Job, Stage};
 use crate::model::language::Language;
 use crate::model::outcome::{Outcome, StageOutcome, Verdict};
 use crate::model::output::Stream;
 pub use artifacts::{Builds, Built, Wanted};
 use channel::{Channel, ChannelError};
+pub use error::SandboxError;
 pub use protocol::Enforced;
 use protocol::ToInit;
+pub use slot::{HEALTH_SLOT, Slot};
 
 /// Label of every container of ours; its value is 1.
 pub const LABEL: &str = "io.coderunner";
@@ -50,104 +54,11 @@ pub const LABEL_INSTANCE: &str = "io.coderunner.instance";
 /// Label with the language of a sandbox.
 pub const LABEL_LANGUAGE: &str = "io.coderunner.language";
 
-/// First uid of programs; a sandbox's follows from its instance and its slot, so no two of an instance that live at once
-/// share one.
-const FIRST_UID: u32 = 10_000;
-/// Uids of an instance: more than it can have containers.
-const UIDS: u32 = 200;
-/// Ranges of uids for instances, below the 65,536 that a user has: a hash of their names says which is whose. The instances
-/// of a user share podman's user namespace, and two whose names fall on the same range share what the kernel counts per uid.
-const RANGES: u32 = 250;
-
-/// Slot of the sandboxes in which images are checked: beyond any number of containers that can be set.
-pub const HEALTH_SLOT: u32 = UIDS - 1;
-
 /// Sandboxes that may turn out to have been killed while they waited, before a job is given up.
 pub const LOST_SANDBOXES: usize = 3;
 
 /// How long after its time limit a stage's end may reach us, killing and reaping included.
 const STAGE_GRACE: Duration = Duration::from_secs(7);
-
-/// Why there is no outcome: never the program's doing.
-#[derive(Debug, thiserror::Error)]
-pub enum SandboxError {
-    /// The engine could not make one.
-    #[error("cannot make a sandbox for {language}: {reason}")]
-    NotMade {
-        /// For which language.
-        language: String,
-        /// What the engine said.
-        reason: String,
-    },
-    /// The kernel does not keep its limits, and that is required.
-    #[error("require_limits is set and the kernel does not limit the {0} of sandboxes; see `coderunner doctor`")]
-    Unlimited(String),
-    /// An engine's command failed.
-    #[error(transparent)]
-    Process(#[from] ProcessError),
-    /// The process in podman's namespaces failed.
-    #[error("the agent in podman's namespaces: {0}")]
-    Agent(String),
-    /// The container had ended before anything of the job ran in it: another one will do.
-    #[error("the sandbox had ended while it waited for a job")]
-    Lost,
-    /// What was compiled elsewhere could not be put into this one, where nothing of the job has run: the job can be
-    /// compiled in another one.
-    #[error("what was compiled elsewhere cannot be used")]
-    NotCarried,
-    /// The container ended under a job.
-    #[error("the sandbox ended by itself: {0}")]
-    Gone(String),
-    /// Init said that it cannot go on.
-    #[error("init failed: {0}")]
-    Init(String),
-    /// The kernel killed the program for the memory that others use: it was below its own limit.
-    #[error("the host, or the service, ran out of memory")]
-    HostMemory,
-    /// Init did not answer in time.
-    #[error("init did not answer within {}", humantime::format_duration(*.0))]
-    Silent(Duration),
-    /// The host refused a file or a pipe.
-    #[error("{what}: {source}")]
-    Io {
-        /// What was tried.
-        what: &'static str,
-        /// What the kernel said.
-        source: std::io::Error,
-    },
-}
-
-impl SandboxError {
-    /// Which failure it is, in a word.
-    pub fn kind(&self) -> &'static str {
-        match self {
-            SandboxError::NotMade { .. } => "sandbox_not_made",
-            SandboxError::Unlimited(_) => "sandbox_not_limited",
-            SandboxError::Process(_) => "process",
-            SandboxError::Lost => "sandbox_lost",
-            SandboxError::NotCarried => "not_carried",
-            SandboxError::Gone(_) => "sandbox_gone",
-            SandboxError::Init(_) => "init",
-            SandboxError::HostMemory => "host_memory",
-            SandboxError::Silent(_) => "init_silent",
-            SandboxError::Agent(_) => "agent",
-            SandboxError::Io { .. } => "io",
-        }
-    }
-
-    fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> SandboxError {
-        move |source| SandboxError::Io { what, source }
-    }
-}
-
-impl From<ChannelError> for SandboxError {
-    fn from(error: ChannelError) -> SandboxError {
-        match error {
-            ChannelError::Closed => SandboxError::Gone(error.to_string()),
-            ChannelError::Io { what, source } => SandboxError::Io { what, source },
-        }
-    }
-}
 
 /// Makes sandboxes.
 pub trait Engine: Send + Sync {
@@ -173,34 +84,6 @@ pub struct SandboxSpec {
     pub image: String,
     /// The place it takes.
     pub slot: Slot,
-}
-
-/// One of the numbered places for containers; dropping it gives it back.
-#[derive(Debug)]
-pub struct Slot {
-    pub(crate) number: u32,
-    free: mpsc::UnboundedSender<u32>,
-}
-
-impl Slot {
-    /// A place that is announced on `free` when it is given back.
-    pub fn new(number: u32, free: mpsc::UnboundedSender<u32>) -> Slot {
-        Slot { number, free }
-    }
-
-    /// The uid of programs in this place.
-    fn uid(&self, instance: &str) -> u32 {
-        let hash = blake3::hash(instance.as_bytes());
-        let [first, second, ..] = *hash.as_bytes();
-        FIRST_UID + u32::from(u16::from_le_bytes([first, second])) % RANGES * UIDS + self.number
-    }
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        // Nobody listens any more at the very end.
-        let _ = self.free.send(self.number);
-    }
 }
 
 /// What happens in a sandbox while a job runs, for those who watch.

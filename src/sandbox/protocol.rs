@@ -28,12 +28,6 @@ pub const MAX_MESSAGE: usize = 200 * 1024;
 /// and unknown to us.
 const MOST_FDS: usize = 253;
 
-/// Where the job directory is mounted, read-only, in a sandbox.
-pub const JOB_DIR: &str = "/job";
-
-/// The working directory of all stages.
-pub const WORK_DIR: &str = "/work";
-
 /// From the server to init.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToInit {

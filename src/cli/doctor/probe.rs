@@ -22,12 +22,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::host::print;
 use crate::model::limits::Limits;
+use crate::model::rootfs::WRITABLE_PATHS;
 
 /// The hidden verb that becomes a probe.
 pub const VERB: &str = "probe";
-
-/// Where programs may write.
-const WRITABLE: [&str; 3] = ["/work", "/tmp", "/dev/shm"];
 
 /// Threads that keep CPUs busy: more than a sandbox of [`super::walls`] may.
 const BUSY: usize = 2;
@@ -333,7 +331,7 @@ fn disk(size: u64) -> Tried {
         (0..files).for_each(|number| drop(fs::remove_file(file(number))));
         written
     };
-    let filled = WRITABLE.map(|place| (place, fill(place)));
+    let filled = WRITABLE_PATHS.map(|place| (place, fill(place)));
     let seen: Vec<String> = filled.iter().map(|(place, bytes)| format!("{} in {place}", ByteSize(*bytes))).collect();
     let holds = filled.iter().all(|(_, bytes)| (size / 2..=size).contains(bytes));
     Tried::new(Wall::Disk, holds, format!("{} in each directory", ByteSize(size)), seen.join(", "))
@@ -346,7 +344,7 @@ fn inodes(most: u64) -> Tried {
         (0..made).for_each(|number| drop(fs::remove_file(file(&number))));
         made
     };
-    let filled = WRITABLE.map(|place| (place, fill(place)));
+    let filled = WRITABLE_PATHS.map(|place| (place, fill(place)));
     let seen: Vec<String> = filled.iter().map(|(place, files)| format!("{files} in {place}")).collect();
     let holds = filled.iter().all(|(_, files)| (most / 2..=most).contains(files));
     Tried::new(Wall::Inodes, holds, format!("{most} files in each directory"), seen.join(", "))
@@ -447,7 +445,7 @@ fn read_only_root() -> io::Result<Tried> {
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     let mounted = mounts.lines().filter_map(|line| line.split_whitespace().nth(4));
     let below = ["/", "/etc", "/usr", "/run", "/var", "/dev", "/proc", "/sys", "/proc/sys", "/sys/fs/cgroup"];
-    for place in mounted.chain(below).filter(|place| !WRITABLE.contains(place)) {
+    for place in mounted.chain(below).filter(|place| !WRITABLE_PATHS.contains(place)) {
         let place = Path::new(place);
         let Ok(meta) = place.metadata() else { continue };
         let probe: PathBuf = if meta.is_dir() { place.join("coderunner-probe") } else { place.into() };
@@ -506,7 +504,7 @@ type Shown = (UnixListener, Option<TcpListener>);
 
 /// Puts a mark wherever another sandbox might find it.
 fn show(mark: &str) -> io::Result<Shown> {
-    for place in WRITABLE {
+    for place in WRITABLE_PATHS {
         fs::write(Path::new(place).join(mark), mark)?;
     }
     let created = libc::IPC_CREAT as usize | 0o666;
@@ -521,7 +519,7 @@ fn show(mark: &str) -> io::Result<Shown> {
 fn look(mark: &str) -> io::Result<Tried> {
     let mut holes: Vec<String> = Vec::new();
     let mut found = |is: bool, what: &str| is.then(|| holes.push(what.to_owned()));
-    for place in WRITABLE {
+    for place in WRITABLE_PATHS {
         found(Path::new(place).join(mark).exists(), &format!("a file in {place}"));
     }
     found(call(libc::SYS_shmget, [KEY.into(), 0, 0]).is_ok(), "shared memory");

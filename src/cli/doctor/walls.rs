@@ -21,8 +21,9 @@ use crate::model::job::{Job, Streams};
 use crate::model::language::{Language, LanguageSettings};
 use crate::model::limits::Limits;
 use crate::model::outcome::{Ended, Outcome, StageOutcome, Usage, Verdict};
+use crate::model::rootfs::INIT;
 use crate::sandbox::Enforced;
-use crate::sandbox::podman::{INIT, Podman};
+use crate::sandbox::podman::Podman;
 use crate::sandbox::{Event, HEALTH_SLOT, Live, Sandbox, SandboxError, SandboxSpec, Slot};
 
 /// Places of the sandboxes: two may be there at once.

@@ -1,4 +1,4 @@
-//! The server's side of the agent: orders, and whoever waits for them to be carried out.
+//! The server's side of the agent: sends orders, and waits for them to be carried out.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -13,16 +13,17 @@ use tokio::time::timeout;
 
 use crate::host::process::Passed;
 use crate::sandbox::SandboxError;
-use crate::sandbox::agent::{Done, Order, VERB, What};
+use crate::sandbox::agent::VERB;
+use crate::sandbox::agent::orders::{Action, Done, Order};
 use crate::sandbox::channel::Channel;
-use crate::sandbox::direct::oci_plan::Plan;
+use crate::sandbox::direct::oci_config::SandboxConfig;
 use crate::sandbox::podman::Podman;
 
-/// Longest that laying out a template, or killing a sandbox, may take: the kernel needs some ms, and more under load.
+/// Longest that setting up a template, or killing a sandbox, may take: the kernel needs some ms, and more under load.
 const ORDER_TIME: Duration = Duration::from_secs(10);
 
 /// How long after the end of its channel its process may take to end.
-const WORDS_TIME: Duration = Duration::from_secs(2);
+const END_TIME: Duration = Duration::from_secs(2);
 
 type Waiting = Arc<Mutex<HashMap<u64, oneshot::Sender<Result<(), String>>>>>;
 
@@ -31,7 +32,7 @@ pub(crate) struct Agent {
     channel: Arc<Channel>,
     waiting: Waiting,
     next: Mutex<u64>,
-    /// Has the process, too.
+    /// Owns the process, too.
     reader: tokio::task::JoinHandle<()>,
 }
 
@@ -51,14 +52,14 @@ impl Agent {
         let reader = tokio::spawn(async move {
             while let Ok(Some(Done { id, result })) = heard.receive().await {
                 let waiter = answers.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
-                // Who ordered it may not care any more.
+                // Fails where nobody waits any more.
                 let _ = waiter.map(|waiter| waiter.send(result));
             }
-            let ended = match timeout(WORDS_TIME, process.end()).await {
-                Ok(Err(words)) => format!("it has ended: {words}"),
+            let ended = match timeout(END_TIME, process.end()).await {
+                Ok(Err(reason)) => format!("it has ended: {reason}"),
                 _ => "it has ended".to_owned(),
             };
-            // Whoever still waits hears that nobody will tell him, and why.
+            // Orders that are still waited for fail, with the reason of its end.
             for (_, waiter) in answers.lock().unwrap_or_else(PoisonError::into_inner).drain() {
                 let _ = waiter.send(Err(ended.clone()));
             }
@@ -71,9 +72,9 @@ impl Agent {
         self.reader.is_finished() || self.channel.is_closed()
     }
 
-    /// Why the kernel does not let sandboxes be made here, if it does not. An agent that does not answer is no reason.
-    pub async fn rehearse(&self) -> Result<Option<String>, SandboxError> {
-        let done = self.order(What::Rehearse, &[])?.done;
+    /// Why the kernel does not let sandboxes be made here, if it does not. An agent that does not answer is an error.
+    pub async fn preflight(&self) -> Result<Option<String>, SandboxError> {
+        let done = self.order(Action::Preflight, &[])?.done;
         match timeout(ORDER_TIME, done).await.map_err(|_| late()) {
             Ok(Ok(())) => Ok(None),
             Ok(Err(reason)) if !self.is_gone() => Ok(Some(reason)),
@@ -81,20 +82,20 @@ impl Agent {
         }
     }
 
-    /// Lays out what the sandboxes of a template share.
-    pub async fn prepare(&self, template: &str, plan: Plan) -> Result<(), SandboxError> {
-        let what = What::Prepare { template: template.into(), plan: Box::new(plan) };
-        in_time(self.order(what, &[])?.done).await.map_err(SandboxError::Agent)
+    /// Sets up what the sandboxes of a template share.
+    pub async fn prepare(&self, template: &str, config: SandboxConfig) -> Result<(), SandboxError> {
+        let action = Action::Prepare { template: template.into(), config: Box::new(config) };
+        in_time(self.order(action, &[])?.done).await.map_err(SandboxError::Agent)
     }
 
-    /// Gives up what [`Agent::prepare`] laid out; sandboxes keep theirs.
+    /// Gives up what [`Agent::prepare`] set up; running sandboxes keep it.
     pub fn forget(&self, template: &str) {
-        // Where it has ended nothing is left.
-        let _ = self.order(What::Forget(template.into()), &[]);
+        // Fails where the agent has ended: then nothing is left to give up.
+        let _ = self.order(Action::Forget(template.into()), &[]);
     }
 
-    /// Makes a sandbox; its end of the channel goes to its init.
-    pub fn stamp(
+    /// Spawns a sandbox; `channel` goes to its init.
+    pub fn spawn(
         &self,
         template: &str,
         job_dir: &Path,
@@ -102,17 +103,17 @@ impl Agent {
         channel: OwnedFd,
         cgroup: Option<File>,
     ) -> Result<Ordered, SandboxError> {
-        let what = What::Stamp { template: template.into(), job_dir: job_dir.into(), slot };
+        let action = Action::Spawn { template: template.into(), job_dir: job_dir.into(), slot };
         let fds: Vec<_> = std::iter::once(channel.as_fd()).chain(cgroup.iter().map(AsFd::as_fd)).collect();
-        self.order(what, &fds)
+        self.order(action, &fds)
     }
 
     /// Kills the sandbox that an order made, and waits until it is gone.
     pub async fn kill(&self, order: u64) -> Result<(), String> {
-        in_time(self.order(What::Kill(order), &[]).map_err(|error| error.to_string())?.done).await
+        in_time(self.order(Action::Kill(order), &[]).map_err(|error| error.to_string())?.done).await
     }
 
-    fn order(&self, what: What, fds: &[BorrowedFd<'_>]) -> Result<Ordered, SandboxError> {
+    fn order(&self, action: Action, fds: &[BorrowedFd<'_>]) -> Result<Ordered, SandboxError> {
         let id = {
             let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
             *next += 1;
@@ -120,7 +121,7 @@ impl Agent {
         };
         let (waiter, done) = oneshot::channel();
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(id, waiter);
-        let sent = self.channel.send(&Order { id, what }, fds);
+        let sent = self.channel.send(&Order { id, action }, fds);
         if sent.is_err() || self.reader.is_finished() {
             self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
         }

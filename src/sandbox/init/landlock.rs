@@ -11,7 +11,7 @@ use landlock::{
     RulesetCreatedAttr, RulesetError, Scope,
 };
 
-use crate::sandbox::direct::oci_plan::{DEV, DEVICES};
+use crate::model::rootfs::{DEV, DEVICES};
 
 pub use landlock::RulesetCreated as Rules;
 

@@ -1,10 +1,10 @@
-//! What processes were seen to use, for hosts without a cgroup that counts it.
+//! Samples of the CPU time of processes, for hosts without a cgroup that counts it.
 //!
-//! A process's times are added to its parent's when that waits for it, and to init's reckoning when init does. Where a parent
-//! ignores SIGCHLD nobody waits, and they are lost. So init looks, every [`PAUSE`] and while processes are being made every
-//! [`SOON`], and keeps what it saw last of each. That is never more than they used, and exact but for what each used after
-//! the last look at it: of children that live shorter than [`SOON`], most. What making these costs is their parent's, and
-//! counted; and the wall time bounds it all.
+//! The CPU time of an ended process is added to that of the parent that waits for it, or counted by init where init does.
+//! Where a parent ignores SIGCHLD nobody waits, and the time is lost. So init takes samples, every [`PAUSE`] and while
+//! processes are being made every [`SOON`], and keeps the last one of each process. The sum is never more than what they
+//! used, and misses only what each used after its last sample: for children that live shorter than [`SOON`], most. What
+//! making these costs counts as their parent's; and the wall time bounds it all.
 
 use std::collections::HashMap;
 use std::fs;
@@ -13,18 +13,18 @@ use std::time::{Duration, Instant};
 use nix::time::ClockId;
 use nix::unistd::Pid;
 
-/// Time between two looks.
+/// Time between two samples.
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// The same after processes or threads were made.
 const SOON: Duration = Duration::from_millis(1);
 
-/// A look is taken no sooner than after as many times what the last one took.
+/// After a sample, sampling pauses for at least this many times what it took, up to [`PAUSE`].
 const SHARE: u32 = 10;
 
-/// Since a stage began.
+/// The samples of a stage.
 #[derive(Default)]
-pub struct Seen {
+pub struct CpuSamples {
     living: HashMap<Pid, Duration>,
     gone: Duration,
     /// The last process or thread that was made.
@@ -32,9 +32,9 @@ pub struct Seen {
     next: Option<Instant>,
 }
 
-impl Seen {
-    /// Looks, if it is time to. `pids` are those that live.
-    pub fn look<P: Iterator<Item = Pid>>(&mut self, pids: impl FnOnce() -> P) {
+impl CpuSamples {
+    /// Takes a sample if one is due. `pids` are the running processes.
+    pub fn sample<P: Iterator<Item = Pid>>(&mut self, pids: impl FnOnce() -> P) {
         let started = Instant::now();
         if self.next.is_some_and(|next| started < next) {
             return;
@@ -54,23 +54,23 @@ impl Seen {
         self.living = now;
     }
 
-    /// When to look again.
+    /// When the next sample is due.
     pub fn next(&self) -> Option<Instant> {
         self.next
     }
 
-    /// CPU time of all processes that were seen.
+    /// CPU time of all processes that were sampled, also of those that have ended.
     pub fn cpu(&self) -> Duration {
         self.gone + self.living.values().sum::<Duration>()
     }
 }
 
-/// CPU time of a process that lives, all of its threads together, those that have ended too.
+/// CPU time of a running process: all of its threads together, also those that have ended.
 fn used(pid: Pid) -> Option<Duration> {
     ClockId::pid_cpu_clock_id(pid).and_then(ClockId::now).ok().map(Duration::from)
 }
 
-/// The number of the process or thread that was made last in our namespace.
+/// Number of the process or thread that was made last in our pid namespace.
 fn newest() -> Option<u64> {
     fs::read_to_string("/proc/loadavg").ok()?.split_whitespace().next_back()?.parse().ok()
 }
@@ -81,38 +81,38 @@ mod tests {
 
     use super::*;
 
-    fn seen(looks: &[&[(i32, u64)]]) -> Duration {
-        let mut seen = Seen::default();
-        for look in looks {
-            seen.update(look.iter().map(|&(pid, ms)| (Pid::from_raw(pid), Duration::from_millis(ms))).collect());
+    fn sampled(samples: &[&[(i32, u64)]]) -> Duration {
+        let mut cpu = CpuSamples::default();
+        for sample in samples {
+            cpu.update(sample.iter().map(|&(pid, ms)| (Pid::from_raw(pid), Duration::from_millis(ms))).collect());
         }
-        seen.cpu()
+        cpu.cpu()
     }
 
     #[test]
-    fn what_was_seen_of_a_process_stays_when_it_has_gone() {
-        assert_eq!(seen(&[]), Duration::ZERO);
-        assert_eq!(seen(&[&[(2, 10)], &[(2, 30), (3, 5)], &[(2, 40)], &[]]), Duration::from_millis(45));
+    fn the_time_of_an_ended_process_still_counts() {
+        assert_eq!(sampled(&[]), Duration::ZERO);
+        assert_eq!(sampled(&[&[(2, 10)], &[(2, 30), (3, 5)], &[(2, 40)], &[]]), Duration::from_millis(45));
         // The number of one that has gone, again.
-        assert_eq!(seen(&[&[(2, 10)], &[(2, 3)], &[(2, 4)]]), Duration::from_millis(14));
+        assert_eq!(sampled(&[&[(2, 10)], &[(2, 3)], &[(2, 4)]]), Duration::from_millis(14));
     }
 
     #[test]
-    fn a_look_sees_what_a_process_uses() {
+    fn a_sample_measures_a_running_process() {
         let mut child = Command::new("sh").args(["-c", "while :; do :; done"]).stdin(Stdio::null()).spawn().unwrap();
         let pid = Pid::from_raw(child.id().cast_signed());
-        let mut seen = Seen::default();
+        let mut samples = CpuSamples::default();
         let deadline = Instant::now() + Duration::from_secs(60);
-        while seen.cpu() < Duration::from_millis(50) && Instant::now() < deadline {
-            seen.look(|| std::iter::once(pid));
+        while samples.cpu() < Duration::from_millis(50) && Instant::now() < deadline {
+            samples.sample(|| std::iter::once(pid));
             std::thread::sleep(Duration::from_millis(1));
         }
         child.kill().unwrap();
         child.wait().unwrap();
-        let used = seen.cpu();
+        let used = samples.cpu();
         assert!(used >= Duration::from_millis(50), "{used:?}");
-        seen.next = None;
-        seen.look(|| std::iter::once(pid));
-        assert_eq!(seen.cpu(), used, "of one that has gone");
+        samples.next = None;
+        samples.sample(|| std::iter::once(pid));
+        assert_eq!(samples.cpu(), used, "of one that has gone");
     }
 }

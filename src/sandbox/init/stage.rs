@@ -1,0 +1,271 @@
+//! One stage: its program is started, watched until it ends or has to be ended, and everything that it left is killed.
+
+use std::io;
+use std::ops::ControlFlow;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rustix::process::{PidfdFlags, pidfd_open};
+
+use crate::host::cgroup::Counters;
+use crate::model::outcome::Ended;
+use crate::sandbox::init::counters::usage;
+use crate::sandbox::init::reap::Reaped;
+use crate::sandbox::init::spawn::SpawnError;
+use crate::sandbox::init::tracers::{self, Listener};
+use crate::sandbox::init::{Init, locks, processes, workdir};
+use crate::sandbox::protocol::{self, FromInit, StageSpec, ToInit};
+
+/// Processes that are reaped between two checks of the limits: a program can make them as fast as they are reaped.
+const REAPS: usize = 64;
+
+/// Shortest time between two checks of the CPU time used.
+const CPU_CHECK: Duration = Duration::from_millis(20);
+
+/// Time between two checks of the memory used, where a request allows less than the container.
+const MEMORY_CHECK: Duration = Duration::from_millis(10);
+
+impl Init {
+    /// Runs one stage to its end; `None` when the server has gone meanwhile.
+    pub(super) fn run_stage(&mut self, spec: &StageSpec, pipes: [OwnedFd; 3]) -> io::Result<Option<FromInit>> {
+        let Some(ids) = self.ids else {
+            return Ok(Some(FromInit::Failed("a stage before its sources".into())));
+        };
+        let before = self.cgroup.counters();
+        let started = Instant::now();
+        let spawned = self.spawner.spawn(spec, &pipes, ids, self.cgroup.enforced().processes);
+        let mut reaped = Reaped::of(spawned.as_ref().ok().map(|(main, _)| *main));
+        // The programs hold them now.
+        drop(pipes);
+        let ended = match spawned {
+            Ok((main, listener)) => {
+                let watch = Watch::new(self, spec, main, listener, started, &before, &mut reaped)?;
+                match watch.until_ended()? {
+                    Some(ended) => ended,
+                    None => return Ok(None),
+                }
+            }
+            Err(SpawnError::Program(error)) => {
+                Ended::NotStarted(format!("cannot start {:?}: {error}", spec.argv.first()))
+            }
+            Err(SpawnError::Init(error)) => {
+                return Ok(Some(FromInit::Failed(format!("cannot start a stage: {error}"))));
+            }
+        };
+        let wall = started.elapsed();
+        self.kill_all(&mut reaped)?;
+        let after = self.cgroup.counters();
+        if after.starved_since(&before) {
+            return Ok(Some(FromInit::HostMemory));
+        }
+        let artifact = spec.artifact.as_ref().is_none_or(|name| workdir::has_file(name));
+        Ok(Some(FromInit::StageEnded { ended, artifact, usage: usage(wall, &before, &after, &reaped) }))
+    }
+}
+
+/// A running stage: its main process, its limits, and when each of them is checked next.
+struct Watch<'a> {
+    init: &'a mut Init,
+    spec: &'a StageSpec,
+    before: &'a Counters,
+    reaped: &'a mut Reaped,
+    main: Pid,
+    /// Readable when the main process has ended, whoever may have to reap it.
+    main_end: OwnedFd,
+    /// Where the filter asks, as long as there is a program that could.
+    listener: Option<Listener>,
+    deadline: Instant,
+    cpu_limit: Duration,
+    /// Whether no cgroup counts CPU time.
+    uncounted: bool,
+    next_cpu_check: Instant,
+    /// `None` where the request has no memory limit of its own.
+    next_memory_check: Option<Instant>,
+    next_locks_check: Instant,
+    /// Time between two checks of locks.
+    locks_check: Duration,
+}
+
+/// What [`Watch::wait`] has found.
+struct Ready {
+    message: bool,
+    children: bool,
+    main_end: bool,
+    listener: PollFlags,
+}
+
+impl<'a> Watch<'a> {
+    fn new(
+        init: &'a mut Init,
+        spec: &'a StageSpec,
+        main: Pid,
+        listener: Option<Listener>,
+        started: Instant,
+        before: &'a Counters,
+        reaped: &'a mut Reaped,
+    ) -> io::Result<Watch<'a>> {
+        let cpu_limit = Duration::from_micros(spec.cpu_time_us);
+        Ok(Watch {
+            main_end: pidfd_open(rustix_pid(main)?, PidfdFlags::empty())?,
+            uncounted: init.cgroup.cpu_since(before).is_none(),
+            deadline: started + Duration::from_micros(spec.time_us),
+            next_cpu_check: started + cpu_limit.min(Duration::from_micros(spec.time_us)) / 4,
+            next_memory_check: spec.memory.map(|_| started),
+            next_locks_check: started + locks::CHECK,
+            locks_check: locks::CHECK,
+            init,
+            spec,
+            before,
+            reaped,
+            main,
+            listener,
+            cpu_limit,
+        })
+    }
+
+    /// Waits until the main process ends or has to be ended; `None` when the server has gone.
+    fn until_ended(mut self) -> io::Result<Option<Ended>> {
+        let mut main_is_dead = false;
+        loop {
+            let more = self.reap()?;
+            if let Some(ended) = self.reaped.main_ended.take() {
+                return Ok(Some(ended));
+            }
+            if main_is_dead && !more {
+                // Another program traces it, and would have to let it go first.
+                self.init.kill_all(self.reaped)?;
+                return Ok(Some(self.reaped.main_ended.take().unwrap_or(Ended::Killed)));
+            }
+            let now = Instant::now();
+            if let Some(limit) = self.exceeded_limit(now) {
+                return Ok(Some(limit));
+            }
+            let ready = self.wait(now, more)?;
+            if ready.children {
+                while let Ok(Some(_)) = self.init.children.read_signal() {}
+            }
+            main_is_dead = ready.main_end;
+            self.answer_filter(ready.listener, now);
+            if ready.message
+                && let ControlFlow::Break(ended) = self.obey_server()?
+            {
+                return Ok(ended);
+            }
+        }
+    }
+
+    /// Reaps what has ended, until the main process is reaped. Returns whether there may be more.
+    fn reap(&mut self) -> io::Result<bool> {
+        for _ in 0..REAPS {
+            let more = self.reaped.reap()?;
+            if !more || self.reaped.main_ended.is_some() {
+                return Ok(more);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Makes the checks that are due, and returns the limit that the stage has exceeded.
+    fn exceeded_limit(&mut self, now: Instant) -> Option<Ended> {
+        if now >= self.deadline {
+            return Some(Ended::WallTime);
+        }
+        if self.uncounted {
+            self.reaped.samples.sample(processes::pids);
+            if self.reaped.samples.cpu() >= self.cpu_limit {
+                return Some(Ended::CpuTime);
+            }
+        }
+        if now >= self.next_cpu_check {
+            let counted = self.init.cgroup.cpu_since(self.before);
+            let used = counted.unwrap_or_else(|| self.reaped.cpu + processes::cpu());
+            if used >= self.cpu_limit {
+                return Some(Ended::CpuTime);
+            }
+            // All CPUs together can use the rest no sooner.
+            self.next_cpu_check = now + ((self.cpu_limit - used) / cpus()).max(CPU_CHECK);
+        }
+        if let (Some(limit), Some(check)) = (self.spec.memory, self.next_memory_check.as_mut())
+            && now >= *check
+        {
+            if self.init.cgroup.memory_in_use().unwrap_or_else(processes::memory) > limit {
+                return Some(Ended::Memory);
+            }
+            *check = now + MEMORY_CHECK;
+        }
+        if now >= self.next_locks_check {
+            if locks::are_too_many() {
+                return Some(Ended::Memory);
+            }
+            self.next_locks_check = now + self.locks_check;
+        }
+        None
+    }
+
+    /// Waits for a message, an ended process, a question of the filter, or the next check. Does not wait where more
+    /// processes may have ended.
+    fn wait(&self, now: Instant, more: bool) -> io::Result<Ready> {
+        let others = [Some(self.next_locks_check), self.next_memory_check, self.reaped.samples.next()];
+        let next_check = others.into_iter().flatten().fold(self.next_cpu_check, Instant::min);
+        let wait = match more {
+            true => Duration::ZERO,
+            false => self.deadline.min(next_check).saturating_duration_since(now) + Duration::from_millis(1),
+        };
+        let poll_fd = |fd| PollFd::new(fd, PollFlags::POLLIN);
+        // Without a listener another descriptor stands in its place, and what is seen there is ignored.
+        let listener = self.listener.as_ref().map_or(self.main_end.as_fd(), |listener| listener.as_fd());
+        let watched = [self.init.channel.as_fd(), self.init.children.as_fd(), self.main_end.as_fd(), listener];
+        let mut fds = watched.map(poll_fd);
+        match poll(&mut fds, PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(Ready {
+            message: fds[0].any().unwrap_or(true),
+            children: fds[1].any().unwrap_or(true),
+            main_end: fds[2].any().unwrap_or(true),
+            listener: fds[3].revents().unwrap_or(PollFlags::empty()),
+        })
+    }
+
+    /// Answers the filter where it asks about a call of a program.
+    fn answer_filter(&mut self, ready: PollFlags, now: Instant) {
+        if ready.contains(PollFlags::POLLHUP) {
+            // Nobody is left who could ask: the kernel says so as soon as a program begins to end, and again and again
+            // until it has ended.
+            self.listener = None;
+        } else if ready.contains(PollFlags::POLLIN) && self.listener.as_mut().is_some_and(Listener::answer) {
+            self.locks_check = tracers::CHECK;
+            self.next_locks_check = now;
+        }
+    }
+
+    /// Does what the server says during a stage; breaks where that ends it, with `None` when the server has gone.
+    fn obey_server(&mut self) -> io::Result<ControlFlow<Option<Ended>>> {
+        match protocol::receive(self.init.channel.as_fd())? {
+            None => Ok(ControlFlow::Break(None)),
+            Some((ToInit::Kill, _)) => Ok(ControlFlow::Break(Some(Ended::Killed))),
+            Some((ToInit::Signal(number), _)) => {
+                if let Ok(signal) = Signal::try_from(number) {
+                    // It may have ended already, which is no error.
+                    let _ = kill(self.main, signal);
+                }
+                Ok(ControlFlow::Continue(()))
+            }
+            Some((other, _)) => Err(io::Error::other(format!("{other:?} during a stage"))),
+        }
+    }
+}
+
+fn cpus() -> u32 {
+    std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1))
+}
+
+/// A process by the type of the rustix crate.
+fn rustix_pid(pid: Pid) -> io::Result<rustix::process::Pid> {
+    rustix::process::Pid::from_raw(pid.as_raw()).ok_or_else(|| io::Error::other("a process without a number"))
+}

@@ -1,0 +1,60 @@
+//! podman's verbs for containers.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use crate::host::aside::aside;
+use crate::host::process::ProcessError;
+use crate::sandbox::podman::Podman;
+use crate::sandbox::{LABEL, LABEL_INSTANCE, orphans};
+
+impl Podman {
+    /// Names of all containers of an instance, whatever their state, and whether or not podman still knows them.
+    pub async fn list(&self, instance: &str) -> Result<Vec<String>, ProcessError> {
+        let filter = format!("label={LABEL_INSTANCE}={instance}");
+        let ours = format!("label={LABEL}=1");
+        let names =
+            self.text(&["ps", "--all", "--format", "{{.Names}}", "--filter", &ours, "--filter", &filter]).await?;
+        let mut names: Vec<String> = names.lines().map(str::to_owned).collect();
+        let instance = instance.to_owned();
+        names.extend(look_in_proc(move || orphans::monitored(&instance)).await?);
+        names.sort_unstable();
+        names.dedup();
+        Ok(names)
+    }
+
+    /// Removes containers with their volumes, running or not; those that are not there are no error.
+    pub async fn remove(&self, names: &[String]) -> Result<(), ProcessError> {
+        if names.is_empty() {
+            return Ok(());
+        }
+        let fixed = ["rm", "--force", "--volumes", "--ignore", "--time", "0", "--"];
+        let args = fixed.into_iter().chain(names.iter().map(String::as_str));
+        let removed = self.verb(args).await;
+        let names = names.to_vec();
+        look_in_proc(move || orphans::kill(&names)).await?;
+        removed.map(drop)
+    }
+
+    /// Removes a container; a failure is for the log, and for the next sweep.
+    pub async fn remove_or_warn(&self, name: &str) {
+        if let Err(error) = self.remove(&[name.to_owned()]).await {
+            tracing::warn!(container = name, %error, "cannot remove a container; retrying in the next sweep");
+        }
+    }
+
+    /// Creates a container and has everything mounted for it, but does not start it. Returns the path of the
+    /// OCI configuration that podman wrote for it.
+    pub async fn create(&self, name: &str, args: Vec<OsString>) -> Result<PathBuf, ProcessError> {
+        let args = std::iter::once("create".into()).chain(args);
+        self.verb(args).await?;
+        self.text(&["init", "--", name]).await?;
+        self.text(&["container", "inspect", "--format", "{{.OCIConfigPath}}", "--", name]).await.map(PathBuf::from)
+    }
+}
+
+/// Looks through `/proc` in a thread of its own, since that takes long where there are many processes.
+async fn look_in_proc<T: Send + 'static>(look: impl FnOnce() -> T + Send + 'static) -> Result<T, ProcessError> {
+    let late = |source| ProcessError::Io { command: "looking for forgotten containers".into(), source };
+    aside(look).await.map_err(late)
+}

@@ -1,0 +1,91 @@
+//! The podman engine: makes each sandbox by `podman run`.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use futures_util::future::BoxFuture;
+
+use crate::host::process::{Passed, ProcessError};
+use crate::model::language::Language;
+use crate::sandbox::channel::Channel;
+use crate::sandbox::podman::Podman;
+use crate::sandbox::podman::args::run_args;
+use crate::sandbox::podman::dev::make_dev;
+use crate::sandbox::supervisor::{EngineSettings, Started};
+use crate::sandbox::{Engine, Sandbox, SandboxError, SandboxSpec, orphans};
+
+/// Makes each sandbox by `podman run`, which stays our child until its container is removed.
+pub struct PodmanEngine {
+    podman: Podman,
+    settings: EngineSettings,
+    made: AtomicU64,
+    /// Users of images, by the content ids of these, until they are released.
+    users: Mutex<HashMap<String, String>>,
+}
+
+impl PodmanEngine {
+    /// An engine of this podman.
+    pub fn new(podman: Podman, settings: EngineSettings) -> PodmanEngine {
+        PodmanEngine { podman, settings, made: AtomicU64::new(0), users: Default::default() }
+    }
+
+    fn users(&self) -> MutexGuard<'_, HashMap<String, String>> {
+        self.users.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The user of an image, which is asked for once.
+    async fn user(&self, image: &str) -> Result<String, ProcessError> {
+        let known = self.users().get(image).cloned();
+        match known {
+            Some(user) => Ok(user),
+            None => {
+                let user = self.podman.image_user(image).await?;
+                Ok(self.users().entry(image.to_owned()).or_insert(user).clone())
+            }
+        }
+    }
+
+    async fn make(&self, spec: SandboxSpec) -> Result<Sandbox, SandboxError> {
+        let SandboxSpec { language, image, slot } = spec;
+        let user = self.user(&image).await?;
+        let job_dir = self.settings.job_directory()?;
+        let number = self.made.fetch_add(1, Ordering::Relaxed);
+        let name = orphans::name(&self.settings.instance, "box", number);
+        let mark = self.settings.living.mark(&name);
+        let dev = self.settings.jobs.with_file_name("dev");
+        make_dev(&dev).map_err(SandboxError::io("cannot make the directory of a container's devices"))?;
+        let args = run_args(&name, &self.settings, &language, &image, job_dir.path(), &dev);
+        let (channel, theirs) = Channel::pair()?;
+        let mut running = self.podman.cmd(args).spawn(Passed::Third(theirs))?;
+        let podman = self.podman.clone();
+        let started = Started {
+            channel,
+            job_dir: job_dir.path().to_owned(),
+            image,
+            user,
+            slot,
+            own_cgroup: true,
+            cgroup: None,
+            // podman removes what it ran (--rm), unless it failed half-way or was killed.
+            ended: Box::pin(async move { running.end().await }),
+            remove: Box::pin(async move { podman.remove_or_warn(&name).await }),
+            owned: Box::new((job_dir, mark)),
+        };
+        self.settings.raise(started, &language).await
+    }
+}
+
+impl Engine for PodmanEngine {
+    fn start(&self, spec: SandboxSpec) -> BoxFuture<'_, Result<Sandbox, SandboxError>> {
+        Box::pin(self.make(spec))
+    }
+
+    /// Nothing is kept.
+    fn keep_only(&self, _: &[Arc<Language>]) {}
+
+    fn release<'a>(&'a self, image: Option<&'a str>) -> BoxFuture<'a, ()> {
+        self.users().retain(|known, _| image.is_some_and(|image| image != known));
+        Box::pin(std::future::ready(()))
+    }
+}

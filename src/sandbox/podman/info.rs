@@ -1,0 +1,69 @@
+//! What podman tells of itself and the host.
+
+use crate::host::process::ProcessError;
+use crate::sandbox::podman::Podman;
+
+/// What `podman info` tells that matters here.
+#[derive(Debug, Clone, Default)]
+pub struct Info {
+    /// podman's version.
+    pub version: String,
+    /// Name and version of the OCI runtime.
+    pub runtime: String,
+    /// The storage driver.
+    pub driver: String,
+    /// Whether overlay is the kernel's own; `None` where podman does not say.
+    pub native_overlay: Option<bool>,
+    /// `v1` or `v2`.
+    pub cgroup_version: String,
+    /// Controllers that this user's containers get.
+    pub controllers: Vec<String>,
+}
+
+impl Info {
+    /// Reads `podman info --format json`; what is not there is empty.
+    pub fn parse(json: &[u8]) -> Info {
+        let value: serde_json::Value = serde_json::from_slice(json).unwrap_or_default();
+        let text = |pointer: &str| value.pointer(pointer).and_then(|v| v.as_str()).unwrap_or_default().to_owned();
+        Info {
+            version: text("/version/Version"),
+            runtime: text("/host/ociRuntime/version").lines().next().unwrap_or_default().to_owned(),
+            driver: text("/store/graphDriverName"),
+            native_overlay: match text("/store/graphStatus/Native Overlay Diff").as_str() {
+                "true" => Some(true),
+                "false" => Some(false),
+                _ => None,
+            },
+            cgroup_version: text("/host/cgroupVersion"),
+            controllers: value
+                .pointer("/host/cgroupControllers")
+                .and_then(|v| v.as_array())
+                .map(|list| list.iter().filter_map(|v| v.as_str()).map(str::to_owned).collect())
+                .unwrap_or_default(),
+        }
+    }
+
+    /// The limits that podman's containers cannot have here.
+    pub fn missing_controllers(&self) -> Vec<&'static str> {
+        let has = |name: &str| self.cgroup_version == "v2" && self.controllers.iter().any(|c| c == name);
+        [("memory", "memory"), ("pids", "processes"), ("cpu", "CPU")]
+            .into_iter()
+            .filter(|(controller, _)| !has(controller))
+            .map(|(_, what)| what)
+            .collect()
+    }
+}
+
+impl Podman {
+    /// What podman says of itself and the host.
+    pub async fn info(&self) -> Result<&Info, ProcessError> {
+        let ask = || async { self.verb(["info", "--format", "json"]).await.map(|json| Info::parse(&json)) };
+        self.info.get_or_try_init(ask).await
+    }
+
+    /// How many ids this user's containers have, the user's own among them.
+    pub async fn mapped_ids(&self) -> Result<u64, ProcessError> {
+        let map = self.text(&["unshare", "cat", "/proc/self/uid_map"]).await?;
+        Ok(map.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok()).sum())
+    }
+}
