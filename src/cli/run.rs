@@ -20,7 +20,7 @@ use crate::host::log;
 use crate::host::print::{self, Unprinted};
 use crate::host::signals::{self, Phases};
 use crate::http::{PistonAnswer, place};
-use crate::images;
+use crate::images::names;
 use crate::model::job::{SourceFile, Stage, Streams};
 use crate::model::language::Language;
 use crate::model::outcome::{Ended, StageOutcome, Verdict};
@@ -29,7 +29,7 @@ use crate::run::cache::MemoCache;
 use crate::run::{Runner, Tasks};
 use crate::sandbox::podman::Podman;
 use crate::sandbox::{Event, Live};
-use crate::scheduler::pool::{Image, Pool};
+use crate::scheduler::{Image, Pool};
 
 /// Exit code when the program ran out of time, as `timeout` has it.
 const CODE_TIME: u8 = 124;
@@ -165,7 +165,7 @@ async fn image(
     if let Some(id) = podman.image_id(name).await? {
         return Ok(id);
     }
-    if images::is_local(name) {
+    if names::is_local(name) {
         bail!("there is no image {name}; build it, or name another one in the configuration")
     }
     waiting.note(format!("pulling {name}"));

@@ -23,7 +23,7 @@ use crate::http::front::Front;
 use crate::http::origin::Origins;
 use crate::http::{self, ApiSettings, Budget};
 use crate::images::control;
-use crate::images::{ImageUpdater, Order, Wanted};
+use crate::images::{ImageUpdater, LastUpdate, Order, Wanted};
 use crate::metrics::{self, Counted, Export, Measured};
 use crate::model::language::Language;
 use crate::run::cache::MemoCache;
@@ -35,7 +35,7 @@ use crate::sandbox::podman::Podman;
 use crate::sandbox::supervisor::{EngineSettings, Living};
 use crate::sandbox::sweep;
 use crate::sandbox::{Engine, SandboxError};
-use crate::scheduler::pool::{Image, Pool, Status};
+use crate::scheduler::{Image, Pool, Status};
 
 /// How long containers may take to go at the end, before what is left is removed by force.
 const SUPERVISORS_TIME: Duration = Duration::from_secs(15);
@@ -336,11 +336,11 @@ fn updater(
         instance: workshop.instance.name.clone(),
         languages,
         settings: settings.update,
-        stamp: state_dir()?.join(format!("{}.updated", workshop.instance.name)),
+        last_update: LastUpdate::new(state_dir()?.join(format!("{}.updated", workshop.instance.name))),
         checks: Checks::default(),
         announce: Box::new(announce),
         ails: Box::new(ails),
-        memory: Mutex::default(),
+        pulled: Mutex::default(),
     })
 }
 

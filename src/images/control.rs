@@ -12,7 +12,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::host::print;
-use crate::images::{self, Order, Report};
+use crate::images::Order;
+use crate::images::report::{self, Report};
 
 /// How long who connects may take to say what it wants.
 const ORDER_TIME: Duration = Duration::from_secs(5);
@@ -61,8 +62,8 @@ async fn answer(mut stream: UnixStream, updates: mpsc::Sender<Order>) -> std::io
 
 /// The lines of some reports, and whether all went well.
 pub fn summary(reports: &[Report]) -> (String, bool) {
-    let text = reports.iter().map(|report| images::line(report) + "\n").collect();
-    (text, images::all_well(reports))
+    let text = reports.iter().map(|report| report::line(report) + "\n").collect();
+    (text, report::all_well(reports))
 }
 
 /// Has the server behind this socket update its images; prints its answer. `None` where no server listens.

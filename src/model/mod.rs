@@ -1,5 +1,6 @@
 //! Pure data: jobs, their limits and outcomes, and the languages. Nothing here does I/O or waits.
 
+pub mod backoff;
 pub mod client;
 pub mod job;
 pub mod key;

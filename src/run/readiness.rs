@@ -16,7 +16,7 @@ use crate::model::job::Streams;
 use crate::model::language::Language;
 use crate::run::{RunError, Runner};
 use crate::sandbox::{Live, Sandbox, SandboxError};
-use crate::scheduler::pool::Pool;
+use crate::scheduler::Pool;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 

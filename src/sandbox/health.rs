@@ -7,7 +7,8 @@ use tokio::sync::{Mutex, mpsc};
 use crate::model::job::Streams;
 use crate::model::language::Language;
 use crate::model::outcome::Outcome;
-use crate::sandbox::{Engine, HEALTH_SLOT, LOST_SANDBOXES, Live, SandboxError, SandboxSpec, Slot};
+use crate::sandbox::retries::Retries;
+use crate::sandbox::{Engine, HEALTH_SLOT, Live, SandboxError, SandboxSpec, Slot};
 
 /// Where images are checked, one at a time: all checks take the same slot. It comes back when the container is gone, also
 /// where whoever asked for a check gave it up; until then no other one begins.
@@ -33,11 +34,11 @@ impl Checks {
         language: &Arc<Language>,
         image: &str,
     ) -> Result<Option<String>, SandboxError> {
-        let mut lost = 0;
+        let mut retries = Retries::default();
         loop {
             match self.run(engine, language, image).await {
                 Ok(outcome) => return Ok(language.health.failure(&outcome)),
-                Err(SandboxError::Lost) if lost < LOST_SANDBOXES => lost += 1,
+                Err(error) if retries.allow(&error) => {}
                 Err(error) => return Err(error),
             }
         }

@@ -18,6 +18,7 @@ pub mod init;
 mod orphans;
 pub mod podman;
 pub mod protocol;
+pub mod retries;
 mod seccomp;
 mod slot;
 mod stage_client;
@@ -53,9 +54,6 @@ pub const LABEL: &str = "io.coderunner";
 pub const LABEL_INSTANCE: &str = "io.coderunner.instance";
 /// Label with the language of a sandbox.
 pub const LABEL_LANGUAGE: &str = "io.coderunner.language";
-
-/// Sandboxes that may turn out to have been killed while they waited, before a job is given up.
-pub const LOST_SANDBOXES: usize = 3;
 
 /// How long after its time limit a stage's end may reach us, killing and reaping included.
 const STAGE_GRACE: Duration = Duration::from_secs(7);

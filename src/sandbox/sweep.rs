@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use crate::host::process::ProcessError;
+use crate::model::backoff::Backoff;
 use crate::sandbox::Observer;
 use crate::sandbox::podman::Podman;
 use crate::sandbox::supervisor::Living;
@@ -34,7 +35,7 @@ pub async fn run(
     observer: Arc<dyn Observer>,
     stop: CancellationToken,
 ) {
-    let mut retry = RETRY;
+    let mut backoff = Backoff::new(RETRY, INTERVAL);
     loop {
         let round = async {
             let swept = sweep(&podman, &instance, &living).await;
@@ -44,14 +45,12 @@ pub async fn run(
                     if removed > 0 {
                         tracing::info!(removed, "removed containers without an owner");
                     }
-                    retry = RETRY;
+                    backoff.reset();
                     INTERVAL
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot remove containers without an owner; retrying");
-                    let pause = retry;
-                    retry = (retry * 2).min(INTERVAL);
-                    pause
+                    backoff.failed()
                 }
             };
             tokio::time::sleep(pause).await;

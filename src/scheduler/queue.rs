@@ -6,7 +6,7 @@ use tokio::sync::oneshot;
 
 use crate::model::client::Client;
 use crate::sandbox::Sandbox;
-use crate::scheduler::pool::PoolError;
+use crate::scheduler::PoolError;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 

@@ -16,7 +16,7 @@ use crate::cli::serve::Workshop;
 use crate::config::Settings;
 use crate::host::print;
 use crate::host::signals::{self, Phases};
-use crate::images;
+use crate::images::names;
 use crate::sandbox::Enforced;
 use crate::sandbox::SandboxError;
 use crate::sandbox::engine::EngineKind;
@@ -284,7 +284,7 @@ async fn languages(settings: &Settings, workshop: &Workshop, report: &mut Report
                     Some(why) => check(why).or(false, format!("podman pull {}, or another image", language.image)),
                 }
             }
-            Ok(None) if images::is_local(&language.image) => {
+            Ok(None) if names::is_local(&language.image) => {
                 let mend =
                     format!("build it: a name under localhost/ is never pulled: podman build -t {} …", language.image);
                 check(format!("no image {}", language.image)).or(false, mend)

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use crate::cli::doctor::probe::{Probe, Tried, VERB, Wall};
 use crate::cli::serve::Workshop;
 use crate::host::instance::Instance;
-use crate::images;
+use crate::images::names::tag_of;
 use crate::model::job::{Job, Streams};
 use crate::model::language::{Language, LanguageSettings};
 use crate::model::limits::Limits;
@@ -300,7 +300,7 @@ pub async fn remove_image(podman: &Podman, instance: &str) {
 
 /// The name of an instance's image.
 fn image_name(instance: &str) -> String {
-    format!("localhost/coderunner-probe:{}", images::tag_of(instance))
+    format!("localhost/coderunner-probe:{}", tag_of(instance))
 }
 
 /// A tar archive of an empty file of the instance's name. With the same layer in the images of two, podman fails over one

@@ -1,0 +1,81 @@
+//! When the images were last updated, which is kept over restarts.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+/// The time of the last update.
+pub struct LastUpdate {
+    /// The file whose time it is.
+    stamp: PathBuf,
+    /// The same of this process: the file may be one that cannot be written.
+    noted: Mutex<Option<SystemTime>>,
+}
+
+impl LastUpdate {
+    /// The time of a file.
+    pub fn new(stamp: PathBuf) -> LastUpdate {
+        LastUpdate { stamp, noted: Mutex::default() }
+    }
+
+    /// How long it is until the next update. Where there was none, this counts as one.
+    pub(super) fn until_next(&self, interval: Duration) -> Duration {
+        let now = SystemTime::now();
+        let stamped = std::fs::metadata(&self.stamp).and_then(|meta| meta.modified()).ok();
+        // A time to come, as after the clock was set back, does not count.
+        let last = [stamped, *self.noted()].into_iter().flatten().filter(|time| *time <= now).max();
+        let updated = last.unwrap_or_else(|| {
+            self.note();
+            now
+        });
+        let age = now.duration_since(updated).unwrap_or_default();
+        interval.saturating_sub(age).max(Duration::from_secs(1))
+    }
+
+    /// Notes an update that ends now.
+    pub(super) fn note(&self) {
+        *self.noted() = Some(SystemTime::now());
+        let note = || {
+            self.stamp.parent().map_or(Ok(()), std::fs::create_dir_all)?;
+            std::fs::write(&self.stamp, b"")
+        };
+        if let Err(error) = note() {
+            tracing::warn!(file = %self.stamp.display(), %error, "cannot save the time of the update");
+        }
+    }
+
+    fn noted(&self) -> MutexGuard<'_, Option<SystemTime>> {
+        self.noted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INTERVAL: Duration = Duration::from_secs(3600);
+
+    #[test]
+    fn an_update_is_due_an_interval_after_the_last_one_also_where_the_file_cannot_be_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let in_the_way = dir.path().join("file");
+        std::fs::write(&in_the_way, b"").unwrap();
+        for stamp in [dir.path().join("state/stamp"), in_the_way.join("stamp")] {
+            let last = LastUpdate::new(stamp);
+            assert!(last.until_next(INTERVAL) > INTERVAL / 2);
+            assert!(last.until_next(INTERVAL) > INTERVAL / 2);
+            assert_eq!(last.until_next(Duration::ZERO), Duration::from_secs(1));
+        }
+    }
+
+    #[test]
+    fn a_restart_remembers_the_last_update_but_not_a_time_to_come() {
+        let dir = tempfile::tempdir().unwrap();
+        let stamp = dir.path().join("stamp");
+        for (time, due) in [(SystemTime::now() - 2 * INTERVAL, true), (SystemTime::now() + 2 * INTERVAL, false)] {
+            std::fs::File::create(&stamp).unwrap().set_modified(time).unwrap();
+            let until = LastUpdate::new(stamp.clone()).until_next(INTERVAL);
+            assert_eq!(until == Duration::from_secs(1), due, "{until:?}");
+        }
+    }
+}

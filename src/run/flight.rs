@@ -1,0 +1,116 @@
+//! Single flight: identical requests that come while a job runs share that run.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use tokio::sync::watch;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::model::key::JobKey;
+use crate::run::answer::{Answer, RunError};
+use crate::run::runner::Reuse;
+
+/// The result of a run, once there is one.
+type Published = Option<Result<Answer, RunError>>;
+
+/// A run that one or more requests wait for. The last one that drops it ends the run.
+pub(super) struct Flight {
+    result: watch::Receiver<Published>,
+    _last_left: DropGuard,
+}
+
+impl Flight {
+    /// Waits for the end of the run.
+    pub(super) async fn result(&self) -> Result<Answer, RunError> {
+        let mut result = self.result.clone();
+        match result.wait_for(Option::is_some).await {
+            Ok(result) => result.clone().unwrap_or(Err(RunError::ShuttingDown)),
+            Err(_) => Err(RunError::ShuttingDown),
+        }
+    }
+}
+
+/// The flights at the moment, by the key of their job.
+#[derive(Clone, Default)]
+pub(super) struct Flights(Arc<Mutex<HashMap<JobKey, Weak<Flight>>>>);
+
+impl Flights {
+    /// Joins the flight of the same job, or starts one where there is none that may be joined. The caller has to see that a
+    /// flight that is started is run, and its result published.
+    pub(super) fn join_or_start(&self, key: JobKey, reuse: Reuse) -> (Arc<Flight>, Option<Publisher>) {
+        let mut flights = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if reuse == Reuse::Allowed
+            && let Some(flight) = flights.get(&key).and_then(Weak::upgrade)
+        {
+            return (flight, None);
+        }
+        let (sender, result) = watch::channel(None);
+        let given_up = CancellationToken::new();
+        let flight = Arc::new(Flight { result, _last_left: given_up.clone().drop_guard() });
+        let own = Arc::downgrade(&flight);
+        flights.insert(key, Weak::clone(&own));
+        let publisher = Publisher { flights: self.clone(), key, own, sender, given_up };
+        (flight, Some(publisher))
+    }
+}
+
+/// The side of a flight that runs the job.
+pub(super) struct Publisher {
+    flights: Flights,
+    key: JobKey,
+    own: Weak<Flight>,
+    sender: watch::Sender<Published>,
+    given_up: CancellationToken,
+}
+
+impl Publisher {
+    /// Waits until no request waits for the flight any more.
+    pub(super) async fn given_up(&self) {
+        self.given_up.cancelled().await;
+    }
+
+    /// Ends the flight: all who wait for it get this result, and nobody joins it any more.
+    pub(super) fn publish(self, result: Result<Answer, RunError>) {
+        {
+            let mut flights = self.flights.0.lock().unwrap_or_else(PoisonError::into_inner);
+            // Another flight of the same job may have taken its place: after it was given up, or by a request that refuses
+            // to join one.
+            if flights.get(&self.key).is_some_and(|flight| Weak::ptr_eq(flight, &self.own)) {
+                flights.remove(&self.key);
+            }
+        }
+        let _ = self.sender.send(Some(result));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::run::runner::tests::{begin, runner};
+    use crate::sandbox::fake;
+
+    #[test]
+    fn a_run_that_ends_leaves_the_flight_of_a_later_run_of_the_same_job() {
+        fake::on_paused_clock(|| async {
+            let (runner, mut starts) = runner(3);
+            let first = begin(&runner, Reuse::Allowed);
+            let one = starts.recv().await.unwrap().succeed();
+            one.begin().await;
+            let anew = begin(&runner, Reuse::Refused);
+            let two = starts.recv().await.unwrap().succeed();
+            two.begin().await;
+            one.end_well();
+            first.await.unwrap().unwrap();
+            let joins = begin(&runner, Reuse::Allowed);
+            let spare = starts.recv().await.unwrap().succeed();
+            // It would be given to the one who joins, if that took any.
+            assert!(tokio::time::timeout(Duration::from_secs(1), spare.hear()).await.is_err());
+            two.end_well();
+            anew.await.unwrap().unwrap();
+            joins.await.unwrap().unwrap();
+            drop(spare);
+        });
+    }
+}
