@@ -21,6 +21,7 @@ use crate::host::print::{self, Unprinted};
 use crate::host::signals::{self, Phases};
 use crate::http::{PistonAnswer, place};
 use crate::images::names;
+use crate::model::client::Client;
 use crate::model::job::{SourceFile, Stage, Streams};
 use crate::model::language::Language;
 use crate::model::outcome::{Ended, StageOutcome, Verdict};
@@ -128,7 +129,7 @@ pub async fn run(once: Once) -> anyhow::Result<u8> {
         Ok(())
     };
     // Where nobody reads what it prints, or a disk is full, it does not run on.
-    let running = async { Ok::<_, Unprinted>(runner.run_live(job, live).await) };
+    let running = async { Ok::<_, Unprinted>(runner.run_live(job, live, &Client::Ourselves).await) };
     let result = tokio::select! {
         result = async { tokio::try_join!(running, printing) } => Some(result),
         () = phases.stop.cancelled() => None,

@@ -19,9 +19,10 @@ use crate::host::process::ProcessError;
 use crate::host::signals::{self, Phases};
 use crate::host::systemd;
 use crate::http::auth::Gate;
-use crate::http::front::Front;
+use crate::http::middleware::App;
 use crate::http::origin::Origins;
-use crate::http::{self, ApiSettings, Budget};
+use crate::http::routes::Routes;
+use crate::http::{self, Api, Budget, Sockets};
 use crate::images::control;
 use crate::images::{ImageUpdater, LastUpdate, Order, Wanted};
 use crate::metrics::{self, Counted, Export, Measured};
@@ -157,7 +158,7 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     let pool = Arc::new(Pool::new(Arc::clone(&workshop.engine), slots(&settings), settings.queue, &languages));
     let tasks = Tasks::default();
     let metrics = Export::install()?;
-    let (front, current_front) = watch::channel(front(&settings, address, &languages, &pool, &tasks, &metrics)?);
+    let (app, current_app) = watch::channel(app(&settings, address, &languages, &pool, &tasks, &metrics)?);
 
     let (orders, taken) = mpsc::channel::<Order>(ORDERS);
     let (wanted, wants) = watch::channel((languages.clone(), settings.update));
@@ -196,7 +197,7 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     background.spawn(metrics.clone().keep_up(stop_background.clone()));
     background.spawn(control::serve(control_socket(&workshop.instance)?, orders, stop_background.clone()));
     let reloader =
-        Reloader { file, overrides, address, front, pool: Arc::clone(&pool), tasks: tasks.clone(), wanted, metrics };
+        Reloader { file, overrides, address, app, pool: Arc::clone(&pool), tasks: tasks.clone(), wanted, metrics };
     background.spawn(reloader.run(reloads, settings.clone(), stop_background));
     let (reported, running) = (Arc::clone(&pool), tasks.clone());
     let _report = systemd::report(move || {
@@ -212,7 +213,7 @@ pub async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Resul
     systemd::ready();
     tracing::info!(%address, languages = settings.languages.join(" "), "listening");
 
-    let closing = http::server::serve(listener, current_front, phases.stop.clone()).await;
+    let closing = http::server::serve(listener, current_app, phases.stop.clone()).await;
     systemd::stopping();
     tokio::select! {
         () = tasks.shut_down(settings.shutdown.drain) => {}
@@ -236,7 +237,7 @@ struct Reloader {
     overrides: Overrides,
     /// Where it listens, whoever opened that.
     address: SocketAddr,
-    front: watch::Sender<Arc<Front>>,
+    app: watch::Sender<Arc<App>>,
     pool: Arc<Pool>,
     tasks: Tasks,
     wanted: watch::Sender<Wanted>,
@@ -280,35 +281,38 @@ impl Reloader {
             );
         }
         let languages = new.enabled()?;
-        let front = front(new, self.address, &languages, &self.pool, &self.tasks, &self.metrics)?;
+        let app = app(new, self.address, &languages, &self.pool, &self.tasks, &self.metrics)?;
         self.pool.reconfigure(slots(new), new.queue, &languages);
-        self.front.send_replace(front);
+        self.app.send_replace(app);
         self.wanted.send_replace((languages, new.update));
         Ok(())
     }
 }
 
-fn front(
+fn app(
     settings: &Settings,
     address: SocketAddr,
     languages: &[Arc<Language>],
     pool: &Arc<Pool>,
     tasks: &Tasks,
     metrics: &Export,
-) -> anyhow::Result<Arc<Front>> {
+) -> anyhow::Result<Arc<App>> {
     let memo = MemoCache::new(settings.cache).context("cannot make the cache")?;
     let runner = Runner::new(languages.to_vec(), memo, Arc::clone(pool), tasks.clone(), settings.batch.build.as_u64());
     let bytes = |size: bytesize::ByteSize| usize::try_from(size.as_u64()).unwrap_or(usize::MAX);
-    let api_settings = ApiSettings {
+    let api = Api {
+        runner: Arc::new(runner),
+        readiness: Readiness::new(settings.ready),
+        metrics: metrics.clone(),
+        sockets: Arc::new(Sockets::default()),
         answers: Arc::new(Budget::new(bytes(settings.answer_memory))),
         bodies: Arc::new(Budget::new(bytes(settings.answer_memory))),
         body_limit: bytes(settings.body_limit),
         source_limit: bytes(settings.source_limit),
         playground: settings.playground,
     };
-    let routes = http::routes(Arc::new(runner), api_settings, Readiness::new(settings.ready), metrics.clone());
     let origins = Origins::new(&settings.allowed_hosts, &settings.cors_origins, address);
-    Ok(Arc::new(Front { routes, gate: Gate::new(&settings.access), origins }))
+    Ok(Arc::new(App { routes: Routes::new(api), gate: Gate::new(&settings.access), origins }))
 }
 
 /// Tells how old an image is; that is of no use to anything but a metric.

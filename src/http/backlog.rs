@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 use tokio::sync::{Notify, mpsc};
 
-use crate::http::budget::{Budget, Exhausted, Growing};
+use crate::http::budget::{Allowance, Exhausted, Growing};
 use crate::model::job::Stage;
 use crate::model::output::{Output, Place};
 use crate::run::Event;
@@ -23,7 +23,7 @@ const FREE: usize = 8 * 1024;
 
 /// Events that wait for the client of a run.
 pub struct Backlog<'a> {
-    budget: &'a Budget,
+    memory: &'a Allowance,
     waiting: Mutex<Waiting>,
     changed: Notify,
 }
@@ -49,8 +49,8 @@ enum Segment {
 
 impl<'a> Backlog<'a> {
     /// An empty one.
-    pub fn new(budget: &'a Budget) -> Backlog<'a> {
-        Backlog { budget, waiting: Mutex::default(), changed: Notify::new() }
+    pub fn new(memory: &'a Allowance) -> Backlog<'a> {
+        Backlog { memory, waiting: Mutex::default(), changed: Notify::new() }
     }
 
     /// Takes all events, at once when each happens, until there are no more or no memory is left for them.
@@ -59,7 +59,7 @@ impl<'a> Backlog<'a> {
             let mut waiting = self.waiting();
             waiting.add(event);
             let size = waiting.size();
-            waiting.memory.cover(size, self.budget)?;
+            waiting.memory.cover(size, self.memory)?;
             drop(waiting);
             self.changed.notify_one();
         }
@@ -145,15 +145,26 @@ impl Waiting {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::http::budget::Budget;
+    use crate::model::client::Client;
     use crate::model::output::Stream;
+
+    fn allowance(bytes: usize) -> Allowance {
+        Arc::new(Budget::new(bytes)).of(&Client::Ourselves)
+    }
 
     fn printed(stream: Stream, bytes: &'static [u8]) -> Event {
         Event::Output(Stage::Run, stream, Bytes::from_static(bytes))
     }
 
-    async fn taken(budget: &Budget, events: impl IntoIterator<Item = Event>) -> (Backlog<'_>, Result<(), Exhausted>) {
-        let backlog = Backlog::new(budget);
+    async fn taken(
+        memory: &Allowance,
+        events: impl IntoIterator<Item = Event>,
+    ) -> (Backlog<'_>, Result<(), Exhausted>) {
+        let backlog = Backlog::new(memory);
         let (sender, happening) = mpsc::unbounded_channel();
         events.into_iter().for_each(|event| drop(sender.send(event)));
         drop(sender);
@@ -163,7 +174,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_read_late_is_told_in_order_and_in_fewer_messages() {
-        let budget = Budget::new(1 << 20);
+        let memory = allowance(1 << 20);
         let events = [
             Event::Queued(2),
             Event::Queued(1),
@@ -173,7 +184,7 @@ mod tests {
             printed(Stream::Stderr, b"c"),
             printed(Stream::Stdout, b"d"),
         ];
-        let (backlog, result) = taken(&budget, events).await;
+        let (backlog, result) = taken(&memory, events).await;
         assert_eq!(result, Ok(()));
         let mut told = Vec::new();
         while let Some(event) = backlog.next().await {
@@ -189,9 +200,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_change_of_stream_with_each_byte_costs_little() {
-        let budget = Budget::new(64 << 20);
+        let memory = allowance(64 << 20);
         let changes = (0..200_000).map(|n| printed([Stream::Stdout, Stream::Stderr][n % 2], b"x"));
-        let (backlog, result) = taken(&budget, changes).await;
+        let (backlog, result) = taken(&memory, changes).await;
         assert_eq!(result, Ok(()));
         assert!(backlog.waiting().size() <= 200_000 * 10, "{}", backlog.waiting().size());
         let mut count = 0;
@@ -203,15 +214,15 @@ mod tests {
 
     #[tokio::test]
     async fn what_waits_is_within_the_budget() {
-        let budget = Budget::new(1 << 20);
+        let memory = allowance(1 << 20);
         let much = vec![b'x'; 64 * 1024];
         let events = |count| (0..count).map(|_| Event::Output(Stage::Run, Stream::Stdout, Bytes::from(much.clone())));
-        let (backlog, result) = taken(&budget, events(4)).await;
+        let (backlog, result) = taken(&memory, events(4)).await;
         assert_eq!(result, Ok(()));
-        let (_, refused) = taken(&budget, events(20)).await;
+        let (_, refused) = taken(&memory, events(20)).await;
         assert_eq!(refused, Err(Exhausted));
         while backlog.next_now().is_some() {}
-        let (_, result) = taken(&budget, events(4)).await;
+        let (_, result) = taken(&memory, events(4)).await;
         assert_eq!(result, Ok(()), "what was told takes nothing");
     }
 }

@@ -12,7 +12,7 @@ use warp::http::HeaderValue;
 use warp::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use warp::reply::Response;
 
-use crate::http::budget::{Budget, Lease};
+use crate::http::budget::{Allowance, Lease};
 use crate::http::error::ApiError;
 use crate::http::text::{self, Fields, MOST_WRITTEN, Part, Reader, Source, Texts};
 use crate::model::outcome::Outcome;
@@ -30,9 +30,9 @@ const WHOLE: usize = 8 * 1024;
 const FREE: usize = 8 * 1024;
 
 /// An answer of an outcome as JSON. What it is made of stays in memory until it has been sent, within the budget.
-pub async fn json(budget: &Budget, mut value: impl Texts, outcome: &Outcome) -> Result<Response, ApiError> {
+pub async fn json(memory: &Allowance, mut value: impl Texts, outcome: &Outcome) -> Result<Response, ApiError> {
     if printed(&mut value) > WHOLE {
-        let lease = budget.lease(cost(outcome)).await?;
+        let lease = memory.lease(cost(outcome)).await?;
         return leased_json(value, vec![lease]).await;
     }
     let bytes = serde_json::to_vec(&value).map_err(ApiError::unwritten)?;
@@ -41,7 +41,7 @@ pub async fn json(budget: &Budget, mut value: impl Texts, outcome: &Outcome) -> 
     }
     // From here on nothing else of it is kept.
     drop(value);
-    let lease = Arc::new(budget.lease(bytes.len()).await?);
+    let lease = Arc::new(memory.lease(bytes.len()).await?);
     Ok(as_json(Response::new(Leased::bytes(bytes, lease).into())))
 }
 
@@ -185,6 +185,8 @@ impl<L: Send + Sync + 'static> Leased<L> {
 mod tests {
     use super::*;
     use crate::http::api::piston::StageAnswer;
+    use crate::http::budget::Budget;
+    use crate::model::client::Client;
     use crate::model::job::Stage;
     use crate::model::outcome::{Ended, StageOutcome, Usage};
     use crate::model::output::{Output, Stream};
@@ -282,7 +284,7 @@ mod tests {
 
     #[test]
     fn a_lease_is_held_until_the_last_chunk_is_let_go() {
-        let budget = Budget::new(1 << 20);
+        let budget = Arc::new(Budget::new(1 << 20)).of(&Client::Ourselves);
         let outcome = outcome(&[(false, vec![1; 100_000])], usize::MAX);
         let lease = budget.try_lease(400 << 10).unwrap();
         let mut writer = Writer::new(&mut answer(&outcome), Fields::AsDeclared, vec![lease]).unwrap();

@@ -8,7 +8,6 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::http::error::ApiError;
 use crate::model::client::Client;
-use crate::run::context::Caller;
 
 /// How long an answer waits for memory. It is there and its client waits: as long as most clients wait for anything.
 const WAIT: Duration = Duration::from_secs(10);
@@ -33,6 +32,13 @@ pub struct Budget {
     /// What one client may take: half.
     share: u32,
     clients: Mutex<Shares>,
+}
+
+/// What a client may take of a budget.
+#[derive(Debug, Clone)]
+pub struct Allowance {
+    budget: Arc<Budget>,
+    client: Client,
 }
 
 /// What clients have left. A client without an answer has no entry of any worth.
@@ -63,9 +69,9 @@ impl Growing {
     }
 
     /// Leases as much as these bytes, all that there are, need.
-    pub fn cover(&mut self, bytes: usize, budget: &Budget) -> Result<(), Exhausted> {
+    pub fn cover(&mut self, bytes: usize, memory: &Allowance) -> Result<(), Exhausted> {
         while bytes > self.allowed {
-            let more = budget.try_lease(STEP)?;
+            let more = memory.try_lease(STEP)?;
             match &mut self.lease {
                 Some(lease) => lease.add(more),
                 none => *none = Some(more),
@@ -106,36 +112,16 @@ impl Budget {
         }
     }
 
-    /// Memory for an answer of whoever is asking. What is more than a client's share takes the whole share.
-    pub async fn lease(&self, bytes: usize) -> Result<Lease, Exhausted> {
-        if let Ok(lease) = self.try_lease(bytes) {
-            return Ok(lease);
-        }
-        let units = self.units(bytes);
-        let _waits = self.waiting.try_acquire_many(units.min(self.share / 2)).map_err(|_| Exhausted)?;
-        let of_client = self.of(&client());
-        let leasing = async {
-            // Its own share first: whoever waits for that keeps nobody else waiting.
-            let of_client = of_client.acquire_many_owned(units).await.map_err(|_| Exhausted)?;
-            let of_all = Arc::clone(&self.all).acquire_many_owned(units).await.map_err(|_| Exhausted)?;
-            Ok(Lease { of_client, of_all })
-        };
-        tokio::time::timeout(WAIT, leasing).await.unwrap_or(Err(Exhausted))
-    }
-
-    /// Like [`Budget::lease`], without waiting.
-    pub fn try_lease(&self, bytes: usize) -> Result<Lease, Exhausted> {
-        let units = self.units(bytes);
-        let of_client = self.of(&client()).try_acquire_many_owned(units).map_err(|_| Exhausted)?;
-        let of_all = Arc::clone(&self.all).try_acquire_many_owned(units).map_err(|_| Exhausted)?;
-        Ok(Lease { of_client, of_all })
+    /// What a client may take of it.
+    pub fn of(self: &Arc<Self>, client: &Client) -> Allowance {
+        Allowance { budget: Arc::clone(self), client: client.clone() }
     }
 
     fn units(&self, bytes: usize) -> u32 {
         u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX).min(self.share)
     }
 
-    fn of(&self, client: &Client) -> Arc<Semaphore> {
+    fn left(&self, client: &Client) -> Arc<Semaphore> {
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(left) = clients.left.get(client).and_then(Weak::upgrade) {
             return left;
@@ -150,6 +136,34 @@ impl Budget {
     }
 }
 
+impl Allowance {
+    /// Memory for an answer. What is more than a client's share takes the whole share.
+    pub async fn lease(&self, bytes: usize) -> Result<Lease, Exhausted> {
+        if let Ok(lease) = self.try_lease(bytes) {
+            return Ok(lease);
+        }
+        let budget = &self.budget;
+        let units = budget.units(bytes);
+        let _waits = budget.waiting.try_acquire_many(units.min(budget.share / 2)).map_err(|_| Exhausted)?;
+        let of_client = budget.left(&self.client);
+        let leasing = async {
+            // Its own share first: whoever waits for that keeps nobody else waiting.
+            let of_client = of_client.acquire_many_owned(units).await.map_err(|_| Exhausted)?;
+            let of_all = Arc::clone(&budget.all).acquire_many_owned(units).await.map_err(|_| Exhausted)?;
+            Ok(Lease { of_client, of_all })
+        };
+        tokio::time::timeout(WAIT, leasing).await.unwrap_or(Err(Exhausted))
+    }
+
+    /// Like [`Allowance::lease`], without waiting.
+    pub fn try_lease(&self, bytes: usize) -> Result<Lease, Exhausted> {
+        let units = self.budget.units(bytes);
+        let of_client = self.budget.left(&self.client).try_acquire_many_owned(units).map_err(|_| Exhausted)?;
+        let of_all = Arc::clone(&self.budget.all).try_acquire_many_owned(units).map_err(|_| Exhausted)?;
+        Ok(Lease { of_client, of_all })
+    }
+}
+
 impl Lease {
     /// Takes another one of the same client in.
     pub fn add(&mut self, other: Lease) {
@@ -158,55 +172,52 @@ impl Lease {
     }
 }
 
-/// Who is asking.
-fn client() -> Client {
-    Caller::current().map(|caller| caller.client).unwrap_or_default()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn from<T>(address: u8, take: impl FnOnce() -> T) -> T {
-        let caller = Caller { request: "".into(), client: Client::at([192, 0, 2, address].into()) };
-        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        runtime.block_on(caller.scope(async { take() }))
+    fn budget() -> Arc<Budget> {
+        Arc::new(Budget::new(100 * UNIT))
+    }
+
+    fn client(address: u8) -> Client {
+        Client::at([192, 0, 2, address].into())
     }
 
     #[test]
     fn a_client_has_half_at_most_and_what_is_given_back_can_be_had_again() {
-        let budget = Budget::new(100 * UNIT);
-        let first = from(1, || budget.try_lease(50 * UNIT)).unwrap();
-        assert_eq!(from(1, || budget.try_lease(1)).err(), Some(Exhausted));
-        let second = from(2, || budget.try_lease(49 * UNIT)).unwrap();
+        let budget = budget();
+        let first = budget.of(&client(1)).try_lease(50 * UNIT).unwrap();
+        assert_eq!(budget.of(&client(1)).try_lease(1).err(), Some(Exhausted));
+        let second = budget.of(&client(2)).try_lease(49 * UNIT).unwrap();
         drop(first);
-        from(1, || budget.try_lease(51 * UNIT)).unwrap();
+        budget.of(&client(1)).try_lease(51 * UNIT).unwrap();
         drop(second);
-        from(2, || budget.try_lease(50 * UNIT)).unwrap();
+        budget.of(&client(2)).try_lease(50 * UNIT).unwrap();
     }
 
     #[test]
     fn nobody_takes_more_than_there_is() {
-        let budget = Budget::new(100 * UNIT);
-        let held: Vec<Lease> = (0..4).filter_map(|client| from(client, || budget.try_lease(30 * UNIT)).ok()).collect();
+        let budget = budget();
+        let held: Vec<Lease> = (0..4).filter_map(|n| budget.of(&client(n)).try_lease(30 * UNIT).ok()).collect();
         assert_eq!(held.len(), 3);
         assert_eq!(budget.all.available_permits(), 10);
     }
 
     #[test]
     fn what_is_larger_than_a_share_is_taken_alone() {
-        let budget = Budget::new(100 * UNIT);
-        let _whole = from(1, || budget.try_lease(usize::MAX)).unwrap();
-        assert_eq!(from(1, || budget.try_lease(1)).err(), Some(Exhausted));
-        assert!(from(2, || budget.try_lease(1)).is_ok());
+        let budget = budget();
+        let _whole = budget.of(&client(1)).try_lease(usize::MAX).unwrap();
+        assert_eq!(budget.of(&client(1)).try_lease(1).err(), Some(Exhausted));
+        assert!(budget.of(&client(2)).try_lease(1).is_ok());
     }
 
     #[tokio::test(start_paused = true)]
     async fn waiting_ends_with_memory_or_at_its_deadline() {
-        let budget = Arc::new(Budget::new(100 * UNIT));
+        let budget = budget().of(&client(1));
         let held = budget.lease(50 * UNIT).await.unwrap();
         let waits = tokio::spawn({
-            let budget = Arc::clone(&budget);
+            let budget = budget.clone();
             async move { budget.lease(UNIT).await.map(drop) }
         });
         tokio::time::sleep(WAIT / 2).await;
@@ -218,23 +229,24 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_waits_is_bounded_too() {
-        let budget = Budget::new(100 * UNIT);
-        let _held = budget.lease(50 * UNIT).await.unwrap();
+        let budget = budget();
+        let memory = budget.of(&client(1));
+        let _held = memory.lease(50 * UNIT).await.unwrap();
         let began = tokio::time::Instant::now();
-        let waiting = (0..10).map(|_| budget.lease(5 * UNIT));
+        let waiting = (0..10).map(|_| memory.lease(5 * UNIT));
         let refused = futures_util::future::join_all(waiting).await;
         assert!(refused.iter().all(Result::is_err));
         assert_eq!(began.elapsed(), WAIT);
-        let clients: Vec<_> = (0..200).map(|n| budget.of(&Client::at([198, 51, 100, n].into()))).collect();
+        let clients: Vec<_> = (0..200).map(|n| budget.left(&Client::at([198, 51, 100, n].into()))).collect();
         drop(clients);
-        budget.of(&Client::Ourselves);
+        budget.left(&Client::Ourselves);
         assert!(budget.clients.lock().unwrap().left.len() <= 300);
     }
 
     #[test]
     fn clients_that_have_no_answer_are_forgotten() {
-        let budget = Budget::new(100 * UNIT);
-        (0..=255).for_each(|n| drop(budget.of(&Client::at([198, 51, 100, n].into()))));
+        let budget = budget();
+        (0..=255).for_each(|n| drop(budget.left(&Client::at([198, 51, 100, n].into()))));
         assert!(budget.clients.lock().unwrap().left.len() <= FEW_CLIENTS);
     }
 }

@@ -7,10 +7,6 @@ use warp::reply::Response;
 use warp::{Rejection, Reply};
 
 use crate::http::auth::Denied;
-use crate::run::PoolError;
-use crate::run::RunError;
-use crate::run::SandboxError;
-use crate::run::context::Caller;
 
 /// Longest message in bytes: some repeat a part of the request, which may be as long as a body.
 const MAX_MESSAGE: usize = 1000;
@@ -50,6 +46,8 @@ pub enum ApiError {
     Unavailable(String),
     #[error("the server failed, its log says why under request id {0}")]
     Internal(String),
+    #[error("the server failed, its log says why")]
+    Unexpected,
 }
 
 /// The body of every answer that is no success.
@@ -65,26 +63,6 @@ impl From<Denied> for ApiError {
             Denied::NoKey => ApiError::Unauthorized,
             // A client that comes back after whole seconds is not too early.
             Denied::TooMany(wait) => ApiError::TooManyRequests(wait.as_secs() + 1),
-        }
-    }
-}
-
-impl From<RunError> for ApiError {
-    fn from(error: RunError) -> ApiError {
-        match error {
-            RunError::Pool(PoolError::QueueFull { .. } | PoolError::QueueTimeout { .. } | PoolError::Draining)
-            | RunError::ShuttingDown => ApiError::Overloaded(error.to_string()),
-            RunError::Pool(PoolError::Unavailable { .. } | PoolError::Broken { .. }) => {
-                ApiError::Unavailable(error.to_string())
-            }
-            RunError::Sandbox(ref inner) if matches!(**inner, SandboxError::HostMemory) => {
-                ApiError::Overloaded(inner.to_string())
-            }
-            RunError::Sandbox(ref inner) => {
-                let id = request_id();
-                tracing::error!(error = %inner, "a request failed");
-                ApiError::Internal(id)
-            }
         }
     }
 }
@@ -120,9 +98,8 @@ impl Reply for ApiError {
 impl ApiError {
     /// Of a value of ours that cannot be written as JSON.
     pub fn unwritten(error: serde_json::Error) -> ApiError {
-        let id = request_id();
-        tracing::error!(%error, "an answer cannot be written");
-        ApiError::Internal(id)
+        tracing::error!(%error, "cannot write an answer as JSON");
+        ApiError::Unexpected
     }
 
     /// What is said to the client. What it sent is repeated within bounds.
@@ -148,31 +125,21 @@ impl ApiError {
             ApiError::Unauthorized => StatusCode::UNAUTHORIZED,
             ApiError::TooManyRequests(_) => StatusCode::TOO_MANY_REQUESTS,
             ApiError::Overloaded(_) | ApiError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
-            ApiError::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            ApiError::Internal(_) | ApiError::Unexpected => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
 
     /// What warp's own refusals mean: all ours are answers.
     pub fn from_rejection(rejection: &Rejection) -> ApiError {
-        if rejection.is_not_found() {
-            ApiError::NotFound
-        } else if rejection.find::<warp::reject::MethodNotAllowed>().is_some() {
-            ApiError::MethodNotAllowed("GET, POST")
-        } else if rejection.find::<warp::reject::InvalidHeader>().is_some() {
+        if rejection.find::<warp::reject::InvalidHeader>().is_some() {
             ApiError::BadRequest("a header is not valid".into())
         } else {
-            let id = request_id();
-            tracing::error!(?rejection, "a refusal without a meaning");
-            ApiError::Internal(id)
+            tracing::error!(?rejection, "unexpected rejection");
+            ApiError::Unexpected
         }
     }
 }
 
 fn counted(size: &Option<usize>) -> String {
     size.map(|size| format!("{size} bytes, and ")).unwrap_or_default()
-}
-
-/// The id of the request that is being answered.
-fn request_id() -> String {
-    Caller::current().map_or_else(|| "unknown".into(), |caller| caller.request.to_string())
 }

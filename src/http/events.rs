@@ -18,15 +18,14 @@ use warp::reply::Response;
 use crate::http::api::piston::Ending;
 use crate::http::backlog::Backlog;
 use crate::http::body::{self, Leased, Writer};
-use crate::http::budget::{Budget, Exhausted, Lease};
+use crate::http::budget::{Allowance, Exhausted, Lease};
 use crate::http::error::ApiError;
+use crate::http::request::Call;
 use crate::http::text::{Fields, Texts};
 use crate::model::job::{Job, Stage};
 use crate::model::outcome::{Outcome, StageOutcome};
 use crate::model::output::{Place, Stream, whole_characters};
-use crate::run::context::Caller;
-use crate::run::{Answer, Reuse, Runner};
-use crate::run::{Event, Live};
+use crate::run::{Answer, Event, Live};
 
 /// Time between two signs of life of a stream on which nothing happens: proxies close silent connections.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(15);
@@ -133,23 +132,17 @@ fn told(stream: Stream, bytes: &[u8]) -> Option<Told> {
 }
 
 /// A plain run as server-sent events; `result` makes the last one. A client that leaves ends the run.
-pub fn events<A: Texts>(
-    runner: Arc<Runner>,
-    budget: Arc<Budget>,
-    job: Job,
-    reuse: Reuse,
-    result: impl Fn(&Answer) -> A + Send + Sync + 'static,
-) -> Response {
+pub fn events<A: Texts>(call: Call, job: Job, result: impl Fn(&Answer) -> A + Send + Sync + 'static) -> Response {
     // One piece, while the connection has another: the rest waits in the backlog.
     let (sender, mut receiver) = mpsc::channel(1);
-    tokio::spawn(Caller::pass_on(async move {
+    call.spawn(async move |call| {
         let left = sender.clone();
-        let mut frames = Frames { budget: &budget, sender, begun: Vec::new() };
+        let mut frames = Frames { memory: call.memory(), sender, begun: Vec::new() };
         tokio::select! {
             () = left.closed() => {}
-            () = tell(&runner, job, reuse, result, &mut frames) => {}
+            () = tell(&call, job, result, &mut frames) => {}
         }
-    }));
+    });
     let mut silence = Box::pin(tokio::time::sleep(SIGN_OF_LIFE));
     let events = stream::poll_fn(move |context| {
         let next = match receiver.poll_recv(context) {
@@ -191,13 +184,13 @@ impl From<Exhausted> for Untold {
 }
 
 /// Server-sent events on their way.
-struct Frames<'a> {
-    budget: &'a Budget,
+struct Frames {
+    memory: Allowance,
     sender: mpsc::Sender<Bytes>,
     begun: Vec<u8>,
 }
 
-impl Frames<'_> {
+impl Frames {
     /// Adds an event; many small ones are sent together.
     async fn add(&mut self, told: &Told) -> Result<(), Untold> {
         self.begun.extend_from_slice(format!("event:{}\ndata:", told.kind()).as_bytes());
@@ -212,7 +205,7 @@ impl Frames<'_> {
             return Ok(());
         }
         let bytes = std::mem::take(&mut self.begun);
-        let lease = Arc::new(self.budget.lease(bytes.capacity()).await?);
+        let lease = Arc::new(self.memory.lease(bytes.capacity()).await?);
         self.pass(Leased::bytes(bytes, lease)).await
     }
 
@@ -222,15 +215,9 @@ impl Frames<'_> {
 }
 
 /// Runs a job, or takes its outcome from the memo, and tells what happens and what came of it.
-async fn tell<A: Texts>(
-    runner: &Runner,
-    job: Job,
-    reuse: Reuse,
-    result: impl Fn(&Answer) -> A,
-    frames: &mut Frames<'_>,
-) {
+async fn tell<A: Texts>(call: &Call, job: Job, result: impl Fn(&Answer) -> A, frames: &mut Frames) {
     let telling = async {
-        let (answer, lease) = watch(runner, job, reuse, frames).await?;
+        let (answer, lease) = watch(call, job, frames).await?;
         frames.send().await?;
         let writer = Writer::new(&mut result(&answer), Fields::Sorted, vec![lease])?;
         // What it is made of is the writer's now.
@@ -250,16 +237,17 @@ async fn tell<A: Texts>(
 }
 
 /// Tells what happens until there is an outcome; with the memory to tell that.
-async fn watch(runner: &Runner, job: Job, reuse: Reuse, frames: &mut Frames<'_>) -> Result<(Answer, Lease), Untold> {
-    let budget = frames.budget;
-    if let Some(answer) = runner.remembered(&job, reuse).map_err(ApiError::from)? {
-        let lease = budget.lease(body::cost(&answer.outcome)).await?;
+async fn watch(call: &Call, job: Job, frames: &mut Frames) -> Result<(Answer, Lease), Untold> {
+    let (runner, memory) = (&call.api.runner, frames.memory.clone());
+    let refused = |error| call.context.refusal(error);
+    if let Some(answer) = runner.remembered(&job, call.wishes.reuse).map_err(refused)? {
+        let lease = memory.lease(body::cost(&answer.outcome)).await?;
         replay(&answer.outcome, frames).await?;
         return Ok((answer, lease));
     }
     let (events, happening) = mpsc::unbounded_channel();
     let live = Live { events: Some(events), ..Live::default() };
-    let backlog = Backlog::new(budget);
+    let backlog = Backlog::new(&memory);
     let telling = async {
         let mut teller = Teller::default();
         loop {
@@ -279,9 +267,9 @@ async fn watch(runner: &Runner, job: Job, reuse: Reuse, frames: &mut Frames<'_>)
         }
     };
     let running = async {
-        let answer = runner.run_live(job, live).await.map_err(ApiError::from)?;
+        let answer = runner.run_live(job, live, &call.context.client).await.map_err(refused)?;
         // It may be told for long after it has ended.
-        let lease = budget.lease(body::cost(&answer.outcome)).await?;
+        let lease = memory.lease(body::cost(&answer.outcome)).await?;
         Ok((answer, lease))
     };
     let taking = async { backlog.take(happening).await.map_err(Untold::from) };
@@ -290,7 +278,7 @@ async fn watch(runner: &Runner, job: Job, reuse: Reuse, frames: &mut Frames<'_>)
 }
 
 /// Tells what was told of a run that is over.
-async fn replay(outcome: &Outcome, frames: &mut Frames<'_>) -> Result<(), Untold> {
+async fn replay(outcome: &Outcome, frames: &mut Frames) -> Result<(), Untold> {
     let mut teller = Teller::default();
     for stage in outcome.compile.iter().chain(&outcome.run) {
         frames.add(&Told::Stage { stage: stage.stage }).await?;

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::http::budget::{Budget, Exhausted, Growing};
+use crate::http::budget::{Allowance, Exhausted, Growing};
 
 /// Bytes that a message may take without a lease: most that is typed is shorter, and a connection's buffers are as large.
 const FREE: usize = 16 * 1024;
@@ -15,22 +15,22 @@ pub struct Inbox(Arc<Mutex<Option<Message>>>);
 /// A message that is arriving.
 #[derive(Debug)]
 struct Message {
-    budget: Arc<Budget>,
+    allowance: Allowance,
     received: usize,
     memory: Growing,
     exhausted: bool,
 }
 
 impl Message {
-    fn new(budget: Arc<Budget>) -> Message {
-        Message { budget, received: 0, memory: Growing::new(FREE), exhausted: false }
+    fn new(allowance: Allowance) -> Message {
+        Message { allowance, received: 0, memory: Growing::new(FREE), exhausted: false }
     }
 }
 
 impl Inbox {
     /// Begins to count.
-    pub fn open(&self, budget: &Arc<Budget>) {
-        *self.message() = Some(Message::new(Arc::clone(budget)));
+    pub fn open(&self, allowance: Allowance) {
+        *self.message() = Some(Message::new(allowance));
     }
 
     /// Counts bytes that have come. An error where there is no memory for them: no more may be read then.
@@ -38,7 +38,7 @@ impl Inbox {
         let mut message = self.message();
         let Some(message) = message.as_mut() else { return Ok(()) };
         message.received += bytes;
-        let covered = message.memory.cover(message.received, &message.budget);
+        let covered = message.memory.cover(message.received, &message.allowance);
         message.exhausted = covered.is_err();
         covered.map_err(io::Error::other)
     }
@@ -46,7 +46,7 @@ impl Inbox {
     /// The message is complete: what comes from here on belongs to the next one.
     pub fn complete(&self) {
         if let Some(message) = self.message().as_mut() {
-            *message = Message::new(Arc::clone(&message.budget));
+            *message = Message::new(message.allowance.clone());
         }
     }
 
@@ -63,14 +63,16 @@ impl Inbox {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http::budget::Budget;
+    use crate::model::client::Client;
 
     #[test]
     fn a_message_is_leased_while_it_arrives() {
-        let budget = Arc::new(Budget::new(1 << 20));
+        let allowance = Arc::new(Budget::new(1 << 20)).of(&Client::Ourselves);
         let (one, other) = (Inbox::default(), Inbox::default());
         one.received(10 << 20).unwrap();
-        one.open(&budget);
-        other.open(&budget);
+        one.open(allowance.clone());
+        other.open(allowance);
         // A client has half of it.
         one.received(512 * 1024).unwrap();
         other.received(FREE).unwrap();

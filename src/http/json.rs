@@ -8,8 +8,7 @@ use serde::de::DeserializeOwned;
 use warp::http::HeaderMap;
 use warp::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
 
-use crate::http::ApiSettings;
-use crate::http::budget::{Budget, Lease};
+use crate::http::budget::{Allowance, Lease};
 use crate::http::error::ApiError;
 
 /// How long a client may take to send its body.
@@ -22,11 +21,11 @@ const FREE: usize = 16 * 1024;
 pub async fn body<T: DeserializeOwned>(
     headers: &HeaderMap,
     body: impl Stream<Item = Result<impl Buf, warp::Error>>,
-    settings: &ApiSettings,
+    memory: &Allowance,
+    limit: usize,
     taken: fn(Option<&str>) -> bool,
     example: &'static str,
 ) -> Result<T, ApiError> {
-    let limit = settings.body_limit;
     let mut codings = headers.get_all(CONTENT_ENCODING).iter();
     if codings.any(|coding| !coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"identity")) {
         return Err(ApiError::UnsupportedEncoding);
@@ -40,7 +39,7 @@ pub async fn body<T: DeserializeOwned>(
     if size.is_some_and(|size: usize| size > limit) {
         return Err(ApiError::TooLarge { what: "the body is", size, limit });
     }
-    let (bytes, _lease) = read(body, limit, &settings.bodies).await?;
+    let (bytes, _lease) = read(body, limit, memory).await?;
     parse(&bytes).map_err(|error| ApiError::BadBody { why: error.to_string(), example })
 }
 
@@ -54,7 +53,7 @@ pub fn is_json(kind: Option<&str>) -> bool {
 async fn read(
     body: impl Stream<Item = Result<impl Buf, warp::Error>>,
     limit: usize,
-    budget: &Budget,
+    memory: &Allowance,
 ) -> Result<(Vec<u8>, Option<Lease>), ApiError> {
     let reading = async {
         let mut body = std::pin::pin!(body);
@@ -67,7 +66,7 @@ async fn read(
             }
             bytes.put(chunk);
             if bytes.capacity() > before.max(FREE) {
-                let more = budget.try_lease(bytes.capacity() - before)?;
+                let more = memory.try_lease(bytes.capacity() - before)?;
                 match &mut lease {
                     Some(lease) => lease.add(more),
                     none => *none = Some(more),

@@ -1,18 +1,21 @@
 //! What the API is, for programs at `/openapi.json` and for people at `/docs`: made of the types and comments of the code.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::openapi::{OpenApi as Description, SecurityRequirement};
 use utoipa::{IntoResponses, Modify, OpenApi};
+use warp::Filter;
 use warp::filters::BoxedFilter;
 use warp::http::HeaderValue;
 use warp::http::header::CONTENT_TYPE;
 use warp::reply::Response;
-use warp::{Filter, Reply};
 
 use crate::http::api::{batch, coderunner, connect, piston};
-use crate::http::error::{ApiError, Refusal};
-use crate::http::{docs, page};
+use crate::http::error::Refusal;
+use crate::http::routes::{Access, ROUTES};
+use crate::http::{Api, docs, health, page};
 
 /// How `/docs` looks.
 const STYLE: &str = include_str!("docs.css");
@@ -26,14 +29,14 @@ const STYLE: &str = include_str!("docs.css");
         batch::run,
         piston::runtimes,
         connect::serve,
-        crate::http::healthz,
-        crate::http::ready,
-        crate::http::exposition
+        health::live,
+        health::ready,
+        health::exposition
     ),
     components(schemas(Refusal)),
     modifiers(&Keys)
 )]
-struct Api;
+struct Document;
 
 /// The answers to what is not served.
 #[derive(IntoResponses)]
@@ -84,27 +87,32 @@ impl Modify for Keys {
         components.add_security_scheme("bearer", SecurityScheme::Http(bearer));
         components.add_security_scheme("key", SecurityScheme::ApiKey(ApiKey::Header(ApiKeyValue::new("X-API-Key"))));
         let needs = |name| SecurityRequirement::new::<_, _, String>(name, []);
-        api.security = Some(vec![SecurityRequirement::default(), needs("bearer"), needs("key")]);
+        let keys = [SecurityRequirement::default(), needs("bearer"), needs("key")];
+        for route in ROUTES.iter().filter(|route| route.access != Access::Open) {
+            let Some(item) = api.paths.paths.get_mut(route.path) else { continue };
+            for operation in [&mut item.get, &mut item.post].into_iter().flatten() {
+                operation.security = Some(keys.to_vec());
+            }
+        }
     }
 }
 
-/// The paths of the descriptions.
-pub fn routes() -> BoxedFilter<(Response,)> {
-    let api = Api::openapi();
+/// Answers `/openapi.json`.
+pub fn document_filter(_: &Arc<Api>) -> BoxedFilter<(Response,)> {
     // Shared by all that are on their way.
-    let json = Bytes::from(serde_json::to_string(&api).unwrap_or_default());
-    let html = Bytes::from(docs::html(&serde_json::to_value(&api).unwrap_or_default()));
-    let read = || warp::get().or(warp::head()).unify();
-    let json = warp::path!("openapi.json").and(read()).map(move || of_type("application/json", json.clone()));
-    let html = warp::path!("docs").and(read()).map(move || of_type("text/html; charset=utf-8", html.clone()));
-    let style = warp::path!("docs.css")
-        .and(read())
-        .map(|| of_type("text/css; charset=utf-8", Bytes::from_static(STYLE.as_bytes())));
-    let other_method = warp::path!("openapi.json")
-        .or(warp::path!("docs"))
-        .or(warp::path!("docs.css"))
-        .map(|_| ApiError::MethodNotAllowed("GET, HEAD").into_response());
-    json.or(html).unify().or(style).unify().or(other_method).unify().boxed()
+    let json = Bytes::from(serde_json::to_string(&Document::openapi()).unwrap_or_default());
+    warp::any().map(move || of_type("application/json", json.clone())).boxed()
+}
+
+/// Answers `/docs`.
+pub fn page_filter(_: &Arc<Api>) -> BoxedFilter<(Response,)> {
+    let html = Bytes::from(docs::html(&serde_json::to_value(Document::openapi()).unwrap_or_default()));
+    warp::any().map(move || of_type("text/html; charset=utf-8", html.clone())).boxed()
+}
+
+/// Answers `/docs.css`.
+pub fn style_filter(_: &Arc<Api>) -> BoxedFilter<(Response,)> {
+    warp::any().map(|| of_type("text/css; charset=utf-8", Bytes::from_static(STYLE.as_bytes()))).boxed()
 }
 
 /// A text of ours, under the same policy as the page.
@@ -117,7 +125,30 @@ fn of_type(kind: &'static str, text: Bytes) -> Response {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use warp::http::Method;
+
     use super::*;
+    use crate::http::routes::Route;
+
+    #[test]
+    fn the_document_describes_the_route_table() {
+        let document = Document::openapi();
+        let described: BTreeSet<(&str, Method)> = document
+            .paths
+            .paths
+            .iter()
+            .flat_map(|(path, item)| {
+                let methods = [(&item.get, Method::GET), (&item.post, Method::POST)];
+                methods.into_iter().filter(|(operation, _)| operation.is_some()).map(|(_, method)| (&**path, method))
+            })
+            .collect();
+        let methods = |route: &Route| [Method::GET, Method::POST].map(|method| (route.path, method));
+        let takes = |route: &Route, method: &Method| route.described && route.methods.take(method);
+        let table = ROUTES.iter().flat_map(|route| methods(route).into_iter().filter(|(_, m)| takes(route, m)));
+        assert_eq!(described, table.collect());
+    }
 
     #[test]
     fn the_documentation_has_every_status() {

@@ -18,9 +18,6 @@ use crate::http::error::ApiError;
 /// How long a browser may remember the answer to a preflight, in seconds: the most that Firefox takes is a day.
 const PREFLIGHT_AGE: u32 = 86_400;
 
-/// Methods that pages of other origins may use.
-const METHODS: HeaderValue = HeaderValue::from_static("GET, POST");
-
 /// Headers that a preflight which names none is told of.
 const PAGES_SEND: &str = "content-type, cache-control, authorization, x-api-key, x-request-id, traceparent";
 
@@ -110,9 +107,9 @@ impl Origins {
     }
 }
 
-/// The answer to a browser that asks what a page of another origin may send, if a request is that: any header. What is
-/// not understood is ignored, and a page cannot have a browser send what the browser keeps for itself.
-pub fn preflight<B>(from: &From, request: &Request<B>) -> Option<Response> {
+/// The answer to a browser that asks what a page of another origin may send, if a request is that: these methods, and any
+/// header. What is not understood is ignored, and a page cannot have a browser send what the browser keeps for itself.
+pub fn preflight<B>(from: &From, request: &Request<B>, methods: &'static str) -> Option<Response> {
     let asks = request.method() == Method::OPTIONS && request.headers().contains_key(ACCESS_CONTROL_REQUEST_METHOD);
     if !asks || *from == From::Nobody {
         return None;
@@ -123,7 +120,7 @@ pub fn preflight<B>(from: &From, request: &Request<B>) -> Option<Response> {
     let names = if names.is_empty() { PAGES_SEND.to_owned() } else { names.join(", ") };
     let mut response = warp::reply().into_response();
     let headers = response.headers_mut();
-    headers.insert(ACCESS_CONTROL_ALLOW_METHODS, METHODS);
+    headers.insert(ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static(methods));
     headers.insert(ACCESS_CONTROL_MAX_AGE, PREFLIGHT_AGE.into());
     headers.append(VARY, HeaderValue::from_static("access-control-request-headers"));
     if let Ok(names) = HeaderValue::try_from(names) {
@@ -253,13 +250,13 @@ mod tests {
             request
         };
         let names = |asks: &str| {
-            let response = preflight(&page, &request(&[("access-control-request-headers", asks)])).unwrap();
+            let response = preflight(&page, &request(&[("access-control-request-headers", asks)]), "POST").unwrap();
             response.headers()[ACCESS_CONTROL_ALLOW_HEADERS].to_str().unwrap().to_owned()
         };
         assert_eq!(names("x-requested-with, content-type"), "x-requested-with, content-type");
         assert_eq!(names("no name, x-a"), "x-a");
         assert_eq!(names(""), PAGES_SEND);
-        assert!(preflight(&From::Nobody, &request(&[])).is_none());
+        assert!(preflight(&From::Nobody, &request(&[]), "POST").is_none());
     }
 
     #[test]

@@ -7,11 +7,12 @@ use warp::http::header::{
     ACCEPT_ENCODING, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, HeaderMap,
     IF_NONE_MATCH, REFERRER_POLICY, VARY, X_CONTENT_TYPE_OPTIONS,
 };
-use warp::http::{HeaderValue, Method, StatusCode};
+use warp::http::{HeaderValue, StatusCode};
 use warp::path::FullPath;
 use warp::reply::Response;
 use warp::{Filter, Reply};
 
+use crate::http::Api;
 use crate::http::error::ApiError;
 
 /// The page loads its own files and talks to its own server, nothing else, and no text of it can become markup.
@@ -54,17 +55,20 @@ impl Coded {
     }
 }
 
-/// `/` and the files that it and other pages load; nothing where the playground is off.
-pub fn route(on: bool) -> BoxedFilter<(Response,)> {
-    let files = Arc::new(if on { Files::new() } else { Files(Vec::new()) });
+/// Answers for `/` and the files that it and other pages load; with none of them where the playground is off.
+pub fn filter(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
+    let files = Arc::new(if api.playground { Files::new() } else { Files(Vec::new()) });
     warp::path::full()
-        .and(warp::method())
         .and(warp::header::headers_cloned())
-        .and_then(move |path: FullPath, method: Method, headers: HeaderMap| {
-            let answer = files.answer(path.as_str(), &method, &headers);
-            std::future::ready(answer.ok_or_else(warp::reject::not_found))
+        .map(move |path: FullPath, headers: HeaderMap| {
+            files.answer(path.as_str(), &headers).unwrap_or_else(|| ApiError::NotFound.into_response())
         })
         .boxed()
+}
+
+/// Whether a path is that of a file which the page loads.
+pub fn is_asset(path: &str) -> bool {
+    path.strip_prefix('/').is_some_and(|name| ASSETS.iter().any(|asset| asset.name == name))
 }
 
 /// All that are served.
@@ -76,16 +80,13 @@ impl Files {
         Files(ASSETS.iter().filter_map(serve).collect())
     }
 
-    fn answer(&self, path: &str, method: &Method, headers: &HeaderMap) -> Option<Response> {
+    fn answer(&self, path: &str, headers: &HeaderMap) -> Option<Response> {
         let name = match path.strip_prefix('/')? {
             "" => PAGE,
             name => name,
         };
         let file = self.0.iter().find(|file| file.asset.name == name)?;
-        Some(match *method {
-            Method::GET | Method::HEAD => file.answer(headers),
-            _ => ApiError::MethodNotAllowed("GET, HEAD").into_response(),
-        })
+        Some(file.answer(headers))
     }
 }
 
@@ -146,15 +147,15 @@ fn has(headers: &HeaderMap, tag: &HeaderValue) -> bool {
 mod tests {
     use super::*;
 
-    fn ask(method: Method, path: &str, headers: &[(&'static str, &str)]) -> Option<Response> {
+    fn ask(path: &str, headers: &[(&'static str, &str)]) -> Option<Response> {
         let headers = headers
             .iter()
             .map(|(name, value)| (warp::http::HeaderName::from_static(name), HeaderValue::from_str(value).unwrap()));
-        Files::new().answer(path, &method, &headers.collect())
+        Files::new().answer(path, &headers.collect())
     }
 
     fn get(path: &str, headers: &[(&'static str, &str)]) -> Response {
-        ask(Method::GET, path, headers).unwrap()
+        ask(path, headers).unwrap()
     }
 
     #[test]
@@ -193,11 +194,9 @@ mod tests {
     }
 
     #[test]
-    fn other_methods_and_paths_are_refused() {
-        let response = ask(Method::POST, "/", &[]).unwrap();
-        assert_eq!(response.status(), StatusCode::METHOD_NOT_ALLOWED);
-        assert_eq!(response.headers()["allow"], "GET, HEAD");
-        assert!(ask(Method::GET, "/assets.rs", &[]).is_none());
-        assert!(Files(Vec::new()).answer("/", &Method::GET, &HeaderMap::new()).is_none());
+    fn only_assets_are_served() {
+        assert!(is_asset("/embed.js") && !is_asset("/assets.rs") && !is_asset("/"));
+        assert!(ask("/assets.rs", &[]).is_none());
+        assert!(Files(Vec::new()).answer("/", &HeaderMap::new()).is_none());
     }
 }

@@ -12,8 +12,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::host::signals;
-use crate::http::front::{self, Front};
 use crate::http::inbox::Inbox;
+use crate::http::middleware::{self, App};
 use crate::http::socket::{Ends, Socket};
 use crate::model::client::Client;
 
@@ -54,7 +54,7 @@ pub(crate) struct Shares {
 /// Accepts until `stop`, then returns a future that ends when all connections have closed.
 pub async fn serve(
     listener: TcpListener,
-    fronts: watch::Receiver<Arc<Front>>,
+    apps: watch::Receiver<Arc<App>>,
     stop: CancellationToken,
 ) -> impl Future<Output = ()> {
     let (closing, connections) = (CancellationToken::new(), TaskTracker::new());
@@ -77,7 +77,7 @@ pub async fn serve(
             }
         };
         // Whoever comes through a proxy of ours is not alone behind its address.
-        let of_address = match peer.is_loopback() || fronts.borrow().gate.trusts(peer) {
+        let of_address = match peer.is_loopback() || apps.borrow().gate.trusts(peer) {
             true => None,
             false => match shares.take(Client::at(peer)) {
                 Some(share) => Some(Arc::new(share)),
@@ -89,7 +89,7 @@ pub async fn serve(
         };
         let place = Place { _among_all: Arc::new(among_all), _of_address: of_address, inbox: Inbox::default() };
         let ends = Ends { tracker: connections.clone(), closing: closing.clone(), place: place.clone() };
-        let service = front::service(fronts.clone(), Some(peer), place.clone());
+        let service = middleware::service(apps.clone(), Some(peer), place.clone());
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEADER_TIME)

@@ -5,6 +5,7 @@ use std::pin::pin;
 use futures_util::{StreamExt, stream};
 use tokio::sync::oneshot;
 
+use crate::model::client::Client;
 use crate::model::job::Job;
 use crate::run::answer::{Answer, RunError};
 use crate::run::runner::{Reuse, Runner};
@@ -17,7 +18,13 @@ impl Runner {
     /// Runs jobs that differ only in their input, a few at a time, and tells the result of each as it comes. The first one
     /// is compiled; the others run the compiled program, each in a sandbox of its own. Where that cannot be copied there,
     /// each one is compiled by itself. Dropping the future ends all.
-    pub async fn run_batch(&self, jobs: Vec<Job>, reuse: Reuse, tell: impl Fn(usize, Result<Answer, RunError>)) {
+    pub async fn run_batch(
+        &self,
+        jobs: Vec<Job>,
+        reuse: Reuse,
+        client: &Client,
+        tell: impl Fn(usize, Result<Answer, RunError>),
+    ) {
         let mut left = jobs.into_iter().enumerate();
         let (first, job) = loop {
             let Some((index, job)) = left.next() else { return };
@@ -29,7 +36,7 @@ impl Runner {
         };
         let (wanted, mut handed_on) = oneshot::channel();
         let wanted = Wanted { room: self.tasks.builds.take(self.most_build), built: wanted };
-        let mut running = pin!(self.run_live(job, Live { built: Some(wanted), ..Live::default() }));
+        let mut running = pin!(self.run_live(job, Live { built: Some(wanted), ..Live::default() }, client));
         let mut over = None;
         let built = tokio::select! {
             biased;
@@ -54,7 +61,7 @@ impl Runner {
             }
         };
         let others = stream::iter(left)
-            .map(async |(index, job)| (index, self.run_compiled(job, built.clone(), reuse).await))
+            .map(async |(index, job)| (index, self.run_compiled(job, built.clone(), reuse, client).await))
             .buffer_unordered(AT_ONCE - 1);
         let mut results = pin!(stream::select(stream::once(running).map(|result| (first, result)), others));
         while let Some((index, result)) = results.next().await {

@@ -8,14 +8,12 @@
 //!  └ batch        one program and many inputs: compiled once
 //! answer       what a request gets in the end
 //! tasks        all runs of the server, and their end at shutdown
-//! context      on whose behalf something is done
 //! readiness    whether a language works
 //! ```
 
 mod answer;
 mod batch;
 pub mod cache;
-pub mod context;
 mod execute;
 mod flight;
 pub mod readiness;

@@ -14,7 +14,6 @@ use crate::model::key::JobKey;
 use crate::model::language::{self, Language};
 use crate::run::answer::{Answer, RunError};
 use crate::run::cache::MemoCache;
-use crate::run::context::Caller;
 use crate::run::execute::execute;
 use crate::run::flight::{Flights, Publisher};
 use crate::run::tasks::Tasks;
@@ -92,8 +91,8 @@ impl Runner {
 
     /// Answers a job from the memo, from a run of the same job in flight, or by running it. Dropping the
     /// future gives the job up, unless others wait for the same one.
-    pub async fn run(&self, job: Job, reuse: Reuse) -> Result<Answer, RunError> {
-        self.run_compiled(job, None, reuse).await
+    pub async fn run(&self, job: Job, reuse: Reuse, client: &Client) -> Result<Answer, RunError> {
+        self.run_compiled(job, None, reuse, client).await
     }
 
     /// Like [`Runner::run`]; where the job was compiled already, its run takes that.
@@ -102,6 +101,7 @@ impl Runner {
         job: Job,
         built: Option<Arc<Built>>,
         reuse: Reuse,
+        client: &Client,
     ) -> Result<Answer, RunError> {
         if self.tasks.running.is_closed() {
             return Err(RunError::ShuttingDown);
@@ -115,16 +115,22 @@ impl Runner {
         let language = Arc::clone(self.language(Some(&keyed.job.language))?);
         let (flight, started) = self.flights.join_or_start(keyed.key, reuse);
         if let Some(publisher) = started {
-            self.fly(publisher, language, keyed, built);
+            self.fly(publisher, language, keyed, built, client.clone());
         }
         flight.result().await
     }
 
     /// Runs the job of a flight in the background, and keeps its outcome.
-    fn fly(&self, publisher: Publisher, language: Arc<Language>, keyed: Keyed, built: Option<Arc<Built>>) {
+    fn fly(
+        &self,
+        publisher: Publisher,
+        language: Arc<Language>,
+        keyed: Keyed,
+        built: Option<Arc<Built>>,
+        client: Client,
+    ) {
         let Keyed { job, image: expected, key } = keyed;
         let (pool, memo, stop) = (Arc::clone(&self.pool), Arc::clone(&self.memo), self.tasks.stop.clone());
-        let client = client();
         let flying = async move {
             let executed = tokio::select! {
                 executed = execute(&pool, &language, &job, Live { compiled: built, ..Live::default() }, &client) => executed,
@@ -144,16 +150,15 @@ impl Runner {
     }
 
     /// Runs a job for a client that watches it: never from the memo, never shared. Dropping the future ends the run.
-    pub async fn run_live(&self, job: Job, live: Live) -> Result<Answer, RunError> {
+    pub async fn run_live(&self, job: Job, live: Live, client: &Client) -> Result<Answer, RunError> {
         if self.tasks.running.is_closed() {
             return Err(RunError::ShuttingDown);
         }
         let language = Arc::clone(self.language(Some(&job.language))?);
-        let client = client();
         let typed = live.stdin.is_some() || live.signals.is_some();
         let running = async {
             tokio::select! {
-                executed = execute(&self.pool, &language, &job, live, &client) => executed,
+                executed = execute(&self.pool, &language, &job, live, client) => executed,
                 () = self.tasks.stop.cancelled() => Err(RunError::ShuttingDown),
             }
         };
@@ -194,11 +199,6 @@ impl Runner {
     }
 }
 
-/// The client on whose behalf this is run.
-fn client() -> Client {
-    Caller::current().map(|caller| caller.client).unwrap_or_default()
-}
-
 #[cfg(test)]
 pub(super) mod tests {
     use bytesize::ByteSize;
@@ -228,7 +228,7 @@ pub(super) mod tests {
         let runner = Arc::clone(runner);
         tokio::spawn(async move {
             let job = runner.language(None).unwrap().job("echo".into(), Streams::Merged);
-            runner.run(job, reuse).await
+            runner.run(job, reuse, &Client::default()).await
         })
     }
 }

@@ -15,19 +15,20 @@ use warp::http::HeaderValue;
 use warp::http::header::CONTENT_TYPE;
 use warp::reply::Response;
 
+use crate::http::Api;
 use crate::http::api::piston::{self, Ran, StageAnswer, arguments};
 use crate::http::body::{self, Writer};
 use crate::http::budget::Lease;
 use crate::http::error::ApiError;
+use crate::http::json::is_json;
 use crate::http::openapi::Refused;
+use crate::http::request::{Call, LINES, post};
 use crate::http::text::{Fields, Text, Texts};
-use crate::http::{ApiSettings, LINES, Wishes, is_json, post};
 use crate::model::job::{Job, Stage};
 use crate::model::language::Language;
 use crate::model::outcome::{StageOutcome, Verdict};
 use crate::model::output;
-use crate::run::context::Caller;
-use crate::run::{self, RunError, Runner};
+use crate::run::{self, RunError};
 
 /// A request that is one, for those who sent another.
 const EXAMPLE: &str = "{\"language\": \"…\", \"files\": [{\"content\": \"…\"}], \"inputs\": [{\"stdin\": \"…\", \"expected_output\": \"…\"}]}";
@@ -200,9 +201,9 @@ fn same(one: &str, other: &str) -> bool {
     one.trim_end().lines().map(str::trim_end).eq(other.trim_end().lines().map(str::trim_end))
 }
 
-/// The path of batches.
-pub fn route(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<(Response,)> {
-    post(warp::path!("api" / "v2" / "batch"), is_json, EXAMPLE, run, runner, settings)
+/// Answers `/api/v2/batch`.
+pub fn filter(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
+    post(is_json, EXAMPLE, run, api)
 }
 
 /// Compile a program once, and run it on many inputs
@@ -215,33 +216,27 @@ pub fn route(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<(
     responses((status = 200, description = "What became of it",
         content((Answer = "application/json"), (String = "application/x-ndjson"))), Refused)
 )]
-async fn run(
-    request: Result<Request, ApiError>,
-    wishes: Wishes,
-    runner: Arc<Runner>,
-    settings: Arc<ApiSettings>,
-) -> Result<Response, ApiError> {
-    let Batch { language, jobs, expected } = request?.into_batch(runner.languages(), settings.source_limit)?;
-    let frame = settings.answers.lease(body::CHUNKS).await?;
+async fn run(request: Request, call: Call) -> Result<Response, ApiError> {
+    let Batch { language, jobs, expected } = request.into_batch(call.api.runner.languages(), call.api.source_limit)?;
+    let (memory, wishes) = (call.memory(), call.wishes);
+    let frame = memory.lease(body::CHUNKS).await?;
     let most = WRITTEN / jobs.len();
     // Each outcome that waits here is within the budget, and there is one for each input.
     let (sender, mut ended) = mpsc::unbounded_channel();
-    let budget = Arc::clone(&settings.answers);
-    let running = async move {
-        // Errors get their words here, where the caller is known: a line is made when the client takes it.
+    let context = call.context.clone();
+    call.spawn(async move |call| {
         let tell = |index, result: Result<run::Answer, RunError>| {
-            let leased = result.map_err(ApiError::from).and_then(|answer| {
-                let lease = budget.try_lease(answer.outcome.size())?;
+            let leased = result.map_err(|error| call.context.refusal(error)).and_then(|answer| {
+                let lease = memory.try_lease(answer.outcome.size())?;
                 Ok((answer, lease))
             });
             let _ = sender.send((index, leased));
         };
         tokio::select! {
             () = sender.closed() => {}
-            () = runner.run_batch(jobs, wishes.reuse, tell) => {}
+            () = call.api.runner.run_batch(jobs, wishes.reuse, &call.context.client, tell) => {}
         }
-    };
-    tokio::spawn(Caller::pass_on(running));
+    });
     // Some may be refused before the first has its outcome: a status says only that there is none at all.
     let mut heard = Vec::new();
     let (index, (first, lease)) = loop {
@@ -250,7 +245,7 @@ async fn run(
             Some((index, Err(error))) => heard.push((index, Err(error))),
             None => {
                 let first = heard.into_iter().find_map(|(_, error)| error.err());
-                return Err(first.unwrap_or_else(|| RunError::ShuttingDown.into()));
+                return Err(first.unwrap_or_else(|| context.refusal(RunError::ShuttingDown)));
             }
         }
     };

@@ -7,14 +7,15 @@ use utoipa::ToSchema;
 use warp::filters::BoxedFilter;
 use warp::reply::Response;
 
+use crate::http::Api;
 use crate::http::error::ApiError;
+use crate::http::json::is_json;
 use crate::http::openapi::Refused;
+use crate::http::request::{Call, post};
 use crate::http::text::{Text, Texts};
-use crate::http::{ApiSettings, Wishes, is_json, post, respond};
 use crate::model::job::{Job, Stage, Streams};
 use crate::model::language::Language;
 use crate::model::outcome::Outcome;
-use crate::run::Runner;
 
 /// A request that is one, for those who sent another.
 const EXAMPLE: &str = "{\"code\": \"…\"}";
@@ -72,9 +73,9 @@ impl Request {
     }
 }
 
-/// The path of plain code.
-pub fn route(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<(Response,)> {
-    post(warp::path!("coderunner"), is_json, EXAMPLE, run, runner, settings)
+/// Answers `/coderunner`.
+pub fn filter(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
+    post(is_json, EXAMPLE, run, api)
 }
 
 /// Compile and run code in the default language
@@ -86,15 +87,10 @@ pub fn route(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<(
     responses((status = 200, description = "What became of it",
         content((Answer = "application/json"), (String = "text/event-stream"))), Refused)
 )]
-async fn run(
-    request: Result<Request, ApiError>,
-    wishes: Wishes,
-    runner: Arc<Runner>,
-    settings: Arc<ApiSettings>,
-) -> Result<Response, ApiError> {
-    let language = runner.language(None)?;
-    let job = request?.into_job(language, settings.source_limit)?;
-    respond(runner, &settings, job, wishes, |answer| Answer::from(&answer.outcome)).await
+async fn run(request: Request, call: Call) -> Result<Response, ApiError> {
+    let language = call.api.runner.language(None).map_err(|error| call.context.refusal(error))?;
+    let job = request.into_job(language, call.api.source_limit)?;
+    call.respond(job, |answer| Answer::from(&answer.outcome)).await
 }
 
 #[cfg(test)]

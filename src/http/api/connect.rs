@@ -11,25 +11,24 @@ use nix::sys::signal::Signal;
 use serde::Deserialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
+use tracing::Instrument;
 use warp::filters::BoxedFilter;
-use warp::http::Method;
 use warp::reply::Response;
 use warp::ws::{Message, WebSocket, Ws};
 use warp::{Filter, Reply};
 
+use crate::host::signals;
 use crate::http::api::piston::Request;
 use crate::http::backlog::Backlog;
-use crate::http::budget::Budget;
+use crate::http::budget::Allowance;
 use crate::http::error::ApiError;
 use crate::http::events::{Teller, Told};
 use crate::http::inbox::Inbox;
 use crate::http::openapi::Refused;
 use crate::http::server::{Place, Shares};
-use crate::http::{ApiSettings, json};
+use crate::http::{Api, Context, json};
 use crate::model::client::Client;
 use crate::run::Live;
-use crate::run::Runner;
-use crate::run::context::Caller;
 
 /// How long a client may take to say what it wants.
 const INIT_TIME: Duration = Duration::from_secs(5);
@@ -92,27 +91,29 @@ impl Over {
     }
 }
 
-/// The places for sockets, and each client's share of them: as it may have half of the connections, it could have all
-/// sockets otherwise.
-struct Places {
+/// The WebSockets of a server, within a bound, and each client's share of them: as a client may have half of the
+/// connections, it could have all sockets otherwise.
+pub struct Sockets {
     all: Arc<Semaphore>,
     shares: Mutex<Shares>,
 }
 
-impl Places {
-    fn new() -> Places {
-        Places { all: Arc::new(Semaphore::new(MAX_SOCKETS)), shares: Mutex::new(Shares::new(MAX_SOCKETS)) }
+impl Default for Sockets {
+    fn default() -> Sockets {
+        Sockets { all: Arc::new(Semaphore::new(MAX_SOCKETS)), shares: Mutex::new(Shares::new(MAX_SOCKETS)) }
     }
+}
 
-    fn take(&self, client: Client) -> Result<(OwnedSemaphorePermit, Option<OwnedSemaphorePermit>), ApiError> {
+impl Sockets {
+    fn take(&self, client: &Client) -> Result<(OwnedSemaphorePermit, Option<OwnedSemaphorePermit>), ApiError> {
         let overloaded = |whose: &str| ApiError::Overloaded(format!("too many open WebSockets{whose}"));
-        let share = match &client {
+        let share = match client {
             // Whoever comes through a proxy on this host need not be alone behind its address.
             Client::Address(address) if address.is_loopback() => None,
             Client::Ourselves => None,
             _ => {
                 let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
-                Some(shares.take(client).ok_or_else(|| overloaded(" of one client"))?)
+                Some(shares.take(client.clone()).ok_or_else(|| overloaded(" of one client"))?)
             }
         };
         let place = Arc::clone(&self.all).try_acquire_owned().map_err(|_| overloaded(""))?;
@@ -120,43 +121,41 @@ impl Places {
     }
 }
 
-/// The path of the socket.
-pub fn routes(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<(Response,)> {
-    let (runner, settings) = (Arc::clone(runner), Arc::clone(settings));
-    let places = Arc::new(Places::new());
-    let path = warp::path!("api" / "v2" / "connect");
-    let socket = path.and(warp::ws()).and(warp::ext::optional()).map(move |upgrade: Ws, connection: Option<Place>| {
-        let place = match places.take(Caller::current().map(|caller| caller.client).unwrap_or_default()) {
-            Ok(place) => place,
-            Err(refusal) => return refusal.into_response(),
-        };
-        let (runner, settings) = (Arc::clone(&runner), Arc::clone(&settings));
-        let upgrade = upgrade.max_message_size(settings.body_limit).max_frame_size(settings.body_limit);
-        let inbox = connection.as_ref().map(|place| place.inbox.clone()).unwrap_or_default();
-        inbox.open(&settings.bodies);
-        // Made here, where the caller is known; the socket comes later, in a task of its own.
-        let (hand_over, socket) = oneshot::channel();
-        let serving = Caller::pass_on(async move {
-            if let Ok(socket) = socket.await {
-                serve(socket, inbox, runner, settings).await;
-            }
-            // The connection has ended for the server when this began; its place is taken until now.
-            drop((place, connection));
-        });
-        upgrade
-            .on_upgrade(move |socket| {
-                let _ = hand_over.send(socket);
-                serving
-            })
-            .into_response()
-    });
-    let other = path.and(warp::method()).map(|method| match method {
-        Method::GET => {
-            ApiError::BadRequest("this path is a WebSocket: connect with an upgrade request".into()).into_response()
-        }
-        _ => ApiError::MethodNotAllowed("GET").into_response(),
+/// Answers `/api/v2/connect`.
+pub fn filter(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
+    let api = Arc::clone(api);
+    let open = move |upgrade, context, connection| {
+        open(upgrade, context, connection, Arc::clone(&api)).unwrap_or_else(Reply::into_response)
+    };
+    let socket = warp::ws().and(warp::ext::get::<Context>()).and(warp::ext::optional()).map(open);
+    let other = warp::any().map(|| {
+        ApiError::BadRequest("this path is a WebSocket: connect with an upgrade request".into()).into_response()
     });
     socket.or(other).unify().boxed()
+}
+
+/// Agrees to the upgrade, if there is a place for another socket.
+fn open(upgrade: Ws, context: Context, connection: Option<Place>, api: Arc<Api>) -> Result<Response, ApiError> {
+    let place = api.sockets.take(&context.client)?;
+    let upgrade = upgrade.max_message_size(api.body_limit).max_frame_size(api.body_limit);
+    let inbox = connection.as_ref().map(|place| place.inbox.clone()).unwrap_or_default();
+    inbox.open(api.bodies.of(&context.client));
+    // Made here, in the span of the request; the socket comes later, in a task of its own.
+    let (hand_over, socket) = oneshot::channel();
+    let serving = async move {
+        if let Ok(socket) = socket.await {
+            serve(socket, inbox, api, context).await;
+        }
+        // The connection has ended for the server when this began; its place is taken until now.
+        drop((place, connection));
+    };
+    // Its state is large, and would be copied from one wrapper into the next on the stack.
+    let serving = signals::apart(Box::pin(serving)).in_current_span();
+    let upgraded = upgrade.on_upgrade(move |socket| {
+        let _ = hand_over.send(socket);
+        serving
+    });
+    Ok(upgraded.into_response())
 }
 
 /// Run a program interactively, by WebSocket
@@ -167,13 +166,14 @@ pub fn routes(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<
     get, path = "/api/v2/connect", operation_id = "connect",
     responses((status = 101, description = "The conversation begins"), Refused)
 )]
-async fn serve(socket: WebSocket, inbox: Inbox, runner: Arc<Runner>, settings: Arc<ApiSettings>) {
+async fn serve(socket: WebSocket, inbox: Inbox, api: Arc<Api>, context: Context) {
+    let memory = api.answers.of(&context.client);
     let (mut sink, messages) = socket.split();
     let mut stream = Messages { messages, inbox };
-    let over = converse(&mut sink, &mut stream, &runner, &settings).await;
+    let over = converse(&mut sink, &mut stream, &api, &context, &memory).await;
     if let Over::Failed(message) = &over {
         let told = Told::Error { message: message.clone() };
-        let _ = timeout(CLOSE_TIME, send(&mut sink, &told, &settings.answers)).await;
+        let _ = timeout(CLOSE_TIME, send(&mut sink, &told, &memory)).await;
     }
     let (code, reason) = over.code();
     let closing = async {
@@ -186,33 +186,36 @@ async fn serve(socket: WebSocket, inbox: Inbox, runner: Arc<Runner>, settings: A
 
 type Sink = SplitSink<WebSocket, Message>;
 
-async fn converse(sink: &mut Sink, stream: &mut Messages, runner: &Runner, settings: &ApiSettings) -> Over {
+async fn converse(sink: &mut Sink, stream: &mut Messages, api: &Api, context: &Context, memory: &Allowance) -> Over {
     let request = match timeout(INIT_TIME, first(stream)).await {
         Ok(Ok(request)) => request,
         Ok(Err(over)) => return over,
         Err(_) => return Over::Late,
     };
-    let (language, job) = match request.into_job(runner.languages(), settings.source_limit) {
+    let (language, job) = match request.into_job(api.runner.languages(), api.source_limit) {
         Ok(asked) => asked,
         Err(error) => return Over::Failed(error.message()),
     };
     let runtime = Told::Runtime { language: language.name.clone(), version: language.version.to_string() };
-    if let Err(over) = send(sink, &runtime, &settings.answers).await {
+    if let Err(over) = send(sink, &runtime, memory).await {
         return over;
     }
     let (events, happening) = mpsc::unbounded_channel();
     let (typing, typed) = mpsc::channel(MAX_TYPED);
     let (signalling, signals) = mpsc::channel(MAX_SIGNALS);
-    let keyboard = Keyboard { typing: Some(typing), left: settings.body_limit, signalling };
+    let keyboard = Keyboard { typing: Some(typing), left: api.body_limit, signalling };
     let live = Live { events: Some(events), stdin: Some(typed), signals: Some(signals), ..Live::default() };
-    let backlog = Backlog::new(&settings.answers);
-    let running = async { runner.run_live(job, live).await.map_err(|error| failed(error.into())) };
+    let backlog = Backlog::new(memory);
+    let running = async {
+        let ran = api.runner.run_live(job, live, &context.client).await;
+        ran.map_err(|error| failed(context.refusal(error)))
+    };
     let taking = async { backlog.take(happening).await.map_err(|exhausted| failed(exhausted.into())) };
     let telling = async {
         let mut teller = Teller::default();
         while let Some(event) = backlog.next().await {
             for told in teller.tell(event) {
-                send(sink, &told, &settings.answers).await?;
+                send(sink, &told, memory).await?;
             }
         }
         Ok(())
@@ -313,10 +316,10 @@ impl Messages {
 }
 
 /// Sends a message, within the budget until the client has taken it: that it does is seen to by its socket.
-async fn send(sink: &mut Sink, told: &Told, budget: &Budget) -> Result<(), Over> {
+async fn send(sink: &mut Sink, told: &Told, memory: &Allowance) -> Result<(), Over> {
     let text = serde_json::to_string(told).map_err(|error| failed(ApiError::unwritten(error)))?;
     // The frame around it is a copy.
-    let _lease = budget.lease(2 * text.len()).await.map_err(|exhausted| failed(exhausted.into()))?;
+    let _lease = memory.lease(2 * text.len()).await.map_err(|exhausted| failed(exhausted.into()))?;
     sink.send(Message::text(text)).await.map_err(|_| Over::Left)
 }
 
@@ -326,14 +329,14 @@ mod tests {
 
     #[test]
     fn no_client_takes_more_than_half_of_the_sockets() {
-        let places = Places::new();
-        let alice = || places.take(Client::Key("alice".into()));
+        let sockets = Sockets::default();
+        let alice = || sockets.take(&Client::Key("alice".into()));
         let mut held: Vec<_> = (0..MAX_SOCKETS).map_while(|_| alice().ok()).collect();
         assert_eq!(held.len(), MAX_SOCKETS / 2);
         let elsewhere = Client::at([192, 0, 2, 1].into());
-        held.push(places.take(elsewhere).ok().unwrap());
+        held.push(sockets.take(&elsewhere).ok().unwrap());
         // Those behind a proxy on this host have what is left, and no more.
-        let local = || places.take(Client::at([127, 0, 0, 1].into()));
+        let local = || sockets.take(&Client::at([127, 0, 0, 1].into()));
         let rest: Vec<_> = (0..MAX_SOCKETS).map_while(|_| local().ok()).collect();
         assert_eq!(rest.len(), MAX_SOCKETS / 2 - 1);
         drop(rest);

@@ -10,9 +10,11 @@ use warp::filters::BoxedFilter;
 use warp::reply::Response;
 use warp::{Filter, Reply};
 
+use crate::http::Api;
 use crate::http::error::ApiError;
+use crate::http::json::is_json;
 use crate::http::openapi::Refused;
-use crate::http::{ApiSettings, Wishes, is_json, post, respond};
+use crate::http::request::{Call, post};
 use crate::run::Runner;
 pub use answer::{Answer, Ending, Ran, Runtime, StageAnswer};
 pub use request::{Request, arguments, place};
@@ -20,16 +22,15 @@ pub use request::{Request, arguments, place};
 /// A request that is one, for those who sent another.
 const EXAMPLE: &str = "{\"language\": \"…\", \"version\": \"*\", \"files\": [{\"content\": \"…\"}]}";
 
-/// Piston's paths.
-pub fn routes(runner: &Arc<Runner>, settings: &Arc<ApiSettings>) -> BoxedFilter<(Response,)> {
-    let listing = Arc::clone(runner);
-    let runtimes = warp::path!("api" / "v2" / "runtimes")
-        .and(warp::get().or(warp::head()).unify())
-        .map(move || warp::reply::json(&runtimes(&listing)).into_response());
-    let other_method =
-        warp::path!("api" / "v2" / "runtimes").map(|| ApiError::MethodNotAllowed("GET, HEAD").into_response());
-    let execute = post(warp::path!("api" / "v2" / "execute"), is_taken, EXAMPLE, execute, runner, settings);
-    runtimes.or(other_method).unify().or(execute).unify().boxed()
+/// Answers `/api/v2/runtimes`.
+pub fn runtimes_filter(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
+    let api = Arc::clone(api);
+    warp::any().map(move || warp::reply::json(&runtimes(&api.runner)).into_response()).boxed()
+}
+
+/// Answers `/api/v2/execute`.
+pub fn execute_filter(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
+    post(is_taken, EXAMPLE, execute, api)
 }
 
 /// Published clients send their JSON as text, or do not say what it is.
@@ -53,12 +54,7 @@ fn runtimes(runner: &Runner) -> Vec<Runtime> {
     responses((status = 200, description = "What became of it",
         content((Answer = "application/json"), (String = "text/event-stream"))), Refused)
 )]
-async fn execute(
-    request: Result<Request, ApiError>,
-    wishes: Wishes,
-    runner: Arc<Runner>,
-    settings: Arc<ApiSettings>,
-) -> Result<Response, ApiError> {
-    let (language, job) = request?.into_job(runner.languages(), settings.source_limit)?;
-    respond(runner, &settings, job, wishes, move |answer| Answer::new(&language, answer)).await
+async fn execute(request: Request, call: Call) -> Result<Response, ApiError> {
+    let (language, job) = request.into_job(call.api.runner.languages(), call.api.source_limit)?;
+    call.respond(job, move |answer| Answer::new(&language, answer)).await
 }

@@ -1,5 +1,5 @@
-//! What every request passes before and after its route: an id, whom it is from, whether that one may, a count, a
-//! line in the log.
+//! What every request passes before and after its route: request id, client, host and origin, key and rate limit, metrics
+//! and log.
 
 use std::convert::Infallible;
 use std::hash::{BuildHasher, RandomState};
@@ -14,18 +14,18 @@ use hyper_util::service::TowerToHyperService;
 use tokio::sync::watch;
 use tracing::Instrument;
 use warp::Reply;
-use warp::filters::BoxedFilter;
 use warp::http::header::{AUTHORIZATION, HeaderMap, UPGRADE};
 use warp::http::{HeaderName, HeaderValue, Method, Request};
 use warp::reply::Response;
 
-use crate::http::auth::{Credentials, Denied, Gate};
+use crate::http::Context;
+use crate::http::auth::{Credentials, Gate};
 use crate::http::error::ApiError;
 use crate::http::origin::{self, Origins};
+use crate::http::routes::{self, Access, Route, Routes};
 use crate::http::server::{MAX_HEAD, Place};
 use crate::metrics;
 use crate::model::client::Client;
-use crate::run::context::Caller;
 
 /// Header of a request's id, the client's own or ours.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -40,27 +40,11 @@ const ID_LENGTH: usize = 64;
 /// Counted where the client left before its answer, as nginx has it.
 const CLIENT_LEFT: u16 = 499;
 
-/// Paths that are counted by name; all others are one.
-const ROUTES: [&str; 12] = [
-    "/",
-    "/embed.js",
-    "/coderunner",
-    "/healthz",
-    "/readyz",
-    "/metrics",
-    "/openapi.json",
-    "/docs",
-    "/api/v2/execute",
-    "/api/v2/batch",
-    "/api/v2/runtimes",
-    "/api/v2/connect",
-];
-
-/// All that answers requests: of one configuration.
-pub struct Front {
-    /// What is behind it.
-    pub routes: BoxedFilter<(Response,)>,
-    /// Who may.
+/// The application: everything that answers requests, of one configuration.
+pub struct App {
+    /// What is behind the middleware.
+    pub routes: Routes,
+    /// Who may use it.
     pub gate: Gate,
     /// Which names it answers to, and which pages may call.
     pub origins: Origins,
@@ -69,7 +53,7 @@ pub struct Front {
 /// Answers the requests of one connection, whose peer has this address, each by the configuration of its time. Those
 /// that become something else take its place along.
 pub fn service(
-    fronts: watch::Receiver<Arc<Front>>,
+    apps: watch::Receiver<Arc<App>>,
     peer: Option<IpAddr>,
     place: Place,
 ) -> impl Service<
@@ -79,38 +63,30 @@ pub fn service(
     Future = impl Future<Output = Result<Response, Infallible>> + Send,
 > {
     hyper::service::service_fn(move |mut request: Request<Incoming>| {
-        let front = Arc::clone(&fronts.borrow());
+        let app = Arc::clone(&apps.borrow());
         if request.headers().contains_key(UPGRADE) {
             request.extensions_mut().insert(place.clone());
         }
-        async move {
-            let routes = TowerToHyperService::new(warp::service(front.routes.clone()));
-            front.answer(request, peer, |request| routes.call(request)).await
-        }
+        async move { app.answer(request, peer).await }
     })
 }
 
-impl Front {
-    async fn answer<B, F>(
-        &self,
-        request: Request<B>,
-        peer: Option<IpAddr>,
-        routes: impl FnOnce(Request<B>) -> F,
-    ) -> Result<Response, Infallible>
-    where
-        F: Future<Output = Result<Response, Infallible>>,
-    {
+impl App {
+    async fn answer(&self, request: Request<Incoming>, peer: Option<IpAddr>) -> Result<Response, Infallible> {
         let began = Instant::now();
-        let id: Arc<str> = sane_id(request.headers()).map_or_else(|| new_id().into(), Arc::from);
-        let client = self.gate.client(&credentials(request.headers(), peer));
+        let context = Context {
+            id: sane_id(request.headers()).map_or_else(|| new_id().into(), Arc::from),
+            client: self.gate.client(&credentials(request.headers(), peer)),
+        };
+        let id = Arc::clone(&context.id);
         let span = tracing::info_span!("request", %id, trace = tracing::field::Empty, parent = tracing::field::Empty);
         if let Some((trace, parent)) = trace_context(request.headers()) {
             span.record("trace", trace).record("parent", parent);
         }
-        let mut seen = Seen { route: route(request.uri().path()), client: client.clone(), began, code: CLIENT_LEFT };
-        let caller = Caller { request: Arc::clone(&id), client: client.clone() };
+        let route = routes::find(request.uri().path());
+        let mut seen = Seen { route, client: context.client.clone(), began, code: CLIENT_LEFT };
         let answering = async {
-            let mut response = caller.scope(self.pass(request, &client, routes)).await?;
+            let mut response = self.pass(request, route, context).await?;
             seen.code = response.status().as_u16();
             drop(seen);
             if let Ok(id) = HeaderValue::from_str(&id) {
@@ -121,51 +97,57 @@ impl Front {
         answering.instrument(span).await
     }
 
-    /// Answers a request, or refuses it where it is from.
-    async fn pass<B, F>(
+    /// Answers a request, or refuses it before its route is asked.
+    async fn pass(
         &self,
-        request: Request<B>,
-        client: &Client,
-        routes: impl FnOnce(Request<B>) -> F,
-    ) -> Result<Response, Infallible>
-    where
-        F: Future<Output = Result<Response, Infallible>>,
-    {
+        mut request: Request<Incoming>,
+        route: Option<&'static Route>,
+        context: Context,
+    ) -> Result<Response, Infallible> {
         let admitted = small(&request).and_then(|()| self.origins.admit(&request));
         let from = admitted.as_ref().cloned().unwrap_or(origin::From::Nobody);
-        let mut response = match (admitted, origin::preflight(&from, &request)) {
+        let methods = route.map_or("GET, POST", |route| route.methods.for_pages());
+        let mut response = match (admitted, origin::preflight(&from, &request, methods)) {
             (Err(refused), _) => refused.into_response(),
             (Ok(_), Some(answer)) => answer,
-            (Ok(_), None) => match self.admit(request.method(), request.uri().path(), client) {
-                Ok(()) => routes(request).await?,
-                Err(denied) => ApiError::from(denied).into_response(),
+            (Ok(_), None) => match admit(&self.gate, request.method(), route, &context.client) {
+                Ok(route) => {
+                    request.extensions_mut().insert(context);
+                    let service = TowerToHyperService::new(warp::service(self.routes.filter(route)));
+                    service.call(request).await?
+                }
+                Err(refused) => refused.into_response(),
             },
         };
         // Also of refusals, so that a page can read them.
         self.origins.tell(&from, response.headers_mut());
         Ok(response)
     }
+}
 
-    /// Whether a request may go on. Reading is free but for the API and the metrics; preflights carry no key.
-    fn admit(&self, method: &Method, path: &str, client: &Client) -> Result<(), Denied> {
-        let free = match *method {
-            Method::OPTIONS => true,
-            Method::GET | Method::HEAD => !path.starts_with("/api") && !path.starts_with("/metrics"),
-            _ => false,
-        };
-        if !free {
-            self.gate.knows(client)?;
-        }
-        if runs_code(method, path) {
-            self.gate.count(client)?;
-        }
-        Ok(())
+/// The route that answers a request, if there is one that takes its method and its client may use it.
+fn admit(
+    gate: &Gate,
+    method: &Method,
+    route: Option<&'static Route>,
+    client: &Client,
+) -> Result<&'static Route, ApiError> {
+    let route = route.ok_or(ApiError::NotFound)?;
+    if !route.methods.take(method) {
+        return Err(ApiError::MethodNotAllowed(route.methods.allow()));
     }
+    if route.access != Access::Open {
+        gate.knows(client)?;
+    }
+    if route.access == Access::Run {
+        gate.count(client)?;
+    }
+    Ok(route)
 }
 
 /// A request that is being answered; counted and logged when it is over, however that comes.
 struct Seen {
-    route: &'static str,
+    route: Option<&'static Route>,
     client: Client,
     began: Instant,
     code: u16,
@@ -174,8 +156,10 @@ struct Seen {
 impl Drop for Seen {
     fn drop(&mut self) {
         let took = self.began.elapsed();
-        metrics::request(self.route, self.code, took);
-        tracing::debug!(route = self.route, code = self.code, took = ?took, client = self.client.to_string(), "answered");
+        // A label holds nothing of what the client wrote.
+        let route = self.route.map_or("other", |route| route.path);
+        metrics::request(route, self.code, took);
+        tracing::debug!(route, code = self.code, took = ?took, client = self.client.to_string(), "answered");
     }
 }
 
@@ -187,21 +171,6 @@ fn small<B>(request: &Request<B>) -> Result<(), ApiError> {
         true => Ok(()),
         false => Err(ApiError::HeadTooLarge(MAX_HEAD)),
     }
-}
-
-/// Whether a request is one of those that a rate is of.
-fn runs_code(method: &Method, path: &str) -> bool {
-    // Routes are found with a slash at their end, too.
-    match path.trim_end_matches('/') {
-        "/coderunner" | "/api/v2/execute" | "/api/v2/batch" => method == Method::POST,
-        "/api/v2/connect" => method == Method::GET,
-        _ => false,
-    }
-}
-
-/// The route as a label: nothing of what the client wrote.
-fn route(path: &str) -> &'static str {
-    ROUTES.into_iter().find(|known| *known == path).unwrap_or("other")
 }
 
 fn text(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
@@ -250,10 +219,7 @@ fn trace_context(headers: &HeaderMap) -> Option<(&str, &str)> {
 
 #[cfg(test)]
 mod tests {
-    use warp::Filter;
-
     use super::*;
-    use crate::http::auth::AccessSettings;
 
     fn headers(name: HeaderName, values: &[&str]) -> HeaderMap {
         let mut headers = HeaderMap::new();
@@ -298,24 +264,14 @@ mod tests {
         assert_eq!(trace_context(&headers(TRACEPARENT, &[&valid, &valid])), None, "two are none");
     }
 
-    #[test]
-    fn a_route_is_a_label_of_ours_or_other() {
-        assert_eq!(route("/coderunner"), "/coderunner");
-        for path in ["/coderunner/", "/COD", "/x\"y", ""] {
-            assert_eq!(route(path), "other");
-        }
-    }
-
-    fn front(rate: &str, keys: &str) -> Front {
+    fn gate(rate: &str, keys: &str) -> Gate {
         let text = format!("rate = {rate:?}\nburst = 1\ntrusted_proxies = []\n[keys]\n{keys}");
-        let settings: AccessSettings = toml::from_str(&text).unwrap();
-        let origins = Origins::new(&[], &[], ([127, 0, 0, 1], 0).into());
-        Front { routes: warp::any().map(Response::default).boxed(), gate: Gate::new(&settings), origins }
+        Gate::new(&toml::from_str(&text).unwrap())
     }
 
     #[test]
-    fn a_rate_is_of_requests_that_run_code() {
-        let front = front("1/h", "");
+    fn the_rate_limit_counts_requests_that_run_code() {
+        let gate = gate("1/h", "");
         let cases = [
             (Method::POST, "/coderunner", true),
             (Method::POST, "/coderunner/", true),
@@ -323,46 +279,61 @@ mod tests {
             (Method::POST, "/api/v2/batch", true),
             (Method::GET, "/api/v2/connect", true),
             (Method::GET, "/api/v2/runtimes", false),
-            (Method::POST, "/anything", false),
-            (Method::GET, "/coderunner", false),
-            (Method::OPTIONS, "/api/v2/connect", false),
             (Method::GET, "/metrics", false),
+            (Method::GET, "/readyz", false),
         ];
         for (method, path, counts) in cases {
             let client = Client::Key(format!("{method} {path}").into());
-            let twice = [(); 2].map(|()| front.admit(&method, path, &client).is_ok());
+            let twice = [(); 2].map(|()| admit(&gate, &method, routes::find(path), &client).is_ok());
             assert_eq!(twice, [true, !counts], "{method} {path}");
         }
     }
 
     #[test]
-    fn what_runs_code_needs_a_key_and_what_tells_of_health_does_not() {
+    fn the_api_and_the_metrics_need_a_key() {
         let (_, hash) = crate::http::auth::new_key().unwrap();
-        let front = front("off", &format!("alice = \"{hash}\""));
+        let gate = gate("off", &format!("alice = \"{hash}\""));
         let stranger = Client::at([192, 0, 2, 1].into());
         let alice = Client::Key("alice".into());
-        let admits = |method: Method, path: &str, client| front.admit(&method, path, client).is_ok();
+        let admits = |method: &Method, path: &str, client| admit(&gate, method, routes::find(path), client);
         for (method, path) in [
             (Method::POST, "/coderunner"),
             (Method::POST, "/coderunner/"),
-            (Method::POST, "/anything"),
-            (Method::PUT, "/"),
+            (Method::POST, "/api/v2/execute"),
+            (Method::POST, "/api/v2/batch"),
             (Method::GET, "/api/v2/connect"),
             (Method::GET, "/api/v2/connect/"),
+            (Method::GET, "/api/v2/runtimes"),
             (Method::GET, "/metrics"),
             (Method::HEAD, "/metrics/"),
         ] {
-            assert!(!admits(method.clone(), path, &stranger), "{method} {path}");
-            assert!(admits(method.clone(), path, &alice), "{method} {path}");
+            let refused = admits(&method, path, &stranger).map(|route| route.path);
+            assert!(matches!(refused, Err(ApiError::Unauthorized)), "{method} {path}");
+            assert!(admits(&method, path, &alice).is_ok(), "{method} {path}");
         }
-        for (method, path) in [
-            (Method::GET, "/healthz"),
-            (Method::GET, "/readyz"),
-            (Method::GET, "/"),
-            (Method::OPTIONS, "/coderunner"),
-            (Method::OPTIONS, "/api/v2/execute"),
+        for path in ["/healthz", "/readyz", "/", "/embed.js", "/docs", "/openapi.json"] {
+            assert!(admits(&Method::GET, path, &stranger).is_ok(), "{path}");
+        }
+    }
+
+    #[test]
+    fn unknown_paths_and_other_methods_are_refused() {
+        let gate = gate("off", "");
+        let refused = |method: Method, path: &str| {
+            admit(&gate, &method, routes::find(path), &Client::Ourselves).map(|route| route.path).unwrap_err()
+        };
+        for path in ["/coderunner//", "/CODERUNNER", "/api/v2", "/asset", "/other", "//", "*"] {
+            assert!(matches!(refused(Method::GET, path), ApiError::NotFound), "{path}");
+        }
+        for (method, path, allow) in [
+            (Method::GET, "/coderunner", "POST, OPTIONS"),
+            (Method::OPTIONS, "/api/v2/execute", "POST, OPTIONS"),
+            (Method::POST, "/healthz", "GET, HEAD"),
+            (Method::POST, "/", "GET, HEAD"),
+            (Method::HEAD, "/api/v2/connect", "GET"),
         ] {
-            assert!(admits(method.clone(), path, &stranger), "{method} {path}");
+            let error = refused(method, path);
+            assert!(matches!(error, ApiError::MethodNotAllowed(allowed) if allowed == allow), "{path}: {error}");
         }
     }
 }
