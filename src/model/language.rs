@@ -1,4 +1,4 @@
-//! Languages are data: an image, files, and the commands of two stages.
+//! Languages, which are data: an image, files, and the commands of two stages.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::model::outcome::{Outcome, StageOutcome, Verdict};
 /// The catalogue that is built in.
 pub const CATALOGUE: &str = include_str!("languages.toml");
 
-/// An entry as it is written; the limits are those keys only that differ from the general ones.
+/// An entry of the catalogue as it is written. Its limits are only those that differ from the general ones.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LanguageSettings {
@@ -38,43 +38,26 @@ pub struct LanguageSettings {
     health: Health,
 }
 
-/// Of an entry that names none.
+/// The version of an entry that names none.
 fn some_version() -> Version {
     Version::new(1, 0, 0)
 }
 
-/// Most characters of a health program's output that are told when it is not what it should be.
-const TOLD: usize = 300;
-
-impl Health {
-    /// What is wrong with an outcome of this program, if anything is.
-    pub fn failure(&self, outcome: &Outcome) -> Option<String> {
-        let printed = outcome.run.as_ref().map(|run| run.output.text()).unwrap_or_default();
-        if outcome.verdict() == Verdict::Ok && printed == self.output {
-            return None;
-        }
-        let stages = [&outcome.compile, &outcome.run];
-        let explained: String = stages.into_iter().flatten().map(StageOutcome::explained).collect();
-        let explained: String = explained.chars().take(TOLD).collect();
-        Some(format!("it ended with {:?} and printed {explained:?} instead of {:?}", outcome.verdict(), self.output))
-    }
-}
-
 impl LanguageSettings {
-    /// Whether requests may call it so.
+    /// Whether requests may use this name for it.
     pub fn has_alias(&self, name: &str) -> bool {
         self.aliases.iter().any(|alias| alias == name)
     }
 }
 
-/// A program that shows whether an image works.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Health {
-    /// Its source.
-    pub code: String,
-    /// What it must print.
-    pub output: String,
+/// What is wrong with an entry: its key, the value and what is allowed.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("language.{language}.{key} = {value:?}: {allowed}")]
+pub struct LanguageError {
+    language: String,
+    key: &'static str,
+    value: String,
+    allowed: &'static str,
 }
 
 /// A language that can be served.
@@ -82,11 +65,11 @@ pub struct Health {
 pub struct Language {
     /// Its key in the catalogue: lower-case letters, digits, `-`, `+` and `_`.
     pub name: String,
-    /// What clients are told, and may ask for a range of.
+    /// The version that clients are told; they may ask for a range of versions.
     pub version: Version,
     /// Other names that requests may use.
     pub aliases: Vec<String>,
-    /// The image's name; sandboxes are made from the id that it stood for.
+    /// The name of the image. Sandboxes are made from the id that it stood for when it was checked.
     pub image: String,
     /// Name of the file that a request's code becomes.
     pub source: String,
@@ -100,21 +83,6 @@ pub struct Language {
     pub limits: Limits,
     /// How its images are checked.
     pub health: Health,
-}
-
-/// What is wrong with an entry: its key, the value and what is allowed.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("language.{language}.{key} = {value:?}: {allowed}")]
-pub struct LanguageError {
-    language: String,
-    key: &'static str,
-    value: String,
-    allowed: &'static str,
-}
-
-/// The language of this name or alias.
-pub fn named<'a>(languages: &'a [Arc<Language>], name: &str) -> Option<&'a Arc<Language>> {
-    languages.iter().find(|language| language.name == name || language.aliases.iter().any(|alias| alias == name))
 }
 
 impl Language {
@@ -197,7 +165,7 @@ impl Language {
         }
     }
 
-    /// Variables of its programs, the memory limit put in.
+    /// The environment variables of its programs, with the memory limit inserted.
     pub fn environment(&self) -> Vec<(String, String)> {
         let memory = self.limits.memory.as_u64();
         let fill = |value: &String| {
@@ -207,27 +175,61 @@ impl Language {
     }
 }
 
-/// A language's or an instance's name: it becomes part of container names and labels.
+/// The language of this name or alias.
+pub fn named<'a>(languages: &'a [Arc<Language>], name: &str) -> Option<&'a Arc<Language>> {
+    languages.iter().find(|language| language.name == name || language.aliases.iter().any(|alias| alias == name))
+}
+
+/// How many characters of the output of a health program are reported when it is not what was expected.
+const TOLD: usize = 300;
+
+/// A program that shows whether an image works.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Health {
+    /// Its source.
+    pub code: String,
+    /// What it must print.
+    pub output: String,
+}
+
+impl Health {
+    /// Says what is wrong with an outcome of this program, if anything is.
+    pub fn failure(&self, outcome: &Outcome) -> Option<String> {
+        let printed = outcome.run.as_ref().map(|run| run.output.text()).unwrap_or_default();
+        if outcome.verdict() == Verdict::Ok && printed == self.output {
+            return None;
+        }
+        let stages = [&outcome.compile, &outcome.run];
+        let explained: String = stages.into_iter().flatten().map(StageOutcome::explained).collect();
+        let explained: String = explained.chars().take(TOLD).collect();
+        Some(format!("it ended with {:?} and printed {explained:?} instead of {:?}", outcome.verdict(), self.output))
+    }
+}
+
+/// Whether this can be the name of a language, of an instance or of the owner of a key. Languages and instances become part
+/// of container names and labels.
 pub fn is_name(name: &str) -> bool {
     name.len() <= 32
         && name.starts_with(|c: char| c.is_ascii_lowercase())
         && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "-+_".contains(c))
 }
 
-/// An image reference that no podman takes for an option.
+/// Whether this is an image reference, which podman cannot take for an option.
 fn is_image(image: &str) -> bool {
     (1..=255).contains(&image.len())
         && image.starts_with(|c: char| c.is_ascii_alphanumeric())
         && image.chars().all(|c| c.is_ascii_alphanumeric() || "./:@_-".contains(c))
 }
 
-/// A path that stays below the directory it is joined to.
+/// Whether this is a path that stays below the directory it is joined to.
 pub fn is_file_name(name: &str) -> bool {
     (1..=255).contains(&name.len())
         && !name.contains('\0')
         && name.split('/').all(|part| !part.is_empty() && part != "." && part != "..")
 }
 
+/// Whether this can be the name of an environment variable.
 fn is_variable(name: &str) -> bool {
     name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
         && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
