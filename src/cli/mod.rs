@@ -245,7 +245,7 @@ async fn verb(verb: Verb) -> anyhow::Result<ExitCode> {
             if !language::is_name(&owner) {
                 anyhow::bail!("{owner:?} is no owner: 1 to 32 of a-z, 0-9, -, + and _, a letter first");
             }
-            let (key, hash) = auth::new_key().context("cannot read /dev/urandom")?;
+            let (key, hash) = auth::key::new_key().context("cannot read /dev/urandom")?;
             print::stdout(format!("{key}\n"))?;
             log::say(&format!(
                 "The key is above; it is shown this once. For the configuration:\n[access.keys]\n{owner} = \"{hash}\""

@@ -291,7 +291,7 @@ mod tests {
 
     #[test]
     fn the_api_and_the_metrics_need_a_key() {
-        let (_, hash) = crate::http::auth::new_key().unwrap();
+        let (_, hash) = crate::http::auth::key::new_key().unwrap();
         let gate = gate("off", &format!("alice = \"{hash}\""));
         let stranger = Client::at([192, 0, 2, 1].into());
         let alice = Client::Key("alice".into());
