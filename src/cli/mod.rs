@@ -1,137 +1,27 @@
-//! The command line: a verb each, and the processes that are no verbs of anybody's.
+//! The command line: a file for each verb, and the start of this process.
 
-pub mod doctor;
-pub mod run;
-pub mod serve;
+mod args;
+mod doctor;
+mod key;
+mod run;
+mod serve;
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
-use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use bytesize::ByteSize;
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, Parser};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{Overrides, Settings};
 use crate::host::print::Unprinted;
 use crate::host::{log, print};
-use crate::http::auth;
-use crate::model::language;
-use crate::sandbox::{self, engine::EngineKind};
-use doctor::probe::{self, Probe};
+use crate::sandbox;
+use args::{Cli, Common, Verb};
+use doctor::probe;
 
-/// Compile and run untrusted code, each run in a fresh rootless container
-#[derive(Debug, Parser)]
-#[command(version, about, propagate_version = true)]
-struct Cli {
-    /// Log format
-    #[arg(long, global = true, value_name = "FORMAT", env = "CODERUNNER_LOG_FORMAT", default_value = "text")]
-    log_format: log::Format,
-    #[command(subcommand)]
-    verb: Verb,
-}
-
-#[derive(Debug, Subcommand)]
-enum Verb {
-    /// Serve HTTP until SIGTERM or Ctrl-C
-    Serve {
-        #[command(flatten)]
-        common: Common,
-        /// Address and port to listen on [default: 127.0.0.1:8080]
-        #[arg(long, value_name = "ADDRESS")]
-        listen: Option<SocketAddr>,
-        /// Engine that makes the sandboxes [default: the configured one]
-        #[arg(long)]
-        engine: Option<EngineKind>,
-    },
-    /// Run one program; pass its input, output and exit code through
-    Run {
-        /// Configuration file [default: /etc/coderunner/coderunner.toml]
-        #[arg(long, value_name = "FILE", env = "CODERUNNER_CONFIG")]
-        config: Option<PathBuf>,
-        /// Language [default: by the ending of the file name]
-        #[arg(short, long)]
-        language: Option<String>,
-        /// Further file beside the program; may be repeated
-        #[arg(short, long = "file", value_name = "FILE")]
-        files: Vec<PathBuf>,
-        /// Standard input of the program, instead of this command's own
-        #[arg(long, value_name = "TEXT")]
-        stdin: Option<String>,
-        /// Time limit, such as 2s or 500ms [default: that of the language]
-        #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
-        time: Option<Duration>,
-        /// Memory limit, such as 64MiB [default: that of the language]
-        #[arg(long, value_name = "SIZE")]
-        memory: Option<ByteSize>,
-        /// Print the result as JSON, in the form of /api/v2/execute, instead of the program's output
-        #[arg(long)]
-        json: bool,
-        /// Source file, and the arguments of the program; everything after the file goes to the program
-        #[arg(required = true, trailing_var_arg = true, value_names = ["FILE", "ARGS"])]
-        program: Vec<OsString>,
-    },
-    /// Check every limit and every isolation wall on this host; exit with code 1 if one fails
-    Doctor {
-        #[command(flatten)]
-        common: Common,
-        /// Engine that must pass; both are checked [default: the configured one]
-        #[arg(long)]
-        engine: Option<EngineKind>,
-        /// Print JSON instead of a table
-        #[arg(long)]
-        json: bool,
-    },
-    /// Update the images now, through the running server if there is one
-    Update(Common),
-    /// Print the effective settings
-    Config(Common),
-    /// Create an API key for a client, and print the line for the configuration
-    Key {
-        /// Owner of the key, as shown in the log
-        #[arg(default_value = "client")]
-        owner: String,
-    },
-    /// Generate shell completions
-    Completions {
-        /// Shell
-        shell: clap_complete::Shell,
-    },
-    /// Write the manual pages; used by `make install`
-    #[command(hide = true)]
-    Man {
-        /// Target directory
-        directory: PathBuf,
-    },
-    /// Remove the containers that a killed server left behind; used by the systemd unit
-    #[command(hide = true)]
-    Sweep(Common),
-    /// PID 1 of a sandbox.
-    #[command(hide = true)]
-    Init,
-    /// The agent: makes sandboxes inside podman's namespaces
-    #[command(hide = true)]
-    Agent,
-    /// Checks that `doctor` runs inside sandboxes
-    #[command(hide = true)]
-    Probe { probe: Probe, word: String },
-}
-
-#[derive(Debug, Args)]
-struct Common {
-    /// Configuration file [default: /etc/coderunner/coderunner.toml]
-    #[arg(long, value_name = "FILE", env = "CODERUNNER_CONFIG")]
-    config: Option<PathBuf>,
-    /// Language to serve; may be repeated, the first one is the default
-    #[arg(long = "language", value_name = "NAME")]
-    languages: Vec<String>,
-}
-
-/// What this process was started for.
+/// Runs what this process was started for.
 pub fn main() -> ExitCode {
     let Cli { verb, log_format } = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -144,7 +34,7 @@ pub fn main() -> ExitCode {
         Verb::Probe { probe, ref word } => return probe::main(probe, word),
         _ => {}
     }
-    // Until the very end.
+    // Kept until the end of this function.
     let _flush = match log::start_writing() {
         Ok(flush) => flush,
         Err(error) => {
@@ -190,7 +80,7 @@ pub fn main() -> ExitCode {
 fn help(asked: &clap::Error) -> ExitCode {
     let code = ExitCode::from(u8::try_from(asked.exit_code()).unwrap_or(1));
     match asked.print().map_err(Unprinted::on_stdout) {
-        // Of a wrong command line nobody has to hear to know its code.
+        // A wrong command line gives the same code whether or not its message could be printed.
         _ if asked.use_stderr() => code,
         Ok(()) => code,
         Err(error) if error.is_unread() => ExitCode::from(print::CODE_UNREAD),
@@ -201,8 +91,8 @@ fn help(asked: &clap::Error) -> ExitCode {
     }
 }
 
-/// An error and its causes, but those that it tells itself.
-pub fn told(error: &anyhow::Error) -> String {
+/// The message of an error and its causes, but without the causes that a message contains already.
+fn told(error: &anyhow::Error) -> String {
     error.chain().map(ToString::to_string).fold(String::new(), |told, cause| match told.contains(&cause) {
         _ if told.is_empty() => cause,
         true => told,
@@ -210,6 +100,7 @@ pub fn told(error: &anyhow::Error) -> String {
     })
 }
 
+/// Runs a verb.
 async fn verb(verb: Verb) -> anyhow::Result<ExitCode> {
     let code = |ok: bool| if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     let load = |common: &Common| {
@@ -242,14 +133,7 @@ async fn verb(verb: Verb) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Verb::Key { owner } => {
-            if !language::is_name(&owner) {
-                anyhow::bail!("{owner:?} is no owner: 1 to 32 of a-z, 0-9, -, + and _, a letter first");
-            }
-            let (key, hash) = auth::key::new_key().context("cannot read /dev/urandom")?;
-            print::stdout(format!("{key}\n"))?;
-            log::say(&format!(
-                "The key is above; it is shown this once. For the configuration:\n[access.keys]\n{owner} = \"{hash}\""
-            ));
+            key::key(&owner)?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::Completions { shell } => {
