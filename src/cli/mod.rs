@@ -1,10 +1,14 @@
 //! The command line: a file for each verb, and the start of this process.
 
+mod account;
 mod args;
 mod doctor;
 mod key;
 mod run;
 mod serve;
+mod sweep;
+mod update;
+mod workshop;
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
@@ -127,7 +131,7 @@ async fn verb(verb: Verb) -> anyhow::Result<ExitCode> {
             let settings = Settings::load(common.config.as_deref(), &overrides)?;
             doctor::run(&settings, json).await.map(code)
         }
-        Verb::Update(common) => serve::update(&load(&common)?).await.map(code),
+        Verb::Update(common) => update::update(&load(&common)?).await.map(code),
         Verb::Config(common) => {
             print::stdout(toml::to_string(&load(&common)?)?)?;
             Ok(ExitCode::SUCCESS)
@@ -147,7 +151,7 @@ async fn verb(verb: Verb) -> anyhow::Result<ExitCode> {
                 .with_context(|| format!("cannot write manual pages to {}", directory.display()))?;
             Ok(ExitCode::SUCCESS)
         }
-        Verb::Sweep(common) => serve::sweep(load(&common)?).await.map(|()| ExitCode::SUCCESS),
+        Verb::Sweep(common) => sweep::sweep(load(&common)?).await.map(|()| ExitCode::SUCCESS),
         Verb::Init | Verb::Agent | Verb::Probe { .. } => Ok(ExitCode::FAILURE),
     }
 }

@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
+use crate::cli::account::AS_ACCOUNT;
 use crate::cli::doctor::{Check, Report};
-use crate::cli::serve::AS_ACCOUNT;
+
 use crate::config::Settings;
 use crate::host::instance;
 use crate::sandbox::podman::{Info, Podman};

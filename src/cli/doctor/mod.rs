@@ -12,7 +12,7 @@ use anyhow::Context;
 use serde::Serialize;
 use tokio::time::timeout;
 
-use crate::cli::serve::Workshop;
+use crate::cli::workshop::Workshop;
 use crate::config::Settings;
 use crate::host::print;
 use crate::host::signals::{self, Phases};

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use crate::cli::doctor::probe::{Probe, Tried, VERB, Wall};
-use crate::cli::serve::Workshop;
+use crate::cli::workshop::Workshop;
 use crate::host::instance::Instance;
 use crate::images::names::tag_of;
 use crate::model::job::{Job, Streams};

@@ -1,0 +1,18 @@
+//! The account that coderunner runs as: an ordinary one, never root.
+
+use anyhow::bail;
+
+/// The command by which root runs coderunner as the packaged account, while its server runs.
+pub(super) const AS_ACCOUNT: &str = "setpriv --reuid coderunner --regid coderunner --init-groups env -C / \
+     HOME=/var/lib/coderunner XDG_RUNTIME_DIR=/run/coderunner coderunner";
+
+/// Refuses root, whose containers would belong to root: one wall less.
+pub(super) fn refuse_root() -> anyhow::Result<()> {
+    if nix::unistd::geteuid().is_root() {
+        bail!(
+            "coderunner does not run as root: its containers are to belong to an ordinary user. As root run \
+             `systemctl start coderunner`, and while that runs `{AS_ACCOUNT} …`"
+        );
+    }
+    Ok(())
+}
