@@ -3,8 +3,7 @@
 use std::path::PathBuf;
 
 use crate::cli::account::AS_ACCOUNT;
-use crate::cli::doctor::{Check, Report};
-
+use crate::cli::doctor::report::{Check, Report};
 use crate::config::Settings;
 use crate::host::instance;
 use crate::sandbox::podman::{Info, Podman};
@@ -16,10 +15,10 @@ const IDS: u64 = 65_537;
 const OLDEST_PODMAN: (u32, u32) = (4, 3);
 
 /// The check of what limits need.
-pub const CGROUPS: &str = "cgroups";
+pub(super) const CGROUPS: &str = "cgroups";
 
 /// Looks at everything; what podman says of itself, where it works.
-pub async fn check(settings: &Settings, report: &mut Report) -> Option<Info> {
+pub(super) async fn check(settings: &Settings, report: &mut Report) -> Option<Info> {
     let uid = nix::unistd::geteuid();
     report.add(
         Check::new("user", "an ordinary one", format!("uid {uid}"))
@@ -72,14 +71,14 @@ pub async fn check(settings: &Settings, report: &mut Report) -> Option<Info> {
 }
 
 /// Where a file of ours is: the one that was installed with this executable, else that of the sources.
-pub fn shipped(name: &str, source: &str) -> PathBuf {
+pub(super) fn shipped(name: &str, source: &str) -> PathBuf {
     let executable = std::env::current_exe().unwrap_or_default();
     let installed = executable.ancestors().nth(2).map(|prefix| prefix.join("lib/coderunner").join(name));
     installed.filter(|file| file.exists()).unwrap_or_else(|| source.into())
 }
 
 /// How a host is made to limit rootless containers.
-pub fn limits_mend(info: &Info) -> &'static str {
+pub(super) fn limits_mend(info: &Info) -> &'static str {
     match info.cgroup_version.as_str() {
         "v2" => {
             "mkdir -p /etc/systemd/system/user@.service.d; printf '[Service]\\nDelegate=cpu memory pids\\n' \

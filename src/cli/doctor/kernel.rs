@@ -4,14 +4,15 @@
 use std::fs;
 use std::path::Path;
 
-use crate::cli::doctor::{Check, host};
+use crate::cli::doctor::host;
+use crate::cli::doctor::report::Check;
 
 /// The first Linux that looks for no module when it is to execute a file of a kind that it does not know (commit
 /// fa1bdca98d74).
 const NO_MODULES_OF_BINARIES: (u32, u32) = (6, 14);
 
 /// Looks at them all. What this user may not read is left out.
-pub fn checks() -> Vec<Check> {
+pub(super) fn checks() -> Vec<Check> {
     let drop_in = host::shipped("no-module-loading.conf", "packaging/sysctl.d/no-module-loading.conf");
     of(&|name| fs::read_to_string(Path::new("/proc/sys").join(name)).ok(), &drop_in)
 }
@@ -78,7 +79,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::cli::doctor::Status;
+    use crate::cli::doctor::report::Status;
 
     fn checked(settings: &[(&str, &str)]) -> BTreeMap<String, Check> {
         let settings: BTreeMap<&str, &str> = settings.iter().copied().collect();

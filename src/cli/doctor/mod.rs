@@ -2,14 +2,16 @@
 //! limit and wall is tried, in sandboxes of either engine.
 
 mod host;
+mod image;
 mod kernel;
-pub mod probe;
-mod walls;
+pub(super) mod probe;
+mod report;
+mod trial;
+mod wall;
 
 use std::time::Duration;
 
 use anyhow::Context;
-use serde::Serialize;
 use tokio::time::timeout;
 
 use crate::cli::workshop::Workshop;
@@ -22,118 +24,23 @@ use crate::sandbox::SandboxError;
 use crate::sandbox::engine::EngineKind;
 use crate::sandbox::health::Checks;
 use crate::sandbox::podman::Info;
-use probe::{Tried, Wall};
-use walls::Trial;
+use report::{Check, Report, Status};
+use trial::Trial;
+use wall::{Tried, Wall};
 
 /// The engines, the one first that needs a cgroup of its own: that can only be taken before this process has children.
 const ENGINES: [EngineKind; 2] = [EngineKind::Direct, EngineKind::Podman];
 
-/// How long removing the image of a trial may take at the end. With what closing a workshop may take it is less than
-/// systemd waits for the end of a service.
+/// How long removing the image of a trial may take at the end. Together with closing the workshop it has to be less than
+/// the time that systemd gives a service to stop.
 const IMAGE_TIME: Duration = Duration::from_secs(10);
 
-/// For what no setting can cause.
+/// How to mend what no setting of the host can cause.
 const OUR_FAULT: &str =
     "nothing of this host's is known to cause it: please report it, with `coderunner doctor --json`";
 
-/// Whether all is well with something.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-enum Status {
-    Ok,
-    /// Not as it could be, but not in the way of what is configured.
-    Note,
-    Fail,
-}
-
-/// One line of the table.
-#[derive(Debug, Serialize)]
-struct Check {
-    /// The engine that was tried; none for what is of the host.
-    engine: Option<EngineKind>,
-    name: String,
-    status: Status,
-    expected: String,
-    seen: String,
-    /// How to mend it; none where it is well.
-    mend: Option<String>,
-}
-
-impl Check {
-    fn new(name: impl Into<String>, expected: impl Into<String>, seen: impl Into<String>) -> Check {
-        Check {
-            engine: None,
-            name: name.into(),
-            status: Status::Ok,
-            expected: expected.into(),
-            seen: seen.into(),
-            mend: None,
-        }
-    }
-
-    /// A failure, to be mended like this, unless it is well.
-    fn or(mut self, well: bool, mend: impl Into<String>) -> Check {
-        if !well {
-            (self.status, self.mend) = (Status::Fail, Some(mend.into()));
-        }
-        self
-    }
-
-    /// What fails is not in the way.
-    fn noted(mut self) -> Check {
-        if self.status == Status::Fail {
-            self.status = Status::Note;
-        }
-        self
-    }
-
-    fn of(mut self, engine: EngineKind) -> Check {
-        self.engine = Some(engine);
-        self
-    }
-}
-
-/// All that was looked at.
-#[derive(Debug, Serialize)]
-struct Report {
-    ok: bool,
-    checks: Vec<Check>,
-}
-
-impl Report {
-    fn add(&mut self, check: Check) {
-        self.ok &= check.status != Status::Fail;
-        self.checks.push(check);
-    }
-
-    /// For people.
-    fn table(&self) -> String {
-        let widest = |of: fn(&Check) -> &str| self.checks.iter().map(|check| of(check).chars().count()).max();
-        let name = widest(|check| &check.name).unwrap_or_default();
-        let expected = widest(|check| &check.expected).unwrap_or_default();
-        let mut table = format!("      {:name$}  {:expected$}  SEEN\n", "", "EXPECTED");
-        let mut engine = None;
-        for check in &self.checks {
-            if check.engine != engine {
-                engine = check.engine;
-                table += &engine.map_or_else(|| "\n".to_owned(), |engine| format!("\nengine {engine}\n"));
-            }
-            let mark = match check.status {
-                Status::Ok => "ok",
-                Status::Note => "note",
-                Status::Fail => "FAIL",
-            };
-            table += &format!("{mark:4}  {:name$}  {:expected$}  {}\n", check.name, check.expected, check.seen);
-            if let Some(mend) = &check.mend {
-                table += &format!("      {:name$}  -> {mend}\n", "");
-            }
-        }
-        table
-    }
-}
-
-/// Looks at everything and prints it, as a table or as JSON; whether all is well.
-pub async fn run(settings: &Settings, json: bool) -> anyhow::Result<bool> {
+/// Checks everything and prints the report, as a table or as JSON. Returns whether all is well.
+pub(super) async fn run(settings: &Settings, json: bool) -> anyhow::Result<bool> {
     let phases = Phases::default();
     let _signals = signals::listen(phases.clone(), None).context("cannot listen for signals")?;
     let mut report = Report { ok: true, checks: Vec::new() };
@@ -154,26 +61,27 @@ pub async fn run(settings: &Settings, json: bool) -> anyhow::Result<bool> {
     Ok(report.ok)
 }
 
-/// Refuses a host where the kernel does not keep the limits of sandboxes: makes one and asks its init. Given up, it leaves
-/// what [`close`] removes.
-pub async fn require_limits(workshop: &Workshop) -> Result<(), SandboxError> {
+/// Refuses a host where the kernel does not enforce the limits of sandboxes: makes one and asks its init. If the future is
+/// dropped, [`close`] removes what it leaves.
+pub(super) async fn require_limits(workshop: &Workshop) -> Result<(), SandboxError> {
     let tried = async { Trial::begin(workshop).await?.enforced().await };
     let enforced = tried.await;
     workshop.engine.release(None).await;
-    walls::remove_image(&workshop.podman, &workshop.instance.name).await;
+    image::remove(&workshop.podman, &workshop.instance.name).await;
     enforced.map(drop)
 }
 
-/// Waits until all containers have gone, and removes what limits were tried with.
-pub async fn close(workshop: Workshop) {
+/// Waits until all containers have gone, and removes the image of a trial.
+pub(super) async fn close(workshop: Workshop) {
     let (podman, instance) = (workshop.podman.clone(), workshop.instance.name.clone());
     workshop.close().await;
-    if timeout(IMAGE_TIME, walls::remove_image(&podman, &instance)).await.is_err() {
+    if timeout(IMAGE_TIME, image::remove(&podman, &instance)).await.is_err() {
         tracing::warn!("the image that limits are tried with may be left: podman does not answer");
     }
 }
 
-/// Beside a server that runs, and with sandboxes whatever the kernel keeps: that is to be tried.
+/// A workshop for trials: with a name of its own, since a server may run, and without `require_limits`, since that is what
+/// is tried.
 fn workshop(settings: &Settings, engine: EngineKind) -> anyhow::Result<Workshop> {
     let mut settings = settings.clone();
     settings.instance = format!("{}-doctor-{engine}", settings.instance);
@@ -181,6 +89,7 @@ fn workshop(settings: &Settings, engine: EngineKind) -> anyhow::Result<Workshop>
     Workshop::open(&settings)
 }
 
+/// Makes all checks.
 async fn examine(settings: &Settings, workshops: &[(EngineKind, anyhow::Result<Workshop>)], report: &mut Report) {
     let info = host::check(settings, report).await;
     kernel::checks().into_iter().for_each(|check| report.add(check));
@@ -214,7 +123,7 @@ async fn examine(settings: &Settings, workshops: &[(EngineKind, anyhow::Result<W
     }
 }
 
-/// Tries everything with one engine; also what limits its sandboxes have, where there are any.
+/// Tries everything with one engine. Returns the checks, and which limits its sandboxes have if one could be made.
 async fn engine_checks(workshop: &Workshop, engine: EngineKind, info: &Info) -> (Vec<Check>, Option<Enforced>) {
     let works = |seen: String| Check::new("sandbox", "one can be made", seen);
     let begun = async {
@@ -231,6 +140,7 @@ async fn engine_checks(workshop: &Workshop, engine: EngineKind, info: &Info) -> 
     }
 }
 
+/// The check of a wall, with how to mend it.
 fn of_wall(Tried { wall, holds, expected, seen }: Tried, engine: EngineKind, info: &Info) -> Check {
     let host_limits = info.missing_controllers().is_empty();
     let mend = match wall {
@@ -261,7 +171,7 @@ fn of_wall(Tried { wall, holds, expected, seen }: Tried, engine: EngineKind, inf
         | Wall::Leftovers => OUR_FAULT,
     };
     let check = Check::new(wall.name(), expected, seen).or(holds, mend);
-    // It stands behind others, and older kernels do not have it.
+    // It is a second wall behind others, and older kernels do not have it.
     if wall == Wall::Landlock { check.noted() } else { check }
 }
 

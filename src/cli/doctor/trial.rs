@@ -1,4 +1,4 @@
-//! Tries every limit and wall in sandboxes of one engine.
+//! A trial: tries every limit and wall in sandboxes of one engine.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -8,87 +8,55 @@ use bytes::Bytes;
 use bytesize::ByteSize;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use tar::{Builder, Header};
-use tempfile::NamedTempFile;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use crate::cli::doctor::probe::{Probe, Tried, VERB, Wall};
+use crate::cli::doctor::image;
+use crate::cli::doctor::probe::Probe;
+use crate::cli::doctor::wall::{Tried, Wall};
 use crate::cli::workshop::Workshop;
-use crate::host::instance::Instance;
-use crate::images::names::tag_of;
 use crate::model::job::{Job, Streams};
-use crate::model::language::{Language, LanguageSettings};
-use crate::model::limits::Limits;
+use crate::model::language::Language;
 use crate::model::outcome::{Ended, Outcome, StageOutcome, Usage, Verdict};
-use crate::model::rootfs::INIT;
 use crate::sandbox::Enforced;
-use crate::sandbox::podman::Podman;
 use crate::sandbox::{Event, HEALTH_SLOT, Live, Sandbox, SandboxError, SandboxSpec, Slot};
 
-/// Places of the sandboxes: two may be there at once.
+/// The slots of the sandboxes: there may be two at once.
 const SLOTS: [u32; 2] = [HEALTH_SLOT - 1, HEALTH_SLOT];
 
 /// How long a container may take to be gone after its job.
 const GONE_TIME: Duration = Duration::from_secs(60);
 
-/// Time between two looks at what is to go.
+/// Time between two looks for processes that should have gone.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// How much more CPU than allowed may be measured: the kernel counts in periods of a tenth of a second.
 const CPU_TOLERANCE: f64 = 1.5;
 
-/// What came of a trial, or why it could not be made.
+/// The results of a probe, or why there are none.
 type Told = Result<Vec<Tried>, String>;
 
-/// Small limits, so that reaching them takes little.
-fn limits() -> Limits {
-    let time = Duration::from_secs(30);
-    Limits {
-        memory: ByteSize::mib(64),
-        processes: 16,
-        cpus: 0.5,
-        open_files: 64,
-        disk: ByteSize::mib(4),
-        inodes: 256,
-        output: ByteSize::kib(64),
-        output_total: ByteSize::mib(1),
-        compile_time: time,
-        compile_cpu_time: time,
-        run_time: time,
-        run_cpu_time: time,
-    }
-}
-
-/// An image of nothing but its name. Sandboxes of it run this executable, which is mounted into each.
-pub struct Trial<'a> {
+/// Makes sandboxes with one engine, in which probes run.
+pub(super) struct Trial<'a> {
     workshop: &'a Workshop,
     language: Arc<Language>,
     image: String,
 }
 
 impl Trial<'_> {
-    /// Makes the image, to be removed by [`remove_image`].
+    /// Makes the image, to be removed by [`image::remove`].
     pub async fn begin(workshop: &Workshop) -> Result<Trial<'_>, SandboxError> {
-        let not_made = |reason: String| SandboxError::NotMade { language: VERB.into(), reason };
-        let language = Arc::new(language().map_err(not_made)?);
-        let (podman, name) = (&workshop.podman, image_name(&workshop.instance.name));
-        // One that is there was left by one that was killed.
-        if podman.image_id(&name).await?.is_none() {
-            let archive = archive(&workshop.instance);
-            let archive = archive.map_err(|error| not_made(format!("cannot write an archive: {error}")))?;
-            podman.import(archive.path(), &name).await?;
-        }
-        let image = podman.image_id(&name).await?.ok_or_else(|| not_made(format!("no image {name}")))?;
+        let language = Arc::new(image::language()?);
+        let image = image::make(workshop).await?;
         Ok(Trial { workshop, language, image })
     }
 
-    /// Which limits the kernel keeps for a sandbox; nothing runs in it.
+    /// Tells which limits the kernel enforces for a sandbox; nothing runs in it.
     pub async fn enforced(&self) -> Result<Enforced, SandboxError> {
         let (sandbox, gone) = self.sandbox(SLOTS[0]).await?;
         let enforced = sandbox.enforced;
         drop(sandbox);
-        // A late end is told where it matters.
+        // A container that is late to go is reported by the trials of `run`.
         let _ = gone.wait().await;
         Ok(enforced)
     }
@@ -183,7 +151,7 @@ impl Trial<'_> {
         told(&self.probe(Probe::Walls, &limits).await?)
     }
 
-    /// Two at the same time: one puts itself up wherever it can, the other looks.
+    /// Whether one of two sandboxes that run at the same time sees the marks of the other.
     async fn neighbour(&self) -> Told {
         let mark = &self.workshop.instance.name;
         let (events, mut shown) = mpsc::unbounded_channel();
@@ -191,7 +159,7 @@ impl Trial<'_> {
         let mut live = Live { events: Some(events), stdin: Some(stdin), ..Live::default() };
         let showing = async {
             let run = self.run_job(self.job(Probe::Show, mark), &mut live, SLOTS[1]).await;
-            // Whoever waits for a sign of it waits in vain now.
+            // So that the other one does not wait for its output any longer.
             live.events = None;
             run
         };
@@ -212,7 +180,7 @@ impl Trial<'_> {
         }
     }
 
-    /// One run leaves what it can, the next one in the same place looks for it, and so does this process.
+    /// Whether anything is left of a run: the next one in the same slot looks for it, and so does this process.
     async fn leftovers(&self) -> Told {
         let instance = &self.workshop.instance;
         let left = self.probe(Probe::Leave, &instance.name).await?;
@@ -276,7 +244,7 @@ impl Trial<'_> {
     }
 }
 
-/// Hears of the end of a container.
+/// Waits for the end of a container.
 struct Gone(mpsc::UnboundedReceiver<u32>);
 
 impl Gone {
@@ -286,45 +254,7 @@ impl Gone {
     }
 }
 
-/// Removes the image that a trial has made for an instance, if there is one. Its sandboxes have to be gone.
-pub async fn remove_image(podman: &Podman, instance: &str) {
-    let name = image_name(instance);
-    let removed = match podman.image_id(&name).await {
-        Ok(Some(_)) => podman.remove_image(&name).await,
-        other => other.map(drop),
-    };
-    if let Err(error) = removed {
-        tracing::warn!(image = name, %error, "cannot remove the image that limits are tried with");
-    }
-}
-
-/// The name of an instance's image.
-fn image_name(instance: &str) -> String {
-    format!("localhost/coderunner-probe:{}", tag_of(instance))
-}
-
-/// A tar archive of an empty file of the instance's name. With the same layer in the images of two, podman fails over one
-/// while the other makes or deletes its own.
-fn archive(instance: &Instance) -> std::io::Result<NamedTempFile> {
-    let archive = NamedTempFile::new_in(instance.jobs())?;
-    let mut header = Header::new_ustar();
-    header.set_size(0);
-    header.set_mode(0o444);
-    let mut files = Builder::new(archive);
-    files.append_data(&mut header, &instance.name, std::io::empty())?;
-    files.into_inner()
-}
-
-/// Programs that are probes.
-fn language() -> Result<Language, String> {
-    let entry = format!(
-        "image = \"none\"\nsource = \"probe\"\nrun = [\"{INIT}\", \"{VERB}\"]\nhealth = {{ code = \"\", output = \"\" }}"
-    );
-    let entry: LanguageSettings = toml::from_str(&entry).map_err(|error| error.to_string())?;
-    Language::new(VERB, entry, limits()).map_err(|error| error.to_string())
-}
-
-/// What a probe said of the walls it tried.
+/// Reads what a probe printed of the walls that it tried.
 fn told(run: &StageOutcome) -> Told {
     let text = run.output.text();
     let tried: Result<Vec<Tried>, _> = text.lines().map(serde_json::from_str).collect();
@@ -349,15 +279,15 @@ fn ended(run: &StageOutcome) -> String {
     }
 }
 
-/// What is in a directory.
+/// The names in a directory.
 fn names(directory: &Path) -> std::io::Result<Vec<String>> {
     std::fs::read_dir(directory)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
 }
 
-/// Processes of this machine that have a mark on their command line.
+/// Processes of the host whose command line contains this mark.
 fn processes(mark: &str) -> std::io::Result<Vec<String>> {
     let marked = |process: &String| {
-        // One that has gone meanwhile is not left.
+        // A process that has gone meanwhile is not left.
         std::fs::read(format!("/proc/{process}/cmdline"))
             .is_ok_and(|line| String::from_utf8_lossy(&line).contains(mark))
     };
