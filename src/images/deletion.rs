@@ -7,14 +7,15 @@ use crate::images::names;
 use crate::images::updater::ImageUpdater;
 use crate::model::backoff::Backoff;
 
-/// How many times deleting a replaced image is tried while jobs still run on it, with the first and the longest pause in
-/// between: half a minute together.
+/// How many times deleting a replaced image is tried while jobs still run on it, with the first and the longest pause
+/// in between: half a minute together.
 pub(super) const DELETE_TRIES: u32 = 6;
 const DELETE_FIRST: Duration = Duration::from_secs(1);
 const DELETE_LONGEST: Duration = Duration::from_secs(16);
 
 impl ImageUpdater {
-    /// Deletes replaced and broken images whose containers are gone, in at most so many attempts: containers may take a while.
+    /// Deletes replaced and broken images whose containers are gone, in at most so many attempts: containers may take a
+    /// while.
     pub(super) async fn delete_old(&self, most: u32) {
         let ours = names::all_old(&self.instance);
         let mut backoff = Backoff::new(DELETE_FIRST, DELETE_LONGEST);
@@ -43,7 +44,8 @@ impl ImageUpdater {
         let Some(id) = self.podman.image_id(old_name).await? else {
             return Ok(());
         };
-        // In each attempt: a sandbox whose start began before the image was replaced may have made the engine keep it again.
+        // In each attempt: a sandbox whose start began before the image was replaced may have made the engine keep it
+        // again.
         self.engine.release(Some(&id)).await;
         let all_names = self.podman.names_of(&id).await?;
         if all_names.iter().any(|name| name != old_name) {

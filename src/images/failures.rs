@@ -1,11 +1,11 @@
 //! Images that failed, and when each of them is tried again.
 //!
-//! A registry counts pulls, and each check makes a sandbox, so only images that failed are tried again, after pauses that
-//! grow. An image that could not be pulled (registry down, disk full, podman failing) may be available a moment later: the
-//! pauses grow from 10 s to an hour. A version that was pulled and does not work is most likely the same when it is pulled
-//! again: the copy on this host is checked again after the same pauses, for the host may have been at fault, but it is
-//! pulled again after an hour at the earliest, then less and less often, down to once a day. Docker Hub, which allows the
-//! least, lets a host without an account pull a hundred times in six hours.
+//! A registry counts pulls, and each check makes a sandbox, so only images that failed are tried again, after pauses
+//! that grow. An image that could not be pulled (registry down, disk full, podman failing) may be available a moment
+//! later: the pauses grow from 10 s to an hour. A version that was pulled and does not work is most likely the same
+//! when it is pulled again: the copy on this host is checked again after the same pauses, for the host may have been at
+//! fault, but it is pulled again after an hour at the earliest, then less and less often, down to once a day. Docker
+//! Hub, which allows the least, lets a host without an account pull a hundred times in six hours.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -114,8 +114,8 @@ impl Failures {
 mod tests {
     use super::*;
 
-    /// The attempts within so many seconds: when, and whether by a pull although there is an image. `failed` says how each
-    /// one fails.
+    /// The attempts within so many seconds: when, and whether by a pull although there is an image. `failed` says how
+    /// each one fails.
     fn tries(seconds: u64, first: Failed, failed: impl Fn(bool) -> Failed) -> Vec<(u64, bool)> {
         let (begin, mut failures, mut tries) = (Instant::now(), Failures::default(), Vec::new());
         failures.note("image", first, begin);

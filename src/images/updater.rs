@@ -36,8 +36,8 @@ pub struct UpdateSettings {
     pub pull_timeout: Duration,
 }
 
-/// First and longest time for which sandboxes may fail before their image is looked for: somebody may have deleted it. It
-/// grows, for if the image is there something else is wrong.
+/// First and longest time for which sandboxes may fail before their image is looked for: somebody may have deleted it.
+/// It grows, for if the image is there something else is wrong.
 const AILING_FIRST: Duration = Duration::from_secs(5);
 const AILING_LONGEST: Duration = Duration::from_secs(30);
 
@@ -88,7 +88,8 @@ impl ImageUpdater {
         loop {
             tokio::select! {
                 () = self.keep(&mut orders) => return,
-                // At once, for a pull that is no longer wanted may take long. What is half done is completed when this begins again.
+                // At once, for a pull that is no longer wanted may take long. What is half done is completed when this
+                // begins again.
                 Ok(()) = wanted.changed() => (self.languages, self.settings) = wanted.borrow_and_update().clone(),
                 () = stop.cancelled() => return,
             }
@@ -122,8 +123,8 @@ impl ImageUpdater {
         }
     }
 
-    /// Waits until images may have been deleted: those whose languages have no sandboxes. An image that is known to be missing
-    /// is retried anyway.
+    /// Waits until images may have been deleted: those whose languages have no sandboxes. An image that is known to be
+    /// missing is retried anyway.
     async fn ailing(&self, failures: &Failures, backoff: &mut Backoff) -> Vec<Named> {
         loop {
             tokio::time::sleep(backoff.pause()).await;

@@ -15,9 +15,9 @@ use crate::sandbox::{Live, Wanted};
 const AT_ONCE: usize = 4;
 
 impl Runner {
-    /// Runs jobs that differ only in their input, a few at a time, and tells the result of each as it comes. The first one
-    /// is compiled; the others run the compiled program, each in a sandbox of its own. Where that cannot be copied there,
-    /// each one is compiled by itself. Dropping the future ends all.
+    /// Runs jobs that differ only in their input, a few at a time, and tells the result of each as it comes. The first
+    /// one is compiled; the others run the compiled program, each in a sandbox of its own. Where that cannot be copied
+    /// there, each one is compiled by itself. Dropping the future ends all.
     pub async fn run_batch(
         &self,
         jobs: Vec<Job>,

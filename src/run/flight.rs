@@ -35,8 +35,8 @@ impl Flight {
 pub(super) struct Flights(Arc<Mutex<HashMap<JobKey, Weak<Flight>>>>);
 
 impl Flights {
-    /// Joins the flight of the same job, or starts one where there is none that may be joined. The caller has to see that a
-    /// flight that is started is run, and its result published.
+    /// Joins the flight of the same job, or starts one where there is none that may be joined. The caller has to see
+    /// that a flight that is started is run, and its result published.
     pub(super) fn join_or_start(&self, key: JobKey, reuse: Reuse) -> (Arc<Flight>, Option<Publisher>) {
         let mut flights = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if reuse == Reuse::Allowed
@@ -73,8 +73,8 @@ impl Publisher {
     pub(super) fn publish(self, result: Result<Answer, RunError>) {
         {
             let mut flights = self.flights.0.lock().unwrap_or_else(PoisonError::into_inner);
-            // Another flight of the same job may have taken its place: after it was given up, or by a request that refuses
-            // to join one.
+            // Another flight of the same job may have taken its place: after it was given up, or by a request that
+            // refuses to join one.
             if flights.get(&self.key).is_some_and(|flight| Weak::ptr_eq(flight, &self.own)) {
                 flights.remove(&self.key);
             }

@@ -48,8 +48,8 @@ struct Keyed {
 }
 
 impl Runner {
-    /// A runner of these languages, the default one first. What a batch has compiled it keeps for its other inputs if that
-    /// is at most `most_build` bytes.
+    /// A runner of these languages, the default one first. What a batch has compiled it keeps for its other inputs if
+    /// that is at most `most_build` bytes.
     pub fn new(
         languages: Vec<Arc<Language>>,
         memo: MemoCache,
@@ -131,9 +131,10 @@ impl Runner {
     ) {
         let Keyed { job, image: expected, key } = keyed;
         let (pool, memo, stop) = (Arc::clone(&self.pool), Arc::clone(&self.memo), self.tasks.stop.clone());
+        let live = Live { compiled: built, ..Live::default() };
         let flying = async move {
             let executed = tokio::select! {
-                executed = execute(&pool, &language, &job, Live { compiled: built, ..Live::default() }, &client) => executed,
+                executed = execute(&pool, &language, &job, live, &client) => executed,
                 () = publisher.given_up() => Err(RunError::ShuttingDown),
                 () = stop.cancelled() => Err(RunError::ShuttingDown),
             };

@@ -54,8 +54,8 @@ pub(super) struct Lane {
     /// Its place in the configuration: the default language has the first one.
     pub(super) rank: usize,
     pub(super) image: Image,
-    /// Counts the changes of the language and of its image. A sandbox whose start began before a change is not used; its
-    /// image's id would not tell, for an image that was deleted and pulled again has the same one.
+    /// Counts the changes of the language and of its image. A sandbox whose start began before a change is not used;
+    /// its image's id would not tell, for an image that was deleted and pulled again has the same one.
     pub(super) generation: u64,
     pub(super) ready: VecDeque<Sandbox>,
     /// Slots of the sandboxes that are being made.
@@ -146,8 +146,8 @@ impl Lane {
         self.last_error = None;
     }
 
-    /// Takes the first ready sandbox that is alive; those before it go to `ended`. The others are not checked, which costs a
-    /// system call for each: their engine gives their slots back.
+    /// Takes the first ready sandbox that is alive; those before it go to `ended`. The others are not checked, which
+    /// costs a system call for each: their engine gives their slots back.
     pub(super) fn take(&mut self, ended: &mut Vec<Sandbox>) -> Option<Sandbox> {
         while let Some(sandbox) = self.ready.pop_front() {
             if !sandbox.is_gone() {
@@ -171,8 +171,8 @@ impl Lane {
         self.uses * 0.5f64.powf(halvings)
     }
 
-    /// The priority of this language for a spare slot: first of all where it has no sandbox, else its recent uses for each
-    /// sandbox that it has.
+    /// The priority of this language for a spare slot: first of all where it has no sandbox, else its recent uses for
+    /// each sandbox that it has.
     pub(super) fn refill_priority(&self, now: Instant) -> f64 {
         let have = self.ready.len() + self.making.len();
         if have == 0 { f64::INFINITY } else { (self.uses_at(now) + 0.01) / (have as f64) }

@@ -124,7 +124,8 @@ async fn manage(shared: Arc<Shared>, mut given_back: mpsc::UnboundedReceiver<u32
                     drop(state);
                     drop(given_up);
                 }
-                // A language whose pause is over waits for an attempt, a slot or a core, each of which wakes the manager.
+                // A language whose pause is over waits for an attempt, a slot or a core, each of which wakes the
+                // manager.
                 Step::Nothing => {
                     break state.lanes.values().filter_map(|lane| lane.retry_at).filter(|at| *at > now).min();
                 }

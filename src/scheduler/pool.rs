@@ -1,5 +1,5 @@
-//! The pool: a bounded number of slots for sandboxes, which are made ahead of time, and a queue for the requests that find
-//! none ready.
+//! The pool: a bounded number of slots for sandboxes, which are made ahead of time, and a queue for the requests that
+//! find none ready.
 //!
 //! One task, the manager, makes sandboxes; everything else happens in the tasks of the callers. The state is behind one
 //! lock that is never held across an await.
@@ -33,8 +33,8 @@ impl Pool {
         Pool { shared: manager::spawn(engine, State::new(slots, queue, languages)) }
     }
 
-    /// Takes a ready sandbox of a language, or waits for one in the queue, until `queue.wait` has passed since the request
-    /// `came`; a watcher is told its place there. Dropping the future leaves the queue.
+    /// Takes a ready sandbox of a language, or waits for one in the queue, until `queue.wait` has passed since the
+    /// request `came`; a watcher is told its place there. Dropping the future leaves the queue.
     pub async fn acquire(
         &self,
         language: &str,
@@ -75,7 +75,8 @@ impl Pool {
         }
     }
 
-    /// Sets the image of a language: from now on sandboxes are made from it, and ready ones of another image are given up.
+    /// Sets the image of a language: from now on sandboxes are made from it, and ready ones of another image are given
+    /// up.
     pub fn set_image(&self, language: &str, image: Image) {
         let Some(given_up) = self.shared.lock().set_image(language, image) else { return };
         drop(given_up);

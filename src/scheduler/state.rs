@@ -1,5 +1,4 @@
-//! The state of the pool: its slots, the lanes of the languages, the queue. What changes it is here, except for the steps
-//! of the manager.
+//! The state of the pool: its slots, the lanes of the languages, the queue; and what changes several of these.
 //!
 //! Sandboxes that are given up are returned to the caller, who drops them when the pool is unlocked again.
 
@@ -154,7 +153,8 @@ impl State {
         ended
     }
 
-    /// Takes out the ready sandboxes whose init has exited, whether or not their engine knows. Each costs a system call.
+    /// Takes out the ready sandboxes whose init has exited, whether or not their engine knows. Each costs a system
+    /// call.
     pub(super) fn take_dead(&mut self) -> VecDeque<Sandbox> {
         let mut dead = VecDeque::new();
         for lane in self.lanes.values_mut() {
@@ -166,8 +166,8 @@ impl State {
         dead
     }
 
-    /// Notes that the slots of these sandboxes are going to come back. The slot of a container that ended by itself may be
-    /// back already.
+    /// Notes that the slots of these sandboxes are going to come back. The slot of a container that ended by itself may
+    /// be back already.
     pub(super) fn note_closing<'a>(&mut self, given_up: impl IntoIterator<Item = &'a Sandbox>) {
         let numbers = given_up.into_iter().map(|sandbox| sandbox.number);
         self.closing.extend(numbers.filter(|number| self.existing.contains(number) && !self.free.contains(number)));

@@ -69,8 +69,8 @@ impl State {
         refill.map_or(Step::Nothing, |(name, _)| Step::Make(name.clone()))
     }
 
-    /// Sees that every language has a ready sandbox, where there are slots enough: a language whose image arrived late gets
-    /// the slot of one that has two, or, if it never had any, of one that comes after it in the configuration.
+    /// Sees that every language has a ready sandbox, where there are slots enough: a language whose image arrived late
+    /// gets the slot of one that has two, or, if it never had any, of one that comes after it in the configuration.
     fn rebalance(&self, now: Instant) -> Step {
         let lanes = || self.lanes.iter();
         let lacks = |lane: &Lane| lane.ready.len() + lane.making.len() == 0 && lane.failures == 0 && lane.can_make(now);
