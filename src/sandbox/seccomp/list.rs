@@ -1,10 +1,10 @@
-//! What is allowed, in groups, each with what needs it; and what is done instead of some calls.
+//! The allow-list: groups of system calls, each with the reason why programs need it, and the actions for other calls.
 
 use nix::libc;
 
-use crate::sandbox::seccomp::{Answer, Check, Rule};
+use crate::sandbox::seccomp::{Action, Check, Rule};
 
-/// Allowed whatever their arguments.
+/// Calls that are allowed with any arguments.
 pub const ALLOWED: &[(&str, &str)] = &[
     (
         "memory: every allocator, every loader",
@@ -16,7 +16,7 @@ pub const ALLOWED: &[(&str, &str)] = &[
         "read write readv writev pread64 pwrite64 preadv pwritev lseek close close_range dup dup2 dup3 pipe pipe2 \
          sendfile splice tee vmsplice copy_file_range ftruncate fallocate flock",
     ),
-    // FIFOs and sockets; devices take a capability that nobody has.
+    // mknod is for FIFOs and sockets. Devices need a capability that programs do not have.
     (
         "files and directories: all that a program may open is on tmpfs, read-only, or one of six devices",
         "creat stat fstat lstat newfstatat statx statfs fstatfs access faccessat faccessat2 getdents getdents64 \
@@ -29,7 +29,8 @@ pub const ALLOWED: &[(&str, &str)] = &[
         "poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 eventfd \
          eventfd2 signalfd signalfd4 timerfd_create timerfd_settime timerfd_gettime",
     ),
-    // LeakSanitizer stops the other threads so; debuggers. No process of another sandbox can be named.
+    // ptrace is for LeakSanitizer, which stops other threads with it, and for debuggers. Processes of other sandboxes
+    // have no pid in this namespace.
     (
         "processes and threads, their ends, and who they are",
         "fork vfork execve execveat exit exit_group wait4 waitid pidfd_open pidfd_send_signal getpid getppid gettid \
@@ -40,7 +41,7 @@ pub const ALLOWED: &[(&str, &str)] = &[
          ioprio_get ptrace",
     ),
     (
-        "rights: programs have none to gain, and ask for what they have or give it up",
+        "rights: programs read or drop their own, and cannot gain any",
         "getuid geteuid getgid getegid getresuid getresgid getgroups setuid setgid setreuid setregid setresuid \
          setresgid setfsuid setfsgid setgroups capget capset",
     ),
@@ -56,7 +57,7 @@ pub const ALLOWED: &[(&str, &str)] = &[
          sysinfo getrandom",
     ),
     (
-        "local sockets: what socket(2) allows of them, asyncio, multiprocessing, node's workers and children",
+        "local sockets, as the rule for socket(2) allows them: asyncio, multiprocessing, node's workers and children",
         "bind listen accept accept4 connect getsockname getpeername getsockopt sendto recvfrom sendmsg recvmsg \
          sendmmsg recvmmsg shutdown",
     ),
@@ -66,16 +67,16 @@ pub const ALLOWED: &[(&str, &str)] = &[
     ),
 ];
 
-/// These return success and do nothing. Nothing that a program writes is on a disk; what they would write out, drop from
-/// memory or read ahead is the host's, or the image's, which neighbours read too.
-pub const DONE_NOTHING: &str = "fsync fdatasync sync syncfs sync_file_range fadvise64 readahead";
+/// Calls that return success and do nothing. Programs write nothing to a disk. These calls would write out, drop from
+/// memory or read ahead pages of the host, or of the image, which other sandboxes read too.
+pub const NO_OPS: &str = "fsync fdatasync sync syncfs sync_file_range fadvise64 readahead";
 
-/// Extended attributes: ACLs among them are memory that no cgroup counts, and each new file inherits them. It is as on a
-/// file system that has none.
-pub const NO_ATTRIBUTES: &str = "setxattr lsetxattr fsetxattr getxattr lgetxattr fgetxattr listxattr llistxattr \
+/// Calls for extended attributes, which fail as on a file system without attributes. ACLs, which are attributes, take
+/// memory that no cgroup counts, and each new file inherits them.
+pub const ATTRIBUTES: &str = "setxattr lsetxattr fsetxattr getxattr lgetxattr fgetxattr listxattr llistxattr \
     flistxattr removexattr lremovexattr fremovexattr";
 
-/// Flags of clone that make a namespace.
+/// Flags of clone that create a namespace.
 pub const NAMESPACES: libc::c_int = libc::CLONE_NEWNS
     | libc::CLONE_NEWCGROUP
     | libc::CLONE_NEWUTS
@@ -84,8 +85,9 @@ pub const NAMESPACES: libc::c_int = libc::CLONE_NEWNS
     | libc::CLONE_NEWPID
     | libc::CLONE_NEWNET;
 
-/// Of terminals (asked for by every C library's isatty, set by shells and readline) and of any descriptor. TIOCSTI, which
-/// types for others, is not among them, nor is what belongs to sockets, file systems or other devices.
+/// Requests of ioctl for terminals (read by isatty of every C library, set by shells and readline) and for any
+/// descriptor. Not allowed are TIOCSTI, which inserts input for other processes, and requests for sockets, file systems
+/// or other devices.
 const IOCTLS: &[libc::Ioctl] = &[
     libc::TCGETS,
     libc::TCSETS,
@@ -114,9 +116,10 @@ const IOCTLS: &[libc::Ioctl] = &[
     libc::FIONCLEX,
 ];
 
-/// Names, death signals, dumps, huge pages for oneself, who may trace: about the calling process alone. Not among them are
-/// seccomp (filters take of the host's bound for compiled BPF), names of memory areas (kernel memory that is not counted),
-/// core scheduling (keeps neighbours off a core) and merging of pages (the host works, and time tells what is merged).
+/// Options of prctl that concern the calling process alone: names, death signals, dumps, its own huge pages, permission
+/// to trace it. Not allowed are seccomp (filters use up the host's limit for compiled BPF), names of memory areas
+/// (kernel memory that no cgroup counts), core scheduling (keeps other sandboxes off a core) and merging of pages
+/// (costs CPU time of the host, and timing reveals which pages are merged).
 const PRCTLS: &[libc::c_int] = &[
     libc::PR_SET_PDEATHSIG,
     libc::PR_GET_PDEATHSIG,
@@ -141,8 +144,9 @@ const PRCTLS: &[libc::c_int] = &[
     libc::PR_SET_PTRACER,
 ];
 
-/// All but leases, notifications and hints for the disk, which are about a file and not about a descriptor, and locks of open
-/// files, which every sandbox sees and the kernel counts for nobody; those of processes are bounded by init.
+/// All commands of fcntl except for two groups: leases, notifications and hints for the disk, which concern a file and
+/// not a descriptor; and open file description locks, which every sandbox sees and no cgroup counts. Init limits the
+/// locks of processes.
 const FCNTLS: &[libc::c_int] = &[
     libc::F_DUPFD,
     libc::F_DUPFD_CLOEXEC,
@@ -174,8 +178,8 @@ const F_GETOWN_EX: libc::c_int = 16;
 const F_DUPFD_QUERY: libc::c_int = 1027;
 const F_CREATED_QUERY: libc::c_int = 1028;
 
-/// What local sockets are asked for. Filters (SO_ATTACH_FILTER and its like) are not: they are compiled, and the host has
-/// one bound for all that is.
+/// Options of local sockets. Filters (SO_ATTACH_FILTER and similar) are not allowed: they are compiled, and the host
+/// has one limit for all compiled BPF.
 const SOCKET_OPTIONS: &[libc::c_int] = &[
     libc::SO_REUSEADDR,
     libc::SO_REUSEPORT,
@@ -192,8 +196,8 @@ const SOCKET_OPTIONS: &[libc::c_int] = &[
     libc::SO_PEEK_OFF,
 ];
 
-/// Advice about one's own memory. Not among it is what moves pages of files that neighbours use (COLD, PAGEOUT) or has
-/// the kernel look for equal pages (MERGEABLE).
+/// Advice of madvise about the program's own memory. Not allowed is advice that moves pages of files that other
+/// sandboxes use (COLD, PAGEOUT) or makes the kernel search for equal pages (MERGEABLE).
 const ADVICE: &[libc::c_int] = &[
     libc::MADV_NORMAL,
     libc::MADV_RANDOM,
@@ -221,25 +225,25 @@ const ADVICE: &[libc::c_int] = &[
 const MADV_GUARD_INSTALL: libc::c_int = 102;
 const MADV_GUARD_REMOVE: libc::c_int = 103;
 
-/// Barriers among one's own threads, as garbage collectors use them: QUERY, PRIVATE_EXPEDITED and SYNC_CORE with their
-/// registrations. The others interrupt every CPU of the host.
+/// Barriers of membarrier among the program's own threads, for garbage collectors: QUERY, PRIVATE_EXPEDITED and
+/// SYNC_CORE with their registrations. The others interrupt every CPU of the host.
 const BARRIERS: &[u32] = &[0, 1 << 3, 1 << 4, 1 << 5, 1 << 6];
 
-/// Of reads and writes by `preadv2` and its like: RWF_NOWAIT and RWF_APPEND. RWF_DONTCACHE drops pages of an image.
+/// Flags of `preadv2` and `pwritev2`: RWF_NOWAIT and RWF_APPEND. RWF_DONTCACHE would drop pages of an image.
 const READ_WRITE_FLAGS: u32 = 0x8 | 0x10;
 
-/// Linux with its own rules, and the question which they are.
+/// Personalities: that of Linux itself, and the query for the current one.
 const PERSONALITIES: &[u32] = &[0, u32::MAX];
 
-/// Calls that do many things, by what they are to do.
+/// Rules for calls whose arguments decide.
 pub fn arguments() -> impl Iterator<Item = (&'static str, Rule)> {
     let number = |values: &[libc::c_int]| values.iter().map(|value| value.cast_unsigned()).collect::<Vec<u32>>();
     let bits = |bits: libc::c_int| bits.cast_unsigned();
     let one_of = |argument, values: &[u32], refused| {
-        Rule::Where(vec![vec![Check::is(argument, values)]], Answer::Errno(refused))
+        Rule::Where(vec![vec![Check::is(argument, values)]], Action::Errno(refused))
     };
     let without =
-        |argument, bits, refused| Rule::Where(vec![vec![Check::without(argument, bits)]], Answer::Errno(refused));
+        |argument, bits, refused| Rule::Where(vec![vec![Check::without(argument, bits)]], Action::Errno(refused));
     let direct = bits(libc::O_DIRECT);
     let local = || one_of(0, &[bits(libc::AF_UNIX)], libc::EAFNOSUPPORT);
     // The request is an unsigned int to the kernel.
@@ -248,43 +252,45 @@ pub fn arguments() -> impl Iterator<Item = (&'static str, Rule)> {
         vec![Check::is(1, &number(FCNTLS))],
         vec![Check::is(1, &[bits(libc::F_SETFL)]), Check::without(2, direct)],
     ];
-    // Whoever shares a table of open files without being a thread can hide locks there: init is asked.
+    // A process that shares a table of open files without being a thread can hide locks there, so init decides.
     let thread = bits(libc::CLONE_THREAD);
     let clone = vec![
         vec![Check::without(0, bits(NAMESPACES | libc::CLONE_FILES))],
         vec![Check::without(0, bits(NAMESPACES)), Check { mask: thread, ..Check::is(0, &[thread]) }],
     ];
-    // A limit of 1 byte, which init sets, keeps the host's handler of dumps from being started; one of 0 does not.
-    let dumps = libc::RLIMIT_CORE;
+    // Init sets RLIMIT_CORE to 1 byte, which keeps the kernel from starting the host's core dump handler. A limit of 0
+    // does not, so programs must not change it.
+    let core_limit = libc::RLIMIT_CORE;
     let other_than = |argument, value| Check { negated: true, ..Check::is(argument, &[value]) };
-    let none = |argument| vec![Check::is(argument, &[0]), Check { upper: true, ..Check::is(argument, &[0]) }];
-    let option = vec![vec![Check::is(1, &[bits(libc::SOL_SOCKET)]), Check::is(2, &number(SOCKET_OPTIONS))]];
+    let is_null = |argument| vec![Check::is(argument, &[0]), Check { upper: true, ..Check::is(argument, &[0]) }];
+    let socket_option = vec![vec![Check::is(1, &[bits(libc::SOL_SOCKET)]), Check::is(2, &number(SOCKET_OPTIONS))]];
     [
-        // Its flags are in a register; those of clone3 are behind a pointer, and C libraries fall back to this.
-        ("clone", Rule::Where(clone, Answer::Ask)),
-        ("setrlimit", Rule::Where(vec![vec![other_than(0, dumps)]], Answer::Errno(0))),
-        ("prlimit64", Rule::Where(vec![vec![other_than(1, dumps)], none(2)], Answer::Errno(0))),
-        // Reading past the page cache is work for the host's disk.
+        // The flags of clone are in a register. Those of clone3 are behind a pointer: it is refused, and C libraries
+        // fall back to clone.
+        ("clone", Rule::Where(clone, Action::Notify)),
+        ("setrlimit", Rule::Where(vec![vec![other_than(0, core_limit)]], Action::Errno(0))),
+        ("prlimit64", Rule::Where(vec![vec![other_than(1, core_limit)], is_null(2)], Action::Errno(0))),
+        // O_DIRECT bypasses the page cache, and would put load on the host's disk.
         ("open", without(1, direct, libc::EINVAL)),
         ("openat", without(2, direct, libc::EINVAL)),
         ("preadv2", without(5, !READ_WRITE_FLAGS, libc::EOPNOTSUPP)),
         ("pwritev2", without(5, !READ_WRITE_FLAGS, libc::EOPNOTSUPP)),
-        // Huge pages are counted by none of our controllers.
+        // None of the cgroup controllers in use counts huge pages.
         ("mmap", without(3, bits(libc::MAP_HUGETLB), libc::ENOMEM)),
         ("memfd_create", without(1, libc::MFD_HUGETLB, libc::EINVAL)),
         ("shmget", without(2, bits(libc::SHM_HUGETLB), libc::ENOMEM)),
         ("madvise", one_of(2, &number(ADVICE), libc::EINVAL)),
-        // Libraries ask so whether memory is mapped; writing a shared file of the image out is what fsync does.
+        // Libraries use msync to find out whether memory is mapped. MS_SYNC does nothing, like fsync.
         ("msync", without(2, bits(libc::MS_SYNC), 0)),
         ("membarrier", one_of(0, BARRIERS, libc::EINVAL)),
         ("personality", one_of(0, PERSONALITIES, libc::EINVAL)),
         ("prctl", one_of(0, &number(PRCTLS), libc::EINVAL)),
         ("ioctl", one_of(1, &ioctls, libc::ENOTTY)),
-        ("fcntl", Rule::Where(fcntl, Answer::Errno(libc::EINVAL))),
-        // A program is alone in its network namespace, without any interface: local sockets are all that it can use.
+        ("fcntl", Rule::Where(fcntl, Action::Errno(libc::EINVAL))),
+        // Programs can use local sockets only: their network namespace has no interface.
         ("socket", local()),
         ("socketpair", local()),
-        ("setsockopt", Rule::Where(option, Answer::Errno(libc::ENOPROTOOPT))),
+        ("setsockopt", Rule::Where(socket_option, Action::Errno(libc::ENOPROTOOPT))),
     ]
     .into_iter()
 }

@@ -1,9 +1,10 @@
-//! The system calls that programs get: those that compilers and runtimes need, and no others.
+//! The seccomp filter of programs: an allow-list of the system calls that compilers and runtimes need.
 //!
-//! podman's own filter, which stands before this one, is made for containers of friends and allows whatever no container
-//! could be harmed by. It does not ask what a call costs the host: memory that no cgroup counts, work that the kernel does on
-//! its own account, state that all containers share. A list of such calls is never complete, so here is the other one. Each
-//! group says what needs it; what is in none fails as if the kernel did not have it, which programs are made to handle.
+//! podman's own filter applies as well. It is made for trusted containers, and refuses only calls that could break out
+//! of a container. It does not consider what a call costs the host: memory that no cgroup counts, work that the kernel
+//! does not charge to the program, state that all containers share. A deny-list of such calls would never be complete,
+//! so this is an allow-list. Each group names the reason why programs need it. Any other call fails as if the kernel
+//! did not have it, which programs are prepared to handle.
 
 mod compile;
 mod list;
@@ -15,22 +16,22 @@ use nix::libc;
 use seccompiler::BpfProgram;
 use syscalls::Sysno;
 
-use compile::{Answer, Check, Rule, Rules, compile};
+use compile::{Action, Check, Rule, Rules, compile};
 pub use list::NAMESPACES;
-use list::{ALLOWED, DONE_NOTHING, NO_ATTRIBUTES, arguments};
+use list::{ALLOWED, ATTRIBUTES, NO_OPS, arguments};
 
-/// The filter, to be installed by each program's process before it becomes the program.
+/// The filter for programs. Each process installs it before it becomes a program.
 pub fn filter() -> BpfProgram {
-    compile(&rules(), Answer::Errno(libc::ENOSYS))
+    compile(&rules(), Action::Errno(libc::ENOSYS))
 }
 
 fn rules() -> Rules {
-    let always = |names: &'static str, answer| names.split_whitespace().map(move |name| (name, Rule::Always(answer)));
-    let allowed = ALLOWED.iter().flat_map(|(_, names)| always(names, Answer::Allow));
-    let nothing = always(DONE_NOTHING, Answer::Errno(0));
-    let attributes = always(NO_ATTRIBUTES, Answer::Errno(libc::ENOTSUP));
-    let all = allowed.chain(nothing).chain(attributes).chain(arguments());
-    // Names of calls that this architecture does not have stand for nothing.
+    let always = |names: &'static str, action| names.split_whitespace().map(move |name| (name, Rule::Always(action)));
+    let allowed = ALLOWED.iter().flat_map(|(_, names)| always(names, Action::Allow));
+    let no_ops = always(NO_OPS, Action::Errno(0));
+    let attributes = always(ATTRIBUTES, Action::Errno(libc::ENOTSUP));
+    let all = allowed.chain(no_ops).chain(attributes).chain(arguments());
+    // Skips names of calls that this architecture does not have.
     all.filter_map(|(name, rule)| Some((Sysno::from_str(name).ok()?.id().cast_unsigned(), rule))).collect()
 }
 
@@ -41,14 +42,14 @@ mod tests {
     use super::compile::tests::verdict;
     use super::*;
 
-    fn answer(call: Sysno, arguments: [u64; 6]) -> Answer {
+    fn action(call: Sysno, arguments: [u64; 6]) -> Action {
         verdict(&filter(), call.id().cast_unsigned(), arguments)
     }
 
     #[test]
     #[cfg(target_arch = "x86_64")]
     fn each_name_is_a_call_and_stands_once() {
-        let listed = ALLOWED.iter().map(|(_, names)| *names).chain([DONE_NOTHING, NO_ATTRIBUTES]);
+        let listed = ALLOWED.iter().map(|(_, names)| *names).chain([NO_OPS, ATTRIBUTES]);
         let names = listed.flat_map(str::split_whitespace).chain(arguments().map(|(name, _)| name));
         let names: Vec<&str> = names.collect();
         for name in &names {
@@ -90,19 +91,19 @@ mod tests {
             Sysno::syslog,
         ];
         for call in refused {
-            assert_eq!(answer(call, [0; 6]), Answer::Errno(libc::ENOSYS), "{call}");
+            assert_eq!(action(call, [0; 6]), Action::Errno(libc::ENOSYS), "{call}");
         }
         for call in [Sysno::fsync, Sysno::fdatasync, Sysno::fadvise64, Sysno::sync, Sysno::syncfs] {
-            assert_eq!(answer(call, [0; 6]), Answer::Errno(0), "{call}");
+            assert_eq!(action(call, [0; 6]), Action::Errno(0), "{call}");
         }
         for call in [Sysno::setxattr, Sysno::fsetxattr, Sysno::getxattr, Sysno::listxattr] {
-            assert_eq!(answer(call, [0; 6]), Answer::Errno(libc::ENOTSUP), "{call}");
+            assert_eq!(action(call, [0; 6]), Action::Errno(libc::ENOTSUP), "{call}");
         }
     }
 
     #[test]
     fn arguments_decide_where_a_call_does_many_things() {
-        let allows = |call, arguments| answer(call, arguments) == Answer::Allow;
+        let allows = |call, arguments| action(call, arguments) == Action::Allow;
         for (call, argument, good, bad) in [
             (Sysno::clone, 0, 0x11, 0x1000_0011_u64),
             (Sysno::clone, 0, 0x003d_0f00, 0x0002_0000),
@@ -131,19 +132,19 @@ mod tests {
         assert!(setsockopt(1, 7) && !setsockopt(1, 26) && !setsockopt(6, 7));
         let set_flags = |flags| allows(Sysno::fcntl, [0, 4, flags, 0, 0, 0]);
         assert!(set_flags(0o4000) && !set_flags(0o44000));
-        assert_eq!(answer(Sysno::msync, [0, 1, 4, 0, 0, 0]), Answer::Errno(0));
+        assert_eq!(action(Sysno::msync, [0, 1, 4, 0, 0, 0]), Action::Errno(0));
         assert!(allows(Sysno::msync, [0, 1, 1, 0, 0, 0]));
-        // What LeakSanitizer's tracer is made with; and vfork.
-        assert_eq!(answer(Sysno::clone, [0x0080_0700, 0, 0, 0, 0, 0]), Answer::Ask);
+        // The flags of LeakSanitizer's tracer, and those of vfork.
+        assert_eq!(action(Sysno::clone, [0x0080_0700, 0, 0, 0, 0, 0]), Action::Notify);
         assert!(allows(Sysno::clone, [0x4111, 0, 0, 0, 0, 0]));
-        // RLIMIT_CORE, and RLIMIT_NOFILE: set, set, asked for.
-        assert_eq!(answer(Sysno::setrlimit, [4, 1, 0, 0, 0, 0]), Answer::Errno(0));
-        assert_eq!(answer(Sysno::prlimit64, [0, 4, 1 << 40, 0, 0, 0]), Answer::Errno(0));
+        // RLIMIT_CORE cannot be changed, but read; RLIMIT_NOFILE can be changed.
+        assert_eq!(action(Sysno::setrlimit, [4, 1, 0, 0, 0, 0]), Action::Errno(0));
+        assert_eq!(action(Sysno::prlimit64, [0, 4, 1 << 40, 0, 0, 0]), Action::Errno(0));
         assert!(allows(Sysno::setrlimit, [7, 1, 0, 0, 0, 0]) && allows(Sysno::prlimit64, [0, 7, 1, 0, 0, 0]));
         assert!(allows(Sysno::prlimit64, [0, 4, 0, 1, 0, 0]));
     }
 
-    /// Each step costs some 0.4 microseconds whenever a program is started.
+    /// Each step costs some 0.4 microseconds at each start of a program.
     #[test]
     fn it_has_few_steps() {
         assert!(filter().len() < 300, "{} steps", filter().len());
@@ -154,7 +155,7 @@ mod tests {
     fn other_numbers_of_the_same_calls_are_refused() {
         let filter = filter();
         for call in 0..600 {
-            assert_eq!(verdict(&filter, 0x4000_0000 | call, [0; 6]), Answer::Errno(libc::ENOSYS), "{call}");
+            assert_eq!(verdict(&filter, 0x4000_0000 | call, [0; 6]), Action::Errno(libc::ENOSYS), "{call}");
         }
     }
 }

@@ -1,5 +1,5 @@
-//! podman's seccomp profile as a filter, which is made once for all sandboxes: to make it takes longer than to make one of
-//! them.
+//! Compiles podman's seccomp profile into a filter. This is done once per template, because it takes longer than
+//! creating a sandbox.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
@@ -7,44 +7,45 @@ use std::str::FromStr;
 use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompOperator};
 use syscalls::Sysno;
 
-use crate::sandbox::seccomp::compile::{Answer, Check, Rule, compile};
+use crate::sandbox::seccomp::compile::{Action, Check, Rule, compile};
 
-/// Calls that podman's profile does not allow fail with this, also those that it refuses by name.
-const REFUSAL: Answer = Answer::Errno(nix::libc::ENOSYS);
+/// The error of all calls that podman's profile does not allow, including those that it refuses by name.
+const REFUSAL: Action = Action::Errno(nix::libc::ENOSYS);
 
-/// An instruction of a filter: code, steps where it is true and where not, and its value.
+/// A step of a filter, with the fields of the kernel's `struct sock_filter`: `code`, `jt`, `jf`, `k`.
 pub type Step = (u16, u8, u8, u32);
 
-/// The filter of a profile: what the profile allows is allowed, all else is refused, and other architectures than this
-/// one, which the profile may allow, are killed. `None` where the profile is not of that kind.
+/// Compiles a profile. The filter allows the calls that the profile allows, refuses all others, and kills calls of
+/// other architectures even if the profile allows them. `None` if the profile is not an allow-list, or has conditions
+/// that are not supported.
 pub fn compiled(profile: &LinuxSeccomp) -> Option<Vec<Step>> {
     if profile.default_action() != LinuxSeccompAction::ScmpActErrno {
         return None;
     }
-    let mut always = BTreeSet::new();
-    let mut sometimes: BTreeMap<u32, Vec<Vec<Check>>> = BTreeMap::new();
+    let mut unconditional = BTreeSet::new();
+    let mut conditional: BTreeMap<u32, Vec<Vec<Check>>> = BTreeMap::new();
     for entry in profile.syscalls().iter().flatten() {
         if entry.action() != LinuxSeccompAction::ScmpActAllow {
             continue;
         }
-        // A name that this machine does not have stays refused.
+        // Skips names of calls that this architecture does not have.
         for call in entry.names().iter().filter_map(|name| Sysno::from_str(name).ok()) {
             let number = u32::try_from(call.id()).ok()?;
             match entry.args() {
-                Some(args) if !args.is_empty() => sometimes.entry(number).or_default().extend(all_of(args)?),
-                _ => drop(always.insert(number)),
+                Some(args) if !args.is_empty() => conditional.entry(number).or_default().extend(all_of(args)?),
+                _ => drop(unconditional.insert(number)),
             }
         }
     }
     let mut rules: BTreeMap<u32, Rule> =
-        sometimes.into_iter().map(|(call, lists)| (call, Rule::Where(lists, REFUSAL))).collect();
-    rules.extend(always.into_iter().map(|call| (call, Rule::Always(Answer::Allow))));
+        conditional.into_iter().map(|(call, lists)| (call, Rule::Where(lists, REFUSAL))).collect();
+    rules.extend(unconditional.into_iter().map(|call| (call, Rule::Always(Action::Allow))));
     let filter = compile(&rules, REFUSAL);
     Some(filter.iter().map(|step| (step.code, step.jt, step.jf, step.k)).collect())
 }
 
-/// All of these conditions, as lists of checks of which one has to hold. `None` where one is of a kind that podman's
-/// profiles do not have.
+/// Converts conditions that must all hold into lists of checks of which at least one must hold. `None` if an operator
+/// is not supported; podman's profiles do not use these.
 fn all_of(args: &[LinuxSeccompArg]) -> Option<Vec<Vec<Check>>> {
     args.iter().try_fold(vec![Vec::new()], |lists, arg| {
         let one = condition(arg)?;
@@ -85,7 +86,7 @@ mod tests {
         serde_json::from_str(text).unwrap()
     }
 
-    fn answer(steps: &[Step], call: Sysno, arguments: [u64; 6]) -> Answer {
+    fn action(steps: &[Step], call: Sysno, arguments: [u64; 6]) -> Action {
         let filter = steps.iter().map(|&(code, jt, jf, k)| sock_filter { code, jt, jf, k }).collect();
         verdict(&filter, call.id().cast_unsigned(), arguments)
     }
@@ -102,14 +103,14 @@ mod tests {
              "args": [{"index": 0, "value": 2114060288, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"}]}]}"#,
         );
         let steps = compiled(&one).unwrap();
-        assert_eq!(answer(&steps, Sysno::write, [0; 6]), Answer::Allow);
-        assert_eq!(answer(&steps, Sysno::mount, [0; 6]), REFUSAL);
-        assert_eq!(answer(&steps, Sysno::clone, [17, 0, 0, 0, 0, 0]), Answer::Allow);
-        assert_eq!(answer(&steps, Sysno::clone, [17 | 0x1000_0000, 0, 0, 0, 0, 0]), REFUSAL);
+        assert_eq!(action(&steps, Sysno::write, [0; 6]), Action::Allow);
+        assert_eq!(action(&steps, Sysno::mount, [0; 6]), REFUSAL);
+        assert_eq!(action(&steps, Sysno::clone, [17, 0, 0, 0, 0, 0]), Action::Allow);
+        assert_eq!(action(&steps, Sysno::clone, [17 | 0x1000_0000, 0, 0, 0, 0, 0]), REFUSAL);
         for (family, protocol, expected) in
-            [(16, 0, Answer::Allow), (16, 1 << 40 | 9, Answer::Allow), (16, 9, REFUSAL), (2, 0, REFUSAL)]
+            [(16, 0, Action::Allow), (16, 1 << 40 | 9, Action::Allow), (16, 9, REFUSAL), (2, 0, REFUSAL)]
         {
-            assert_eq!(answer(&steps, Sysno::socket, [family, 0, protocol, 0, 0, 0]), expected, "{family} {protocol}");
+            assert_eq!(action(&steps, Sysno::socket, [family, 0, protocol, 0, 0, 0]), expected, "{family} {protocol}");
         }
     }
 
