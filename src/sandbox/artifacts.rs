@@ -22,7 +22,7 @@ use crate::sandbox::init::carry;
 use crate::sandbox::protocol::{FromInit, ToInit};
 use crate::sandbox::{Sandbox, SandboxError};
 
-/// How much longer than [`carry::MOST_TIME`] init's answer may take.
+/// How much longer than [`carry::MAX_TIME`] init's answer may take.
 const ANSWER_GRACE: Duration = Duration::from_secs(3);
 
 /// Room of the pipe between an init and the server, in bytes: as much as the kernel gives anyone who asks.
@@ -179,7 +179,7 @@ impl Sandbox {
 
     /// Init's answer to something that takes it a moment.
     async fn answer(&mut self) -> Result<FromInit, SandboxError> {
-        let patience = carry::MOST_TIME + ANSWER_GRACE;
+        let patience = carry::MAX_TIME + ANSWER_GRACE;
         let silent = tokio::time::sleep(patience);
         tokio::pin!(silent);
         loop {

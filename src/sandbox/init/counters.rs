@@ -1,4 +1,4 @@
-//! Counters and limits of the sandbox's cgroup, and the usage of a stage that follows from them.
+//! Reads the counters and limits of the sandbox's cgroup, and computes the usage of a stage.
 
 use std::fs;
 use std::path::Path;
@@ -9,33 +9,34 @@ use crate::model::outcome::Usage;
 use crate::sandbox::init::reap::Reaped;
 use crate::sandbox::protocol::{Enforced, micros};
 
-/// Where a container with cgroup v2 sees its own cgroup.
+/// Path of a container's own cgroup, with cgroup v2.
 pub(super) const CGROUP: &str = "/sys/fs/cgroup";
 
-/// The counters of the container's own cgroup, as far as there are any.
+/// The cgroup of the container.
 pub(super) struct Cgroup {
-    /// Whether the cgroup that is seen here is the container's own.
+    /// Whether the cgroup at [`CGROUP`] is the container's own. If not, nothing is read from it.
     pub(super) own: bool,
 }
 
 impl Cgroup {
-    /// Which limits are set.
+    /// The limits that are set.
     pub(super) fn enforced(&self) -> Enforced {
         let is_set = |name: &str| self.read(name).is_some_and(|text| !text.starts_with("max"));
         Enforced { memory: is_set("memory.max"), processes: is_set("pids.max"), cpu: is_set("cpu.max") }
     }
 
-    /// The counters as they are now.
+    /// The current counters.
     pub(super) fn counters(&self) -> Counters {
         if self.own { Counters::read(Path::new(CGROUP)) } else { Counters::default() }
     }
 
-    /// Memory that the kernel cannot reclaim: that of processes and of files in a tmpfs, but no cached pages of the image.
+    /// Memory that the kernel cannot reclaim, in bytes: of processes and of files in a tmpfs, without cached pages of
+    /// the image.
     pub(super) fn memory_in_use(&self) -> Option<u64> {
         Some(self.field("memory.stat", "anon")? + self.field("memory.stat", "shmem")?)
     }
 
-    /// CPU time since then.
+    /// CPU time used since these counters were read.
     pub(super) fn cpu_since(&self, before: &Counters) -> Option<Duration> {
         Some(Duration::from_micros(self.field("cpu.stat", "usage_usec")?).saturating_sub(before.cpu?))
     }
@@ -49,14 +50,14 @@ impl Cgroup {
     }
 }
 
-/// Usage of a stage, by the counters before and after it where there are any.
+/// Usage of a stage, from the counters before and after it or, without counters, from its reaped processes.
 pub(super) fn usage(wall: Duration, before: &Counters, after: &Counters, reaped: &Reaped) -> Usage {
     let cpu = match (before.cpu, after.cpu) {
         (Some(before), Some(after)) => after.saturating_sub(before),
-        // Each counts some processes that the other one misses.
+        // Each of the two counts some processes that the other one misses.
         _ => reaped.cpu.max(reaped.samples.cpu()),
     };
-    // The counter is the peak of the container's whole life: a stage that did not raise it stayed below.
+    // The counter is the peak since the container was created. A stage that did not raise it used less.
     let memory = match (before.peak, after.peak) {
         (Some(before), Some(after)) if after > before => after,
         _ => reaped.max_rss,

@@ -1,10 +1,11 @@
-//! Samples of the CPU time of processes, for hosts without a cgroup that counts it.
+//! Samples the CPU time of processes, for hosts without a cgroup that counts it.
 //!
-//! The CPU time of an ended process is added to that of the parent that waits for it, or counted by init where init does.
-//! Where a parent ignores SIGCHLD nobody waits, and the time is lost. So init takes samples, every [`PAUSE`] and while
-//! processes are being made every [`SOON`], and keeps the last one of each process. The sum is never more than what they
-//! used, and misses only what each used after its last sample: for children that live shorter than [`SOON`], most. What
-//! making these costs counts as their parent's; and the wall time bounds it all.
+//! When a process is reaped, the kernel adds its CPU time to that of its parent, or init counts it if init is the
+//! parent. If a parent ignores SIGCHLD nobody reaps its children, and their time is lost. So init takes samples every
+//! [`INTERVAL`], or every [`SHORT_INTERVAL`] while processes are being created, and keeps the last sample of each
+//! process. The sum is never more than the time that the processes used. It misses the time that each process used
+//! after its last sample, which is most of the time of a process that lives shorter than [`SHORT_INTERVAL`]. The time
+//! for creating such processes counts for their parent, and the wall time limit bounds the rest.
 
 use std::collections::HashMap;
 use std::fs;
@@ -14,20 +15,22 @@ use nix::time::ClockId;
 use nix::unistd::Pid;
 
 /// Time between two samples.
-const PAUSE: Duration = Duration::from_millis(20);
+const INTERVAL: Duration = Duration::from_millis(20);
 
-/// The same after processes or threads were made.
-const SOON: Duration = Duration::from_millis(1);
+/// Time between two samples after processes or threads were created.
+const SHORT_INTERVAL: Duration = Duration::from_millis(1);
 
-/// After a sample, sampling pauses for at least this many times what it took, up to [`PAUSE`].
-const SHARE: u32 = 10;
+/// The pause after a sample is at least this many times the time that the sample took, up to [`INTERVAL`].
+const PAUSE_FACTOR: u32 = 10;
 
 /// The samples of a stage.
 #[derive(Default)]
 pub struct CpuSamples {
-    living: HashMap<Pid, Duration>,
-    gone: Duration,
-    /// The last process or thread that was made.
+    /// The last sample of each running process.
+    running: HashMap<Pid, Duration>,
+    /// Sum of the last samples of all ended processes.
+    ended: Duration,
+    /// Id of the process or thread that was created last.
     newest: Option<u64>,
     next: Option<Instant>,
 }
@@ -40,37 +43,37 @@ impl CpuSamples {
             return;
         }
         let newest = newest();
-        let pause = if newest == self.newest { PAUSE } else { SOON };
+        let pause = if newest == self.newest { INTERVAL } else { SHORT_INTERVAL };
         self.newest = newest;
-        self.update(pids().filter_map(|pid| Some((pid, used(pid)?))).collect());
+        self.update(pids().filter_map(|pid| Some((pid, cpu_time(pid)?))).collect());
         let took = started.elapsed();
-        self.next = Some(started + took + (took * SHARE).clamp(pause, PAUSE));
+        self.next = Some(started + took + (took * PAUSE_FACTOR).clamp(pause, INTERVAL));
     }
 
     fn update(&mut self, now: HashMap<Pid, Duration>) {
-        // One that used less than before is another one with its number.
-        let is_gone = |pid: &Pid, used: Duration| now.get(pid).is_none_or(|more| *more < used);
-        self.gone += self.living.iter().filter(|(pid, used)| is_gone(pid, **used)).map(|(_, used)| *used).sum();
-        self.living = now;
+        // If a pid has less CPU time than before, it was reused by another process.
+        let has_ended = |pid: &Pid, used: Duration| now.get(pid).is_none_or(|more| *more < used);
+        self.ended += self.running.iter().filter(|(pid, used)| has_ended(pid, **used)).map(|(_, used)| *used).sum();
+        self.running = now;
     }
 
-    /// When the next sample is due.
+    /// The time at which the next sample is due.
     pub fn next(&self) -> Option<Instant> {
         self.next
     }
 
-    /// CPU time of all processes that were sampled, also of those that have ended.
+    /// CPU time of all sampled processes, including ended ones.
     pub fn cpu(&self) -> Duration {
-        self.gone + self.living.values().sum::<Duration>()
+        self.ended + self.running.values().sum::<Duration>()
     }
 }
 
-/// CPU time of a running process: all of its threads together, also those that have ended.
-fn used(pid: Pid) -> Option<Duration> {
+/// CPU time of a running process: of all its threads together, including ended ones.
+fn cpu_time(pid: Pid) -> Option<Duration> {
     ClockId::pid_cpu_clock_id(pid).and_then(ClockId::now).ok().map(Duration::from)
 }
 
-/// Number of the process or thread that was made last in our pid namespace.
+/// Id of the process or thread that was created last in init's pid namespace.
 fn newest() -> Option<u64> {
     fs::read_to_string("/proc/loadavg").ok()?.split_whitespace().next_back()?.parse().ok()
 }
@@ -93,7 +96,7 @@ mod tests {
     fn the_time_of_an_ended_process_still_counts() {
         assert_eq!(sampled(&[]), Duration::ZERO);
         assert_eq!(sampled(&[&[(2, 10)], &[(2, 30), (3, 5)], &[(2, 40)], &[]]), Duration::from_millis(45));
-        // The number of one that has gone, again.
+        // The pid of an ended process, reused.
         assert_eq!(sampled(&[&[(2, 10)], &[(2, 3)], &[(2, 4)]]), Duration::from_millis(14));
     }
 
@@ -113,6 +116,6 @@ mod tests {
         assert!(used >= Duration::from_millis(50), "{used:?}");
         samples.next = None;
         samples.sample(|| std::iter::once(pid));
-        assert_eq!(samples.cpu(), used, "of one that has gone");
+        assert_eq!(samples.cpu(), used, "of a process that has ended");
     }
 }

@@ -1,7 +1,7 @@
-//! The groups of an image's user, as podman finds them.
+//! Finds the groups of an image's user, by the same rules as podman.
 //!
-//! Tools may lie in his home directory, which only he and his group may enter: programs, whose uid no image knows, get
-//! there by his group.
+//! Tools may be in the home directory of the image's user, which only this user and its group may enter. Programs run
+//! as a uid that no image contains: they can use these tools through the group.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -11,41 +11,42 @@ use std::path::Path;
 use nix::libc;
 use nix::unistd::Gid;
 
-/// Most that is read of a list of users or groups, in bytes: those of distributions have a few KiB.
-const MOST: u64 = 1024 * 1024;
+/// Most bytes to read of a list of users or groups. The lists of distributions have a few KiB.
+const MAX_LIST: u64 = 1024 * 1024;
 
-/// Most groups of a user. Programs that ask for their own have room for as many as a kernel of old allowed.
-const MOST_GROUPS: usize = 32;
+/// Most groups of a user: old kernels allowed no more, and some programs have no room for more.
+const MAX_GROUPS: usize = 32;
 
-/// The groups of `user`, which is `USER[:GROUP]` by name or by number as an image says it, in the root directory `root`:
-/// those that `podman run` gives him, but never root's own. Who is not known has none.
+/// The groups of `user` in the root directory `root`. `user` is `USER[:GROUP]`, by name or by number, in the image's
+/// spelling. The result has the groups that `podman run` sets, without group 0. An unknown user has no groups.
 pub fn of_user(user: &str, root: &Path) -> Vec<Gid> {
-    let lists = |name: &str| list(&root.join("etc").join(name)).unwrap_or_default();
-    // What an image says in vain costs its programs nothing.
+    let read = |name: &str| read_list(&root.join("etc").join(name)).unwrap_or_default();
+    // Saves reading the lists for an image that names no user.
     if user.is_empty() {
         return Vec::new();
     }
-    let mapped = std::fs::read_to_string("/proc/self/gid_map").unwrap_or_default();
-    let mut gids = find(user, &lists("passwd"), &lists("group"));
-    gids.retain(|gid| *gid != 0 && is_mapped(*gid, &mapped));
-    gids.truncate(MOST_GROUPS);
+    let gid_map = std::fs::read_to_string("/proc/self/gid_map").unwrap_or_default();
+    let mut gids = find_gids(user, &read("passwd"), &read("group"));
+    gids.retain(|gid| *gid != 0 && is_mapped(*gid, &gid_map));
+    gids.truncate(MAX_GROUPS);
     gids.into_iter().map(Gid::from_raw).collect()
 }
 
-/// A list that an image brings, which may be anything.
-fn list(path: &Path) -> io::Result<String> {
+/// Reads a list of users or groups. It is part of the image and may be anything, even a FIFO or a device.
+fn read_list(path: &Path) -> io::Result<String> {
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
     if !file.metadata()?.is_file() {
         return Err(io::ErrorKind::InvalidInput.into());
     }
     let mut bytes = Vec::new();
-    file.take(MOST).read_to_end(&mut bytes)?;
+    file.take(MAX_LIST).read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// His own group first. Numbers are always taken for ids, and of entries that fit the first one counts, as with podman.
-fn find(user: &str, passwd: &str, group: &str) -> Vec<u32> {
-    let (user, wanted) = user.split_once(':').map_or((user, None), |(user, wanted)| (user, Some(wanted)));
+/// The group ids of a user, with its primary group first. As in podman, a number is always an id, and the first
+/// matching entry counts.
+fn find_gids(user: &str, passwd: &str, group: &str) -> Vec<u32> {
+    let (user, named_group) = user.split_once(':').map_or((user, None), |(user, group)| (user, Some(group)));
     let id = |field: Option<&&str>| field.and_then(|field| field.parse::<u32>().ok());
     let number = user.parse::<u32>().ok();
     let users = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>());
@@ -54,21 +55,21 @@ fn find(user: &str, passwd: &str, group: &str) -> Vec<u32> {
         None => entry.first() == Some(&user),
     });
     let groups = || group.lines().map(|line| line.split(':').collect::<Vec<_>>());
-    if let Some(wanted) = wanted.filter(|wanted| !wanted.is_empty()) {
-        let named = || groups().find(|entry| entry.first() == Some(&wanted)).and_then(|entry| id(entry.get(2)));
-        return wanted.parse().ok().or_else(named).into_iter().collect();
+    if let Some(name) = named_group.filter(|name| !name.is_empty()) {
+        let by_name = || groups().find(|entry| entry.first() == Some(&name)).and_then(|entry| id(entry.get(2)));
+        return name.parse().ok().or_else(by_name).into_iter().collect();
     }
     let Some(entry) = entry else { return Vec::new() };
-    // Root needs no group to enter anything, and in some images is in all that there are.
+    // Root can enter any directory without a group, and in some images it is a member of all groups.
     if id(entry.get(2)) == Some(0) {
         return Vec::new();
     }
     let is_member = |group: &Vec<&str>| group.get(3).is_some_and(|list| list.split(',').any(|name| name == entry[0]));
-    let further = groups().filter(is_member).filter_map(|group| id(group.get(2)));
-    id(entry.get(3)).into_iter().chain(further).collect()
+    let supplementary = groups().filter(is_member).filter_map(|group| id(group.get(2)));
+    id(entry.get(3)).into_iter().chain(supplementary).collect()
 }
 
-/// Whether podman's user namespace has this id at all: the kernel refuses others.
+/// Whether podman's user namespace maps this id. The kernel refuses to set other ids.
 fn is_mapped(gid: u32, map: &str) -> bool {
     map.lines().any(|line| {
         let numbers: Vec<u64> = line.split_whitespace().filter_map(|field| field.parse().ok()).collect();
@@ -92,19 +93,19 @@ mod tests {
 
     #[test]
     fn a_user_has_the_groups_that_podman_gives_him() {
-        let of = |user| find(user, PASSWD, GROUP);
+        let of = |user| find_gids(user, PASSWD, GROUP);
         for (user, groups) in [
             ("maker", &[1001, 0, 60, 62][..]),
             ("1000", &[1001, 0, 60, 62]),
             ("maker:", &[1001, 0, 60, 62]),
-            // A group that is told is the only one.
+            // A group named by the image is the only one.
             ("maker:tools", &[60]),
             ("1000:61", &[61]),
             ("4000:5000", &[5000]),
             ("root:tools", &[60]),
             ("nobody:tools", &[60]),
             ("maker:nothing", &[]),
-            // Neither in the one list nor in the other.
+            // In neither of the lists.
             ("4000", &[]),
             ("nobody", &[]),
             ("root", &[]),
@@ -143,7 +144,7 @@ mod tests {
         assert_eq!(of_user("maker", dir.path()), []);
         assert_eq!(of_user("maker:7", dir.path()), [Gid::from_raw(7)]);
         fs::remove_file(etc.join("passwd")).unwrap();
-        let filler = "x".repeat(MOST as usize);
+        let filler = "x".repeat(MAX_LIST as usize);
         fs::write(etc.join("passwd"), filler + "\nmaker:x:1:1::/:\n").unwrap();
         assert_eq!(of_user("maker", dir.path()), []);
     }

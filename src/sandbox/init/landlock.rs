@@ -1,8 +1,10 @@
-//! A second wall around programs, where the kernel has Landlock: they change files in their own directories and write to
-//! their devices, and nowhere else, whatever a mount allows; /proc and /sys among what is left. They signal nobody
-//! outside of their stage, connect to no abstract socket outside of it, and to no port.
+//! Landlock rules, a second line of defence around programs on kernels that have Landlock.
 //!
-//! Reading and executing are left to mounts and modes, which is where an image says who may.
+//! Programs can change files only in their writable directories, and write only to their devices, whatever a mount
+//! allows. Writing anywhere else is denied, including /proc and /sys. Programs cannot signal processes or connect to
+//! abstract sockets outside of their stage, and cannot use any TCP port.
+//!
+//! The rules do not cover reading and executing: mounts and file modes, which come from the image, decide on these.
 
 use std::path::{Path, PathBuf};
 
@@ -15,13 +17,14 @@ use crate::model::rootfs::{DEV, DEVICES};
 
 pub use landlock::RulesetCreated as Rules;
 
-/// The newest version that this was written for (Linux 6.12); a kernel with an older one keeps what it knows of it.
+/// The newest ABI version that these rules use (Linux 6.12). A kernel with an older version enforces the part that it
+/// knows.
 const KNOWN: ABI = ABI::V6;
 
-/// The rules, before there is a program. Where the kernel has no Landlock they hold nothing.
+/// Creates the rules. On a kernel without Landlock they have no effect.
 ///
 /// # Errors
-/// If the kernel refuses them for another reason.
+/// If the kernel has Landlock and refuses the rules.
 pub fn rules(writable: &[&str]) -> Result<Rules, RulesetError> {
     let change = AccessFs::from_write(KNOWN);
     let device = AccessFs::WriteFile | AccessFs::IoctlDev;
@@ -34,7 +37,7 @@ pub fn rules(writable: &[&str]) -> Result<Rules, RulesetError> {
     let directories = writable.iter().map(|path| (PathBuf::from(path), change));
     let devices = DEVICES.iter().map(|name| (Path::new(DEV).join(name), device));
     for (path, access) in directories.chain(devices) {
-        // What is not there cannot be written to either.
+        // A path that does not exist needs no rule.
         if let Ok(opened) = PathFd::new(path) {
             rules = rules.add_rule(PathBeneath::new(opened, access))?;
         }

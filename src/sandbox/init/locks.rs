@@ -1,24 +1,24 @@
-//! Locks on ranges of files: memory of the kernel that it counts for nobody, as many as a program has time to make.
+//! Limits locks on ranges of files. They take kernel memory that no cgroup counts, and the kernel does not limit them.
 //!
-//! They cannot be refused, for databases need them, and no limit of the kernel's is of them. So init looks how many there
-//! are in its pid namespace, and ends a stage that holds too many.
+//! The seccomp filter cannot refuse them, because databases need them. So init counts the locks in its pid namespace,
+//! and ends a stage that holds too many.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::time::Duration;
 
-/// Most locks of a sandbox at once: some 200 bytes each, and more than any database takes.
-const MOST: usize = 10_000;
+/// Most locks that a sandbox may hold at once: more than any database uses. A lock takes some 200 bytes.
+const MAX_LOCKS: usize = 10_000;
 
-/// Time between two looks. A core makes some 100,000 meanwhile, of 20 MB.
-pub const CHECK: Duration = Duration::from_millis(50);
+/// Time between two checks. In this time a CPU can create some 100,000 locks, which take 20 MB.
+pub const CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Longest that is read of the list, in bytes: more than [`MOST`] lines of it.
-const LIST: u64 = 1 << 20;
+/// Most bytes to read of the list: more than [`MAX_LOCKS`] lines.
+const MAX_LIST: u64 = 1 << 20;
 
-/// Whether programs hold more than they may. The list has those of this pid namespace, and locks of open files of any: those
-/// are refused to programs by the filter.
+/// Whether programs hold more than [`MAX_LOCKS`] locks. The list has the locks of processes in this pid namespace, and
+/// the open file description locks of all namespaces; the seccomp filter denies programs the latter.
 pub fn are_too_many() -> bool {
     let Ok(list) = File::open("/proc/locks") else { return false };
-    BufReader::new(list.take(LIST)).lines().count() > MOST
+    BufReader::new(list.take(MAX_LIST)).lines().count() > MAX_LOCKS
 }

@@ -1,26 +1,26 @@
-//! PID 1 of a sandbox: runs stages as another uid, keeps their limits, reaps, measures.
+//! PID 1 of a sandbox: runs stages as another uid, enforces their limits, reaps processes and measures usage.
 //!
-//! One thread and one `poll`: the channel, SIGCHLD and the next deadline. It trusts the server and
-//! nothing else; programs run as a uid that can neither signal it nor read its memory. When the channel
-//! closes it exits, and the kernel kills what is left in its pid namespace.
+//! Init has one thread with one `poll` on the channel, SIGCHLD and the next deadline. It trusts the server and nothing
+//! else. Programs run as a uid that can neither signal init nor read its memory. When the channel closes init exits,
+//! and the kernel kills all other processes in its pid namespace.
 //!
-//! Here is the loop over the server's messages; the loop of a running stage is in `stage`.
+//! This file has the loop over the server's messages. The loop of a running stage is in `stage`.
 
-pub mod carry; // packs and unpacks what was compiled
-pub(super) mod confine; // what a child gives up before it is a program
-mod counters; // usage and limits by the cgroup
+pub mod carry; // packs and unpacks compiled files
+pub(super) mod confine; // confines a child before it becomes a program
+mod counters; // usage and limits from the cgroup
 mod cpu_samples; // CPU times of running processes
 mod groups; // the groups of the image's user
 mod landlock;
 mod locks; // limits locks on files
-mod processes; // usage by /proc
+mod processes; // usage from /proc
 mod program; // argv, environment, PATH
-mod reap; // reaps, and kills what is left
+mod reap; // reaps and kills processes
 mod spawn; // starts a program
-mod stack; // of a child
+mod stack; // the stack of a child
 mod stage; // one stage from start to end
 mod standard_streams;
-mod tracers; // answers the filter about tracers
+mod tracers; // answers the filter's notifications about tracers
 mod workdir; // files of the programs
 
 use std::ffi::OsString;
@@ -41,14 +41,15 @@ use crate::sandbox::init::spawn::Spawner;
 use crate::sandbox::protocol::{self, CHANNEL_FD, FromInit, ToInit, VERSION};
 use crate::sandbox::seccomp;
 
-/// Variables, by name.
+/// Environment variables: names and values.
 pub type Environment = Vec<(OsString, OsString)>;
 
-/// Init as a program of its own, whose descriptor 3 is the channel.
+/// Entry point of init as a program. Descriptor 3 is its channel.
 pub fn main() -> ExitCode {
-    // SAFETY: first thing in a process of one thread: it is what the server passed, and nobody else knows it.
+    // SAFETY: the server passed this descriptor. Nothing else owns it, because this is the first action of a process
+    // with one thread.
     let channel = unsafe { OwnedFd::from_raw_fd(CHANNEL_FD) };
-    // SAFETY: of what this process has open nobody owns anything but the channel.
+    // SAFETY: no other code of this process owns a descriptor.
     let ended = unsafe { run(channel, std::env::vars_os().collect(), seccomp::filter()) };
     match ended {
         Ok(()) => ExitCode::SUCCESS,
@@ -59,18 +60,19 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Serves the channel until it closes. `environment` is what the image sets, and podman for it; `filter` is that of
-/// [`seccomp::filter`]. Closes whatever else this process has open.
+/// Serves the channel until it closes. `environment` has the variables that the image and podman set; `filter` is the
+/// result of [`seccomp::filter`]. Closes all other descriptors of this process, except for the three standard streams.
 ///
 /// # Safety
 ///
-/// Whoever owns a descriptor besides the channel and the three standard ones must neither use nor drop it after this: its
-/// number may be another descriptor's by then. A copy of another process must end without returning to the code of that one.
+/// The owner of any descriptor other than the channel and the three standard streams must neither use nor drop it after
+/// this call: its number may belong to another descriptor by then. If this process is a copy of another one, it must
+/// end without returning to that process's code.
 pub unsafe fn run(channel: OwnedFd, environment: Environment, filter: BpfProgram) -> io::Result<()> {
     let kept = channel.as_raw_fd().cast_unsigned();
     for (first, last) in [(3, kept - 1), (kept + 1, u32::MAX)] {
         if first <= last {
-            // SAFETY: nobody uses or closes these descriptors any more, as our callers promise.
+            // SAFETY: callers promise that nothing uses or closes these descriptors any more.
             unsafe { libc::close_range(first, last, 0) };
         }
     }
@@ -82,16 +84,16 @@ struct Init {
     children: SignalFd,
     cgroup: Cgroup,
     spawner: Spawner,
-    /// Uid and gid of the programs, once they are known.
+    /// Uid and gid of the programs, known after [`ToInit::Prepare`].
     ids: Option<(Uid, Gid)>,
-    /// Whether a process that was killed is still stuck in the kernel.
-    dying: bool,
+    /// Whether a killed process has not died, because it is stuck in the kernel.
+    has_stuck_process: bool,
 }
 
 impl Init {
     fn new(channel: OwnedFd, environment: Environment, filter: BpfProgram) -> io::Result<Init> {
         nix::fcntl::fcntl(&channel, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
-        // Nobody reads our memory or descriptors through /proc/1.
+        // Keeps other processes from reading init's memory or descriptors through /proc/1.
         nix::sys::prctl::set_dumpable(false)?;
         let mut mask = SigSet::empty();
         mask.add(Signal::SIGCHLD);
@@ -99,14 +101,14 @@ impl Init {
         let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         let cgroup = Cgroup { own: true };
         let spawner = Spawner::new(environment, filter)?;
-        Ok(Init { channel, children, cgroup, spawner, ids: None, dying: false })
+        Ok(Init { channel, children, cgroup, spawner, ids: None, has_stuck_process: false })
     }
 
-    /// Does what the server says, one message after the other, until the channel closes.
+    /// Handles the server's messages one after the other, until the channel closes.
     fn serve(mut self) -> io::Result<()> {
         self.send(&FromInit::Ready { version: VERSION, enforced: self.cgroup.enforced() })?;
         while let Some((message, pipes)) = protocol::receive(self.channel.as_fd())? {
-            let answer = match message {
+            let reply = match message {
                 ToInit::Prepare { uid, user, own_cgroup, files } => {
                     self.cgroup.own = own_cgroup;
                     self.spawner.groups = groups::of_user(&user, Path::new("/"));
@@ -117,23 +119,23 @@ impl Init {
                 }
                 ToInit::Stage(spec) => match <[OwnedFd; 3]>::try_from(pipes) {
                     Ok(pipes) => match self.run_stage(&spec, pipes)? {
-                        Some(answer) => answer,
+                        Some(reply) => reply,
                         None => return Ok(()),
                     },
-                    Err(_) => FromInit::Failed("a stage without its three pipes".into()),
+                    Err(_) => FromInit::Failed("a stage message came without three pipes".into()),
                 },
                 ToInit::Pack { most } => match self.pack(most, pipes) {
                     Ok(()) => FromInit::Packed,
-                    Err(error) => FromInit::NotCarried(format!("cannot pack what is there: {error}")),
+                    Err(error) => FromInit::NotCarried(format!("cannot pack the compiled files: {error}")),
                 },
                 ToInit::Unpack => match self.unpack(pipes) {
                     Ok(()) => FromInit::Unpacked,
-                    Err(error) => FromInit::NotCarried(format!("cannot unpack what was made: {error}")),
+                    Err(error) => FromInit::NotCarried(format!("cannot unpack the compiled files: {error}")),
                 },
-                // Meant for a stage that has just ended.
+                // Sent for a stage that had just ended.
                 ToInit::Signal(_) | ToInit::Kill => continue,
             };
-            self.send(&answer)?;
+            self.send(&reply)?;
         }
         Ok(())
     }

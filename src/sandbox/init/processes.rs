@@ -1,27 +1,27 @@
-//! Memory and CPU time of the processes that still run, from /proc: for hosts without a cgroup that counts them.
+//! Memory and CPU time of the running processes, from /proc, for hosts without a cgroup that counts them.
 
 use std::fs;
 use std::time::Duration;
 
 use nix::unistd::Pid;
 
-/// All processes but init. Names in /proc that are no numbers are skipped: `self` and `thread-self` are init again, with
-/// all that it has reaped.
+/// All processes except init. Skips entries of /proc that are no numbers: `self` and `thread-self` are init, whose CPU
+/// time includes that of the processes it has reaped.
 pub(super) fn pids() -> impl Iterator<Item = Pid> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     pids.filter(|pid| *pid != 1).map(Pid::from_raw)
 }
 
-/// This file of /proc of each of them. It may hold the name of a process, which need not be UTF-8.
+/// A file of /proc of each process except init. It may contain the name of the process, which need not be UTF-8.
 fn read_each(file: &str) -> impl Iterator<Item = String> {
     let read = move |pid: Pid| fs::read(format!("/proc/{pid}/{file}")).ok();
     pids().filter_map(read).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// Memory of all of them. Pages that a fork shares with its parent count once for each process.
+/// Memory of all processes except init, in bytes. Pages that a fork shares with its parent count once per process.
 pub(super) fn memory() -> u64 {
-    // In pages: the second field is what is resident, the third the part of it that belongs to files.
+    // In pages: the second field is the resident memory, the third is the part of it that belongs to files.
     let pages = |statm: String| -> Option<u64> {
         let mut fields = statm.split_whitespace().skip(1).map(str::parse::<u64>);
         let (resident, shared) = (fields.next()?.ok()?, fields.next()?.ok()?);
@@ -32,12 +32,12 @@ pub(super) fn memory() -> u64 {
     read_each("statm").filter_map(pages).sum::<u64>() * page
 }
 
-/// CPU time of all of them.
+/// CPU time of all processes except init.
 pub(super) fn cpu() -> Duration {
     let ticks: u64 = read_each("stat")
         .filter_map(|stat| {
-            // Fields 14 to 17, counted from the end of the command's name, which may hold anything: the process's own time,
-            // and that of the children that it has waited for.
+            // Fields 14 to 17: the CPU time of the process, and that of the children it has waited for. Counted from
+            // the end of the command's name, which may contain anything.
             let times = stat.rsplit(')').next()?.split_whitespace().skip(11).take(4);
             times.map(|time| time.parse::<u64>().ok()).sum::<Option<u64>>()
         })

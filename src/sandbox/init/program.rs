@@ -1,4 +1,4 @@
-//! The program of a stage: its arguments, its environment, and where it is looked for.
+//! The program of a stage: its arguments, its environment, and the paths at which it is looked up.
 
 use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr, OsString};
@@ -13,19 +13,19 @@ use crate::model::rootfs::WORK_DIR;
 use crate::sandbox::init::Environment;
 use crate::sandbox::protocol::StageSpec;
 
-/// The search path where the image sets no PATH: the C library's default.
+/// The search path if the image sets no PATH: the default of the C library.
 const DEFAULT_PATH: &str = "/bin:/usr/bin";
 
 /// The command of a stage, prepared for `execve`.
 pub(super) struct Program {
-    /// Paths at which it may be, in the order of PATH.
+    /// Paths at which the program may be, in the order of PATH.
     paths: Vec<CString>,
     argv: Vec<CString>,
     env: Vec<CString>,
 }
 
 impl Program {
-    /// The command of this stage, with the variables of the image, HOME, and those of the stage.
+    /// The command of a stage. Its environment has the variables of the image, HOME, and the variables of the stage.
     pub(super) fn new(spec: &StageSpec, environment: &Environment) -> io::Result<Program> {
         let name = spec.argv.first().ok_or(Errno::ENOENT)?;
         let mut env: BTreeMap<OsString, OsString> = environment.iter().cloned().collect();
@@ -47,8 +47,8 @@ impl Program {
         })
     }
 
-    /// Replaces this process by the program, or returns why that failed. As a shell does, it prefers an error that says
-    /// more than that there is no such file.
+    /// Replaces this process by the program, or returns why that failed. Like a shell, it prefers another error to
+    /// ENOENT.
     pub(super) fn exec(&self) -> io::Error {
         let mut failure = Errno::ENOENT;
         for path in &self.paths {

@@ -1,4 +1,4 @@
-//! Reaps ended processes, and kills those that a stage has left.
+//! Reaps ended processes, and kills the processes that a stage has left.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -15,34 +15,34 @@ use crate::model::outcome::Ended;
 use crate::sandbox::init::Init;
 use crate::sandbox::init::cpu_samples::CpuSamples;
 
-/// Longest wait for killed processes to die: some are stuck in the kernel, and end with the container.
+/// Longest wait for killed processes to die. A process may be stuck in the kernel; it then ends with the container.
 const REAP_TIME: Duration = Duration::from_secs(5);
 
-/// What the ended children of a stage used, and how its main process ended.
+/// The usage of the reaped children of a stage, and how its main process ended.
 #[derive(Default)]
 pub(super) struct Reaped {
     pub(super) cpu: Duration,
     pub(super) max_rss: u64,
-    /// Whether init has no child left.
+    /// Whether init has no children left.
     none_left: bool,
     main: Option<Pid>,
-    /// How the main process ended, once it has.
+    /// How the main process ended; `None` while it runs.
     pub(super) main_ended: Option<Ended>,
-    /// Where no cgroup counts.
+    /// Used if no cgroup counts CPU time.
     pub(super) samples: CpuSamples,
 }
 
 impl Reaped {
-    /// Of a stage with this main process.
+    /// The empty usage of a stage with this main process.
     pub(super) fn of(main: Option<Pid>) -> Reaped {
         Reaped { main, ..Reaped::default() }
     }
 
-    /// Reaps one child that has ended, and returns whether there was one.
+    /// Reaps one ended child. Returns whether there was one.
     pub(super) fn reap(&mut self) -> io::Result<bool> {
         let mut status = 0;
-        // SAFETY: rusage is plain numbers, for which zero is a value; wait4 writes to these two and
-        // nothing else. nix has no wait4, and no other call returns the usage of one child.
+        // SAFETY: rusage has integer fields, for which zero is valid. wait4 writes to `status` and `rusage` and nothing
+        // else. nix has no wait4, and no other call returns the usage of one child.
         let (pid, rusage) = unsafe {
             let mut rusage: libc::rusage = std::mem::zeroed();
             (libc::wait4(-1, &raw mut status, libc::WNOHANG, &raw mut rusage), rusage)
@@ -58,7 +58,7 @@ impl Reaped {
                 error => Err(error.into()),
             },
             pid if libc::WIFSTOPPED(status) => {
-                // It asked to be traced by its parent. Init traces nobody: let it go on.
+                // The child asked to be traced by its parent. Init traces no process: let the child continue.
                 let signal = Signal::try_from(libc::WSTOPSIG(status)).ok().filter(|signal| *signal != Signal::SIGTRAP);
                 let _ = ptrace::detach(Pid::from_raw(pid), signal);
                 Ok(true)
@@ -82,19 +82,20 @@ impl Reaped {
 }
 
 impl Init {
-    /// Kills everything else in this pid namespace and waits until it is gone. A process that is stuck in the kernel for
-    /// longer runs no program any more, and is no reason to withhold how the stage ended.
+    /// Kills all other processes in this pid namespace, and waits for at most [`REAP_TIME`] until they are gone. A
+    /// process that is stuck in the kernel for longer runs no program any more, so the end of the stage can still be
+    /// reported.
     pub(super) fn kill_all(&mut self, reaped: &mut Reaped) -> io::Result<()> {
         let deadline = Instant::now() + REAP_TIME;
         loop {
-            // As PID 1, -1 is everything but ourselves.
+            // For PID 1, -1 means all other processes.
             let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
             while reaped.reap()? {}
             if reaped.none_left {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                self.dying = true;
+                self.has_stuck_process = true;
                 return Ok(());
             }
             let mut fds = [PollFd::new(self.children.as_fd(), PollFlags::POLLIN)];

@@ -22,55 +22,55 @@ use crate::sandbox::protocol::StageSpec;
 /// Why a program was not started.
 #[derive(Debug)]
 pub(super) enum SpawnError {
-    /// The program's fault: the kernel cannot execute it, or there is not enough memory in its sandbox.
+    /// The program is the cause: the kernel cannot execute it, or its sandbox is out of memory.
     Program(io::Error),
-    /// Not the program's fault: it could not be prepared.
+    /// The program is not the cause: init or the host failed.
     Init(io::Error),
 }
 
 impl SpawnError {
-    /// Of an error of `execve`.
+    /// Classifies an error of `execve`.
     fn exec(error: io::Error) -> SpawnError {
         match error.raw_os_error() {
-            // The whole host has too many open files.
+            // The host as a whole has too many open files.
             Some(libc::ENFILE) => SpawnError::Init(error),
             _ => SpawnError::Program(error),
         }
     }
 
-    /// Of an error before `execve`.
+    /// Classifies an error before `execve`.
     fn before(error: impl Into<io::Error>) -> SpawnError {
         let error = error.into();
         match error.raw_os_error() {
-            // The sandbox is out of memory, to which the files that programs leave behind count.
+            // The sandbox is out of memory. The files of its programs count as memory.
             Some(libc::ENOMEM) => SpawnError::Program(error),
             _ => SpawnError::Init(error),
         }
     }
 }
 
-/// All that programs are started with, made before there is a job.
+/// Starts programs. Holds everything that can be created before a job arrives.
 pub(super) struct Spawner {
     filter: BpfProgram,
     streams: StandardStreams,
     rules: landlock::Rules,
-    /// Supplementary groups of programs: those of the image's user.
+    /// Supplementary groups of programs: the groups of the image's user.
     pub(super) groups: Vec<Gid>,
-    /// What every program gets.
+    /// Environment variables of every program.
     environment: Environment,
     stack: Stack,
 }
 
 impl Spawner {
-    /// `environment` is what the image sets, and podman for it.
+    /// `environment` has the variables that the image and podman set.
     pub(super) fn new(environment: Environment, filter: BpfProgram) -> io::Result<Spawner> {
         let rules = landlock::rules(&WRITABLE_PATHS).map_err(io::Error::other)?;
-        // podman sets these by itself: they are not the image's.
+        // podman adds these variables; they do not come from the image.
         let environment =
             environment.into_iter().filter(|(name, _)| name != "container" && name != "HOSTNAME" && name != "TERM");
         Ok(Spawner {
             filter,
-            streams: StandardStreams::keep()?,
+            streams: StandardStreams::save()?,
             rules,
             environment: environment.collect(),
             groups: Vec::new(),
@@ -78,11 +78,12 @@ impl Spawner {
         })
     }
 
-    /// Starts the stage's command as `ids`, without anything of ours but the three pipes.
+    /// Starts the stage's command as `ids`. Of init's descriptors the program gets only the three pipes.
     ///
-    /// The child shares our memory until it is the program, as with vfork: a copy of it would cost as much as all else. So
-    /// it must leave nothing behind that we do not expect, and we are suspended meanwhile. It also shares our descriptors: the
-    /// filter's listener that it makes is then open here, and closed in the program, which gets a table of its own.
+    /// The child shares init's memory until `execve`, as with vfork, because copying the memory would double the cost.
+    /// So init is suspended meanwhile, and the child must change nothing in the memory but the expected variables. The
+    /// child also shares the table of descriptors: the filter's listener that it creates is open in init. It is closed
+    /// in the program, which gets its own table at `execve`.
     pub(super) fn spawn(
         &mut self,
         spec: &StageSpec,
@@ -105,9 +106,10 @@ impl Spawner {
             libc::EXIT_FAILURE as isize
         };
         let flags = CloneFlags::CLONE_VM | CloneFlags::CLONE_FILES | CloneFlags::CLONE_VFORK;
-        // SAFETY: the stack lives as long as the child uses it, for CLONE_VFORK returns when the child is the program or
-        // has ended. Nothing else of ours runs meanwhile: this process has one thread. Nobody may look into the memory that
-        // the child shares while it is already the programs' uid: it is not dumpable, and no program runs yet.
+        // SAFETY: the stack lives as long as the child uses it, because with CLONE_VFORK this call returns when the
+        // child has called execve or has ended. No other code of init runs meanwhile: it has one thread. No process can
+        // read the shared memory while the child already has the programs' uid: the child is not dumpable, and no
+        // program runs yet.
         let pid = unsafe { clone(Box::new(child), stack.usable(), flags, Some(libc::SIGCHLD)) };
         streams.restore().map_err(SpawnError::before)?;
         let pid = pid.map_err(SpawnError::before)?;
@@ -115,8 +117,7 @@ impl Spawner {
             (Some(listener), None) => Ok((pid, listener)),
             (_, failure) => {
                 waitpid(pid, None).map_err(SpawnError::before)?;
-                Err(failure
-                    .unwrap_or_else(|| SpawnError::Init(io::Error::other("a child ended before it was a program"))))
+                Err(failure.unwrap_or_else(|| SpawnError::Init(io::Error::other("the child ended before execve"))))
             }
         }
     }

@@ -1,43 +1,43 @@
-//! The guarded stack on which a child runs until it is the program.
+//! The guarded stack on which a child runs until `execve`.
 
 use std::{io, ptr, slice};
 
 use nix::libc;
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
 
-/// Size of a child's stack in bytes, used until it is the program. Our own functions need little, but those of the
-/// libraries that they call on failure may need more; pages that are not touched take no memory.
+/// Size of a child's stack in bytes. Init's own functions need little, but library functions that they call on failure
+/// may need more. Pages that are not touched take no memory.
 const CHILD_STACK: usize = 256 * 1024;
 
-/// Size of the inaccessible guard below the stack in bytes: one page of the largest size that kernels use.
+/// Size of the inaccessible guard below the stack in bytes: one page of the largest page size that kernels use.
 const GUARD: usize = 64 * 1024;
 
-/// The stack of children, which grows down from its end. A child that overflows it is ended by a signal and overwrites
-/// nothing of the memory that it shares with us. Mapped before there is a job, and used by one child at a time.
+/// The stack of children, which grows down from its end. A child that overflows it is killed by a signal before it
+/// overwrites any memory that it shares with init. Mapped before a job arrives, and used by one child at a time.
 pub(super) struct Stack(*mut libc::c_void);
 
 impl Stack {
     pub(super) fn new() -> io::Result<Stack> {
         let flags = MapFlags::PRIVATE | MapFlags::STACK | MapFlags::NORESERVE;
         let rights = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: new memory, where the kernel has room for it.
+        // SAFETY: this maps new memory at an address that the kernel selects.
         let stack = Stack(unsafe { mmap_anonymous(ptr::null_mut(), GUARD + CHILD_STACK, rights, flags) }?);
-        // SAFETY: it is ours, and nobody uses it yet.
+        // SAFETY: the memory was just mapped, and nothing uses it yet.
         unsafe { mprotect(stack.0, GUARD, MprotectFlags::empty()) }?;
         Ok(stack)
     }
 
     /// The usable part, above the guard.
     pub(super) fn usable(&mut self) -> &mut [u8] {
-        // SAFETY: it is mapped as long as we have it, can be read and written, and is zeros at first. Nobody else has it as
-        // long as it is borrowed.
+        // SAFETY: the memory is mapped, readable and writable as long as `self` exists, and initialised with zeros. The
+        // mutable borrow of `self` keeps others from using it.
         unsafe { slice::from_raw_parts_mut(self.0.cast::<u8>().add(GUARD), CHILD_STACK) }
     }
 }
 
 impl Drop for Stack {
     fn drop(&mut self) {
-        // SAFETY: whoever borrowed it has given it back.
+        // SAFETY: no borrow of the stack can exist while it is dropped.
         let _ = unsafe { munmap(self.0, GUARD + CHILD_STACK) };
     }
 }

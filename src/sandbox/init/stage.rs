@@ -1,4 +1,4 @@
-//! One stage: its program is started, watched until it ends or has to be ended, and everything that it left is killed.
+//! Runs one stage: starts its program, watches it until it ends or exceeds a limit, and kills all of its processes.
 
 use std::io;
 use std::ops::ControlFlow;
@@ -20,26 +20,26 @@ use crate::sandbox::init::tracers::{self, Listener};
 use crate::sandbox::init::{Init, locks, processes, workdir};
 use crate::sandbox::protocol::{self, FromInit, StageSpec, ToInit};
 
-/// Processes that are reaped between two checks of the limits: a program can make them as fast as they are reaped.
-const REAPS: usize = 64;
+/// Most processes to reap between two checks of the limits: a program can create them as fast as init reaps them.
+const MAX_REAPS: usize = 64;
 
-/// Shortest time between two checks of the CPU time used.
-const CPU_CHECK: Duration = Duration::from_millis(20);
+/// Shortest time between two checks of the CPU time.
+const CPU_CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Time between two checks of the memory used, where a request allows less than the container.
-const MEMORY_CHECK: Duration = Duration::from_millis(10);
+/// Time between two checks of the memory, if the request's limit is lower than the container's.
+const MEMORY_CHECK_INTERVAL: Duration = Duration::from_millis(10);
 
 impl Init {
-    /// Runs one stage to its end; `None` when the server has gone meanwhile.
+    /// Runs one stage to its end and returns the reply to the server; `None` if the server has exited in the meantime.
     pub(super) fn run_stage(&mut self, spec: &StageSpec, pipes: [OwnedFd; 3]) -> io::Result<Option<FromInit>> {
         let Some(ids) = self.ids else {
-            return Ok(Some(FromInit::Failed("a stage before its sources".into())));
+            return Ok(Some(FromInit::Failed("a stage message came before the sources".into())));
         };
         let before = self.cgroup.counters();
         let started = Instant::now();
         let spawned = self.spawner.spawn(spec, &pipes, ids, self.cgroup.enforced().processes);
         let mut reaped = Reaped::of(spawned.as_ref().ok().map(|(main, _)| *main));
-        // The programs hold them now.
+        // The programs hold their own copies now. The pipes must close when the programs close them.
         drop(pipes);
         let ended = match spawned {
             Ok((main, listener)) => {
@@ -67,30 +67,30 @@ impl Init {
     }
 }
 
-/// A running stage: its main process, its limits, and when each of them is checked next.
+/// A running stage: its main process, its limits, and the times of the next checks.
 struct Watch<'a> {
     init: &'a mut Init,
     spec: &'a StageSpec,
     before: &'a Counters,
     reaped: &'a mut Reaped,
     main: Pid,
-    /// Readable when the main process has ended, whoever may have to reap it.
+    /// A pidfd, readable when the main process has ended, even if another process has to reap it.
     main_end: OwnedFd,
-    /// Where the filter asks, as long as there is a program that could.
+    /// Receives the filter's notifications; `None` when no program is left that could cause one.
     listener: Option<Listener>,
     deadline: Instant,
     cpu_limit: Duration,
-    /// Whether no cgroup counts CPU time.
-    uncounted: bool,
+    /// Whether CPU time has to be sampled, because no cgroup counts it.
+    samples_cpu: bool,
     next_cpu_check: Instant,
-    /// `None` where the request has no memory limit of its own.
+    /// `None` if the request has no memory limit of its own.
     next_memory_check: Option<Instant>,
     next_locks_check: Instant,
     /// Time between two checks of locks.
-    locks_check: Duration,
+    locks_check_interval: Duration,
 }
 
-/// What [`Watch::wait`] has found.
+/// The events that [`Watch::wait`] has found.
 struct Ready {
     message: bool,
     children: bool,
@@ -111,12 +111,12 @@ impl<'a> Watch<'a> {
         let cpu_limit = Duration::from_micros(spec.cpu_time_us);
         Ok(Watch {
             main_end: pidfd_open(rustix_pid(main)?, PidfdFlags::empty())?,
-            uncounted: init.cgroup.cpu_since(before).is_none(),
+            samples_cpu: init.cgroup.cpu_since(before).is_none(),
             deadline: started + Duration::from_micros(spec.time_us),
             next_cpu_check: started + cpu_limit.min(Duration::from_micros(spec.time_us)) / 4,
             next_memory_check: spec.memory.map(|_| started),
-            next_locks_check: started + locks::CHECK,
-            locks_check: locks::CHECK,
+            next_locks_check: started + locks::CHECK_INTERVAL,
+            locks_check_interval: locks::CHECK_INTERVAL,
             init,
             spec,
             before,
@@ -127,7 +127,7 @@ impl<'a> Watch<'a> {
         })
     }
 
-    /// Waits until the main process ends or has to be ended; `None` when the server has gone.
+    /// Waits until the main process ends, or the stage exceeds a limit or is killed; `None` if the server has exited.
     fn until_ended(mut self) -> io::Result<Option<Ended>> {
         let mut main_is_dead = false;
         loop {
@@ -136,7 +136,7 @@ impl<'a> Watch<'a> {
                 return Ok(Some(ended));
             }
             if main_is_dead && !more {
-                // Another program traces it, and would have to let it go first.
+                // Another program traces the main process, so init cannot reap it before the tracer is dead.
                 self.init.kill_all(self.reaped)?;
                 return Ok(Some(self.reaped.main_ended.take().unwrap_or(Ended::Killed)));
             }
@@ -149,18 +149,19 @@ impl<'a> Watch<'a> {
                 while let Ok(Some(_)) = self.init.children.read_signal() {}
             }
             main_is_dead = ready.main_end;
-            self.answer_filter(ready.listener, now);
+            self.answer_notification(ready.listener, now);
             if ready.message
-                && let ControlFlow::Break(ended) = self.obey_server()?
+                && let ControlFlow::Break(ended) = self.handle_message()?
             {
                 return Ok(ended);
             }
         }
     }
 
-    /// Reaps what has ended, until the main process is reaped. Returns whether there may be more.
+    /// Reaps ended processes until the main process is reaped, at most [`MAX_REAPS`]. Returns whether there may be
+    /// more.
     fn reap(&mut self) -> io::Result<bool> {
-        for _ in 0..REAPS {
+        for _ in 0..MAX_REAPS {
             let more = self.reaped.reap()?;
             if !more || self.reaped.main_ended.is_some() {
                 return Ok(more);
@@ -169,12 +170,12 @@ impl<'a> Watch<'a> {
         Ok(true)
     }
 
-    /// Makes the checks that are due, and returns the limit that the stage has exceeded.
+    /// Makes the checks that are due. Returns the limit that the stage has exceeded, if any.
     fn exceeded_limit(&mut self, now: Instant) -> Option<Ended> {
         if now >= self.deadline {
             return Some(Ended::WallTime);
         }
-        if self.uncounted {
+        if self.samples_cpu {
             self.reaped.samples.sample(processes::pids);
             if self.reaped.samples.cpu() >= self.cpu_limit {
                 return Some(Ended::CpuTime);
@@ -186,8 +187,8 @@ impl<'a> Watch<'a> {
             if used >= self.cpu_limit {
                 return Some(Ended::CpuTime);
             }
-            // All CPUs together can use the rest no sooner.
-            self.next_cpu_check = now + ((self.cpu_limit - used) / cpus()).max(CPU_CHECK);
+            // Even all CPUs together need this long to use the rest of the limit.
+            self.next_cpu_check = now + ((self.cpu_limit - used) / cpus()).max(CPU_CHECK_INTERVAL);
         }
         if let (Some(limit), Some(check)) = (self.spec.memory, self.next_memory_check.as_mut())
             && now >= *check
@@ -195,28 +196,28 @@ impl<'a> Watch<'a> {
             if self.init.cgroup.memory_in_use().unwrap_or_else(processes::memory) > limit {
                 return Some(Ended::Memory);
             }
-            *check = now + MEMORY_CHECK;
+            *check = now + MEMORY_CHECK_INTERVAL;
         }
         if now >= self.next_locks_check {
             if locks::are_too_many() {
                 return Some(Ended::Memory);
             }
-            self.next_locks_check = now + self.locks_check;
+            self.next_locks_check = now + self.locks_check_interval;
         }
         None
     }
 
-    /// Waits for a message, an ended process, a question of the filter, or the next check. Does not wait where more
+    /// Waits for a message, an ended process, a notification of the filter, or the next check. Does not block if `more`
     /// processes may have ended.
     fn wait(&self, now: Instant, more: bool) -> io::Result<Ready> {
-        let others = [Some(self.next_locks_check), self.next_memory_check, self.reaped.samples.next()];
-        let next_check = others.into_iter().flatten().fold(self.next_cpu_check, Instant::min);
+        let other_checks = [Some(self.next_locks_check), self.next_memory_check, self.reaped.samples.next()];
+        let next_check = other_checks.into_iter().flatten().fold(self.next_cpu_check, Instant::min);
         let wait = match more {
             true => Duration::ZERO,
             false => self.deadline.min(next_check).saturating_duration_since(now) + Duration::from_millis(1),
         };
         let poll_fd = |fd| PollFd::new(fd, PollFlags::POLLIN);
-        // Without a listener another descriptor stands in its place, and what is seen there is ignored.
+        // Without a listener another descriptor takes its place in the list, and its events there are ignored.
         let listener = self.listener.as_ref().map_or(self.main_end.as_fd(), |listener| listener.as_fd());
         let watched = [self.init.channel.as_fd(), self.init.children.as_fd(), self.main_end.as_fd(), listener];
         let mut fds = watched.map(poll_fd);
@@ -232,31 +233,32 @@ impl<'a> Watch<'a> {
         })
     }
 
-    /// Answers the filter where it asks about a call of a program.
-    fn answer_filter(&mut self, ready: PollFlags, now: Instant) {
+    /// Answers a notification of the filter about a call of a program.
+    fn answer_notification(&mut self, ready: PollFlags, now: Instant) {
         if ready.contains(PollFlags::POLLHUP) {
-            // Nobody is left who could ask: the kernel says so as soon as a program begins to end, and again and again
-            // until it has ended.
+            // No process uses the filter any more. The kernel reports this as soon as the last one begins to end.
+            // Without this, `poll` would report it all the time until that process has ended.
             self.listener = None;
         } else if ready.contains(PollFlags::POLLIN) && self.listener.as_mut().is_some_and(Listener::answer) {
-            self.locks_check = tracers::CHECK;
+            self.locks_check_interval = tracers::LOCKS_CHECK_INTERVAL;
             self.next_locks_check = now;
         }
     }
 
-    /// Does what the server says during a stage; breaks where that ends it, with `None` when the server has gone.
-    fn obey_server(&mut self) -> io::Result<ControlFlow<Option<Ended>>> {
+    /// Handles a message of the server during a stage. Breaks if it ends the stage, with `None` if the server has
+    /// exited.
+    fn handle_message(&mut self) -> io::Result<ControlFlow<Option<Ended>>> {
         match protocol::receive(self.init.channel.as_fd())? {
             None => Ok(ControlFlow::Break(None)),
             Some((ToInit::Kill, _)) => Ok(ControlFlow::Break(Some(Ended::Killed))),
             Some((ToInit::Signal(number), _)) => {
                 if let Ok(signal) = Signal::try_from(number) {
-                    // It may have ended already, which is no error.
+                    // The main process may have ended already, which is no error.
                     let _ = kill(self.main, signal);
                 }
                 Ok(ControlFlow::Continue(()))
             }
-            Some((other, _)) => Err(io::Error::other(format!("{other:?} during a stage"))),
+            Some((other, _)) => Err(io::Error::other(format!("unexpected message during a stage: {other:?}"))),
         }
     }
 }
@@ -265,7 +267,7 @@ fn cpus() -> u32 {
     std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1))
 }
 
-/// A process by the type of the rustix crate.
+/// Converts a pid to the type of the rustix crate.
 fn rustix_pid(pid: Pid) -> io::Result<rustix::process::Pid> {
-    rustix::process::Pid::from_raw(pid.as_raw()).ok_or_else(|| io::Error::other("a process without a number"))
+    rustix::process::Pid::from_raw(pid.as_raw()).ok_or_else(|| io::Error::other("a process has the pid 0"))
 }

@@ -1,4 +1,4 @@
-//! The files of the programs: sources placed in the working directory, and what was compiled packed and unpacked.
+//! The files of the programs: copies sources to the working directory, and packs and unpacks compiled files.
 
 use std::fs;
 use std::io;
@@ -15,11 +15,11 @@ use crate::sandbox::init::counters::CGROUP;
 use crate::sandbox::init::{Init, carry};
 
 impl Init {
-    /// Copies the files into the working directory as the programs' uid, so that they own them.
+    /// Copies the job's files to the working directory with the programs' uid, so that programs own them.
     pub(super) fn place_files(&mut self, uid: u32, files: &[String]) -> io::Result<()> {
         self.ids = Some((Uid::from_raw(uid), Gid::from_raw(uid)));
         WRITABLE_PATHS.iter().try_for_each(|path| at(path, open_to_all(Path::new(path))))?;
-        // With cgroups v1 this is a tmpfs that anyone can write to; elsewhere this fails, and is not needed.
+        // With cgroup v1 this is a tmpfs that anyone can write to. Otherwise this call fails and is not needed.
         let _ = fs::set_permissions(CGROUP, fs::Permissions::from_mode(0o755));
         let mut contents = Vec::with_capacity(files.len());
         for name in files {
@@ -34,13 +34,13 @@ impl Init {
         })
     }
 
-    /// Packs the files that the programs have left, once every program is dead.
-    pub(super) fn pack(&self, most: u64, pipes: Vec<OwnedFd>) -> io::Result<()> {
-        if self.dying {
-            return Err(io::Error::other("killed processes do not die"));
+    /// Packs the files that the programs have left. Fails if a killed process may still run.
+    pub(super) fn pack(&self, max_bytes: u64, pipes: Vec<OwnedFd>) -> io::Result<()> {
+        if self.has_stuck_process {
+            return Err(io::Error::other("a killed process is stuck in the kernel"));
         }
         let pipe = only_fd(pipes)?;
-        self.as_programs(|| carry::pack(&WRITABLE_PATHS, most, pipe))
+        self.as_programs(|| carry::pack(&WRITABLE_PATHS, max_bytes, pipe))
     }
 
     /// Unpacks the files that the init of another sandbox has packed.
@@ -53,32 +53,33 @@ impl Init {
         })
     }
 
-    /// Does something with the rights of the programs only.
-    fn as_programs<T>(&self, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-        let (uid, gid) = self.ids.ok_or_else(|| io::Error::other("there are no programs yet"))?;
+    /// Runs `action` with the programs' uid and gid.
+    fn as_programs<T>(&self, action: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let (uid, gid) = self.ids.ok_or_else(|| io::Error::other("the uid of the programs is not known yet"))?;
         setegid(gid)?;
         seteuid(uid)?;
-        let done = act();
+        let result = action();
         seteuid(Uid::from_raw(0))?;
         setegid(Gid::from_raw(0))?;
-        done
+        result
     }
 }
 
-/// Whether a stage has left a file of this name in the working directory.
+/// Whether the working directory has a regular file of this name.
 pub(super) fn has_file(name: &str) -> bool {
     fs::symlink_metadata(Path::new(WORK_DIR).join(name)).is_ok_and(|meta| meta.is_file())
 }
 
-/// The only descriptor that came beside a message.
+/// The only descriptor that was passed with a message.
 fn only_fd(mut fds: Vec<OwnedFd>) -> io::Result<fs::File> {
     match (fds.pop(), fds.pop()) {
         (Some(fd), None) => Ok(fd.into()),
-        _ => Err(io::Error::other("a message without its descriptor")),
+        _ => Err(io::Error::other("the message came without exactly one descriptor")),
     }
 }
 
-/// Lets every uid write to a directory: podman gives a mount the owner and mode of the image's directory of that name.
+/// Lets every uid write to a directory. podman gives a mount the owner and mode that the image's directory at this path
+/// has.
 fn open_to_all(directory: &Path) -> io::Result<()> {
     let meta = fs::metadata(directory)?;
     if meta.mode() & 0o7777 == WRITABLE_MODE {
@@ -87,10 +88,11 @@ fn open_to_all(directory: &Path) -> io::Result<()> {
     as_owner(&meta, || fs::set_permissions(directory, fs::Permissions::from_mode(WRITABLE_MODE)))
 }
 
-/// Does what only the owner of a directory may: init can change its uid, and has no other capability for it.
-fn as_owner(directory: &fs::Metadata, act: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+/// Runs `action` with the uid of a directory's owner. Init can change its uid, but has no capability to change the
+/// files of other users.
+fn as_owner(directory: &fs::Metadata, action: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
     seteuid(Uid::from_raw(directory.uid()))?;
-    let done = act();
+    let result = action();
     seteuid(Uid::from_raw(0))?;
-    done
+    result
 }
