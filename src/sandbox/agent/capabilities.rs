@@ -1,4 +1,4 @@
-//! Capabilities that init keeps.
+//! Drops the capabilities that init does not need.
 
 use std::io;
 
@@ -8,7 +8,7 @@ use rustix::thread::{
 
 use crate::host::at;
 
-/// Gives up all capabilities but these, which programs do not inherit.
+/// Drops all capabilities except `kept`, which programs do not inherit.
 pub(super) fn keep_only(kept: u64) -> io::Result<()> {
     let kept = CapabilitySet::from_bits_retain(kept);
     clear_ambient_capability_set()?;
@@ -18,7 +18,7 @@ pub(super) fn keep_only(kept: u64) -> io::Result<()> {
             continue;
         }
         match remove_capability_from_bounding_set(one) {
-            // The kernel knows no further capability.
+            // The kernel has no capability with this number, nor any higher one.
             Err(rustix::io::Errno::INVAL) => break,
             removed => at("its capabilities", removed)?,
         }

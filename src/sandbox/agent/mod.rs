@@ -1,16 +1,17 @@
-//! A process of ours inside podman's user and mount namespace, entered once by `podman unshare`.
+//! The agent: a coderunner process in podman's user and mount namespace, which it enters once by `podman unshare`.
 //!
-//! Only in there images are mounted and the subordinate ids can be used. The server stays outside; it has the agent spawn
-//! sandboxes, and is told when they have ended. When the server goes their inits exit, and the agent after them.
+//! Images are mounted and subordinate ids can be used only inside these namespaces. The server stays outside: it orders
+//! sandboxes from the agent, and the agent reports their ends. When the server exits, the inits of its sandboxes exit,
+//! and the agent after them.
 
-mod capabilities; // that init keeps
-mod mount; // mounts by the kernel's newer calls
-pub(super) mod orders; // messages of the server
+mod capabilities; // drops capabilities
+mod mount; // mounts with the kernel's newer calls
+pub(super) mod orders; // messages between the server and the agent
 mod rlimits;
-mod rootfs; // what the sandboxes of a template share
-mod spawn; // a copy of this process in new namespaces
+mod rootfs; // the mounts that the sandboxes of a template share
+mod spawn; // spawns a copy of this process in new namespaces
 mod spawner; // all templates and network namespaces
-mod template; // a template, and its sandboxes
+mod template; // a template and its sandboxes
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -28,28 +29,29 @@ use crate::sandbox::agent::orders::{Action, Done, Order};
 use crate::sandbox::agent::spawner::Spawner;
 use crate::sandbox::channel::Channel;
 
-/// The hidden verb that becomes the agent.
+/// The hidden verb that runs the agent.
 pub const VERB: &str = "agent";
 
-/// The null device: what children read from, and what hides files.
+/// The null device. Children read from it, and it is mounted over masked files.
 const NULL: &str = "/dev/null";
 
-/// What programs see as the command line of PID 1, with [`VERB`]: no path of the host's.
+/// Argument 0 of the agent. Programs see it, with [`VERB`], as the command line of PID 1; it contains no path of the
+/// host.
 const NAME: &str = "coderunner";
 
-/// Longest that sandboxes may take to end once the server has gone, before they are killed.
+/// How long sandboxes may take to end after the server has exited, before the agent kills them.
 const END_TIME: Duration = Duration::from_secs(10);
 
-/// The agent as a program of its own.
+/// Entry point of the agent process.
 pub fn main() -> ExitCode {
-    // Sandboxes are copies of this process: they must find neither arguments nor variables of the server's.
+    // Sandboxes are copies of this process, so it must hold no arguments or environment variables of the server.
     if std::env::args_os().next().is_none_or(|name| name != NAME) || std::env::vars_os().next().is_some() {
         let error = Command::new("/proc/self/exe").arg0(NAME).arg(VERB).env_clear().exec();
         return failed(&error);
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let served = runtime.and_then(|runtime| {
-        // Everybody may enter it.
+        // The root directory is accessible to every user.
         std::env::set_current_dir("/")?;
         let channel = std::io::stdin().as_fd().try_clone_to_owned()?;
         runtime.block_on(serve(channel))
@@ -67,7 +69,7 @@ async fn serve(channel: OwnedFd) -> std::io::Result<()> {
     let (mut spawner, children, sandboxes) = (Spawner::default(), TaskTracker::new(), Sandboxes::default());
     while let Some((Order { id, action }, fds)) = channel.receive_with_fds().await.map_err(std::io::Error::other)? {
         let channel = Arc::clone(&channel);
-        // Fails where the server has gone.
+        // Fails if the server has exited.
         let done = move |result| drop(channel.send(&Done { id, result }, &[]));
         let spawned = match action {
             Action::Preflight => rootfs::preflight(),
@@ -100,7 +102,7 @@ async fn serve(channel: OwnedFd) -> std::io::Result<()> {
         children.spawn(async move {
             let result = tokio::select! {
                 result = child.end() => result,
-                () = running.killed.cancelled() => {
+                () = running.kill.cancelled() => {
                     child.kill();
                     child.end().await
                 }
@@ -112,29 +114,29 @@ async fn serve(channel: OwnedFd) -> std::io::Result<()> {
     }
     children.close();
     if timeout(END_TIME, children.wait()).await.is_err() {
-        sandboxes.lock().unwrap_or_else(PoisonError::into_inner).values().for_each(|running| running.killed.cancel());
+        sandboxes.lock().unwrap_or_else(PoisonError::into_inner).values().for_each(|running| running.kill.cancel());
         let _ = timeout(END_TIME, children.wait()).await;
     }
     Ok(())
 }
 
-/// The sandboxes that run, by the orders that spawned them.
+/// The running sandboxes, by the ids of the orders that spawned them.
 type Sandboxes = Arc<Mutex<HashMap<u64, Running>>>;
 
 /// A running sandbox.
 #[derive(Clone, Default)]
 struct Running {
-    /// Cancelled to have it killed.
-    killed: CancellationToken,
-    /// Cancelled when it has ended.
+    /// Cancel it to kill the sandbox.
+    kill: CancellationToken,
+    /// Cancelled when the sandbox has ended.
     ended: CancellationToken,
 }
 
-/// Kills a sandbox, and waits for its end.
+/// Kills a sandbox and waits until it has ended.
 async fn kill(sandboxes: &Sandboxes, order: u64) {
     let running = sandboxes.lock().unwrap_or_else(PoisonError::into_inner).get(&order).cloned();
     if let Some(running) = running {
-        running.killed.cancel();
+        running.kill.cancel();
         running.ended.cancelled().await;
     }
 }

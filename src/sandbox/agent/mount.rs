@@ -1,4 +1,4 @@
-//! Mounts by the kernel's newer calls: a file system or a bind mount is made first, and attached later.
+//! Mounts with the kernel's newer calls, which create a file system or a bind mount first and attach it later.
 
 use std::fs::{self, File};
 use std::io;
@@ -13,7 +13,7 @@ use rustix::mount::{
 use crate::host::at;
 use crate::sandbox::direct::oci_config::{FsType, Mount, MountSource};
 
-/// Makes a new file system, mounted nowhere yet.
+/// Creates a file system that is not attached yet.
 pub(super) fn new(fs_type: FsType, parameters: &[(String, String)], flags: u32) -> rustix::io::Result<File> {
     let file_system = fsopen(fs_type.name(), FsOpenFlags::FSOPEN_CLOEXEC)?;
     parameters.iter().try_for_each(|(name, value)| fsconfig_set_string(&file_system, name.as_str(), value.as_str()))?;
@@ -21,21 +21,21 @@ pub(super) fn new(fs_type: FsType, parameters: &[(String, String)], flags: u32) 
     fsmount(&file_system, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::from_bits_retain(flags)).map(File::from)
 }
 
-/// Clones the mount of a file or directory, to be mounted at another place too: a bind mount, mounted nowhere yet.
+/// Clones the mount of a file or directory: a bind mount that is not attached yet.
 pub(super) fn clone_of(source: &Path) -> rustix::io::Result<File> {
     open_tree(CWD, source, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC).map(File::from)
 }
 
-/// Mounts what [`new`] or [`clone_of`] made.
+/// Attaches a mount of [`new`] or [`clone_of`] at a path.
 pub(super) fn move_to(mount: &File, path: &Path) -> rustix::io::Result<()> {
     move_mount(mount, "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
 }
 
-/// Mounts it as the configuration says.
+/// Attaches a mount of [`new`] or [`clone_of`] as `mount` configures it.
 pub(super) fn attach(source: &File, mount: &Mount) -> io::Result<()> {
     at(mount.destination.display(), move_to(source, &mount.destination))?;
     match &mount.source {
-        // It was made with its flags.
+        // It was created with its flags.
         MountSource::New(..) => Ok(()),
         MountSource::Bind(_) | MountSource::JobDir => {
             let flags = MountFlags::from_bits_truncate(mount.flags) | MountFlags::NOSUID | MountFlags::NODEV;
@@ -44,15 +44,15 @@ pub(super) fn attach(source: &File, mount: &Mount) -> io::Result<()> {
     }
 }
 
-/// Adds flags to those that a mount has: it keeps the flags that the host gave it.
+/// Adds flags to a mount, which keeps the flags that it already has.
 pub(super) fn restrict(path: &Path, flags: MountFlags) -> rustix::io::Result<()> {
-    // The four have the same numbers everywhere.
-    let four = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    let held = u32::try_from(statvfs(path)?.f_flag.bits()).unwrap_or(0);
-    mount_remount(path, MountFlags::BIND | flags | (MountFlags::from_bits_truncate(held) & four), "")
+    // These four have the same values in `statvfs` and in `mount`.
+    let kept = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    let current = u32::try_from(statvfs(path)?.f_flag.bits()).unwrap_or(0);
+    mount_remount(path, MountFlags::BIND | flags | (MountFlags::from_bits_truncate(current) & kept), "")
 }
 
-/// Makes the file or directory to mount on, where there is none.
+/// Creates the file or directory to mount on, if it does not exist.
 pub(super) fn make_mount_point(path: &Path, for_file: bool) -> io::Result<()> {
     if path.exists() {
         return Ok(());

@@ -6,35 +6,35 @@ use serde::{Deserialize, Serialize};
 
 use crate::sandbox::direct::oci_config::SandboxConfig;
 
-/// From the server.
+/// An order from the server to the agent.
 #[derive(Debug, Serialize, Deserialize)]
 pub(in crate::sandbox) struct Order {
-    /// By which [`Done`] refers to it.
+    /// Identifies the order in its [`Done`].
     pub id: u64,
-    /// What to do.
+    /// The action to carry out.
     pub action: Action,
 }
 
-/// What the agent can do.
+/// The actions that the agent can carry out.
 #[derive(Debug, Serialize, Deserialize)]
 pub(in crate::sandbox) enum Action {
-    /// Try whether sandboxes can be made at all.
+    /// Check whether the kernel lets the agent create sandboxes.
     Preflight,
-    /// Set up what the sandboxes of a template share.
+    /// Set up the mounts that the sandboxes of a template share.
     Prepare { template: String, config: Box<SandboxConfig> },
-    /// Spawn a sandbox. Beside the order are init's end of its channel and, where it has one, its cgroup.
+    /// Spawn a sandbox. Passed with the order are init's end of its channel and, if the sandbox has one, its cgroup.
     Spawn { template: String, job_dir: PathBuf, slot: u32 },
-    /// Kill what an order has spawned, and wait for its end.
+    /// Kill the sandbox that the order with this id has spawned, and wait for its end.
     Kill(u64),
-    /// Give a template up.
+    /// Release a template.
     Forget(String),
 }
 
-/// From the agent: an order has been carried out; [`Action::Spawn`] when the sandbox has ended.
+/// The agent's reply to an order, sent when the action is done; for [`Action::Spawn`], when the sandbox has ended.
 #[derive(Debug, Serialize, Deserialize)]
 pub(in crate::sandbox) struct Done {
-    /// The order's.
+    /// Id of the order.
     pub id: u64,
-    /// The error says why it was not.
+    /// The error says why the action failed.
     pub result: Result<(), String>,
 }

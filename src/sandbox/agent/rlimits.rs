@@ -1,4 +1,4 @@
-//! Resource limits of init.
+//! Sets the resource limits of init.
 
 use std::io;
 
@@ -7,7 +7,7 @@ use oci_spec::runtime::PosixRlimitType;
 
 use crate::host::at;
 
-/// Sets these limits, each soft and hard.
+/// Sets resource limits, given as type, soft limit and hard limit.
 pub(super) fn set(limits: &[(PosixRlimitType, u64, u64)]) -> io::Result<()> {
     for &(limit, soft, hard) in limits {
         at(limit, setrlimit(resource(limit), soft, hard))?;
@@ -15,9 +15,9 @@ pub(super) fn set(limits: &[(PosixRlimitType, u64, u64)]) -> io::Result<()> {
     Ok(())
 }
 
-/// The limit that OCI names so.
-fn resource(of: PosixRlimitType) -> Resource {
-    match of {
+/// The kernel's resource of an OCI type.
+fn resource(limit: PosixRlimitType) -> Resource {
+    match limit {
         PosixRlimitType::RlimitCpu => Resource::RLIMIT_CPU,
         PosixRlimitType::RlimitFsize => Resource::RLIMIT_FSIZE,
         PosixRlimitType::RlimitData => Resource::RLIMIT_DATA,

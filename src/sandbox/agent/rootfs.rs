@@ -18,10 +18,10 @@ use crate::sandbox::agent::spawn::Child;
 use crate::sandbox::agent::{NULL, mount};
 use crate::sandbox::direct::oci_config::{FsType, Mount, MountSource, SandboxConfig};
 
-/// Among the flags of a [`Mount`].
+/// The read-only flag of a [`Mount`].
 const READ_ONLY: u32 = MountAttrFlags::MOUNT_ATTR_RDONLY.bits();
 
-/// Tries what the kernel may refuse, whatever the image.
+/// Tries the operations that the kernel may refuse, without any image.
 pub(super) fn preflight() -> io::Result<Child> {
     Child::spawn(libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWNET, None, || {
         at("mounts", mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC))?;
@@ -32,15 +32,15 @@ pub(super) fn preflight() -> io::Result<Child> {
     })
 }
 
-/// Makes the mount namespace of this process the root file system of a template: the image, and the mounts that all
-/// sandboxes share.
+/// Turns the mount namespace of this process into the root file system of a template: the image, and the mounts that
+/// all sandboxes share.
 pub(super) fn set_up(config: &SandboxConfig) -> io::Result<()> {
     umask(Mode::from_bits_truncate(0o022));
     at("mounts", mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC))?;
     let root = at(config.root.display(), mount::clone_of(&config.root))?;
-    // Made while podman's own are still visible: the kernel makes no /proc and no /sys where none is.
-    let make = |mount| Ok((mount, make_source(mount)?));
-    let mounts: Vec<(&Mount, Option<File>)> = config.mounts.iter().map(make).collect::<io::Result<_>>()?;
+    // Created while podman's /proc and /sys are still visible: without a visible one the kernel refuses a new one.
+    let create = |mount| Ok((mount, create_source(mount)?));
+    let mounts: Vec<(&Mount, Option<File>)> = config.mounts.iter().map(create).collect::<io::Result<_>>()?;
     let device = |name| at(name, mount::clone_of(&Path::new(DEV).join(name)));
     let devices: Vec<File> = DEVICES.into_iter().map(device).collect::<io::Result<_>>()?;
 
@@ -62,7 +62,7 @@ pub(super) fn set_up(config: &SandboxConfig) -> io::Result<()> {
         if mount.destination == Path::new(DEV) {
             for (name, device) in DEVICES.into_iter().zip(&devices) {
                 let path = mount.destination.join(name);
-                // Read-only: what is written to a device passes, but nobody changes the times of the host's own file.
+                // Read-only: programs can still write to the device, but cannot change the times of the host's file.
                 let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NOEXEC;
                 let mounted = || mount::move_to(device, &path).and_then(|()| mount::restrict(&path, flags));
                 at(path.display(), File::create(&path).and_then(|_| Ok(mounted()?)))?;
@@ -76,12 +76,12 @@ pub(super) fn set_up(config: &SandboxConfig) -> io::Result<()> {
     at(DEV, mount::restrict(Path::new(DEV), closed | MountFlags::NOEXEC | MountFlags::NODEV))
 }
 
-/// What a template mounts there; `None` where each sandbox brings its own. It needs a /proc nevertheless: without one the
-/// kernel would not let a sandbox mount its own.
-fn make_source(mount: &Mount) -> io::Result<Option<File>> {
+/// Creates the mount for a template; `None` if each sandbox mounts its own. A template needs a /proc all the same:
+/// without one the kernel would not let a sandbox mount its own.
+fn create_source(mount: &Mount) -> io::Result<Option<File>> {
     match &mount.source {
         MountSource::New(fs_type, parameters) if !mount.is_own() || *fs_type == FsType::Proc => {
-            // Made read-only later: others are mounted below it first.
+            // /dev becomes read-only later, after the mounts below it.
             let flags = if mount.destination == Path::new(DEV) { mount.flags & !READ_ONLY } else { mount.flags };
             at(fs_type.name(), mount::new(*fs_type, parameters, flags)).map(Some)
         }
@@ -90,7 +90,7 @@ fn make_source(mount: &Mount) -> io::Result<Option<File>> {
     }
 }
 
-/// Hides the masked paths and makes the read-only ones so, as far as they are `selected`.
+/// Hides the masked paths and makes the read-only paths read-only, for the paths that `selected` accepts.
 pub(super) fn hide(config: &SandboxConfig, selected: impl Fn(&Path) -> bool) -> io::Result<()> {
     let mut empty: Option<&Path> = None;
     for path in config.masked.iter().filter(|path| selected(path)) {

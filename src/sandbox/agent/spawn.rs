@@ -1,4 +1,4 @@
-//! Spawns a copy of the agent in new namespaces, kills it, and waits for its end.
+//! A child of the agent: a copy of it in new namespaces.
 
 use std::fs::File;
 use std::io::{self, PipeReader, Read};
@@ -15,13 +15,13 @@ use tokio::io::unix::AsyncFd;
 use crate::host::print;
 use crate::sandbox::agent::NULL;
 
-/// The libc crate's constant is of a type that is too small for its value.
+/// Defined here because the libc crate's constant has a type that is too small for the value.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
-/// Most that is read of the stderr of a child, in bytes.
-const MOST_STDERR: usize = 4096;
+/// Most bytes to read from the stderr of a child.
+const MAX_STDERR: usize = 4096;
 
-/// A copy of this process, until it has ended.
+/// A copy of this process, in new namespaces.
 pub(super) struct Child {
     pub(super) pid: Pid,
     pidfd: AsyncFd<OwnedFd>,
@@ -29,8 +29,8 @@ pub(super) struct Child {
 }
 
 impl Child {
-    /// Makes a copy of this process in new namespaces, and in a cgroup. It runs `body` and ends. Its stderr is kept, its
-    /// standard input and output are /dev/null.
+    /// Copies this process into new namespaces and a cgroup. The copy runs `body` and exits. Its stderr is captured;
+    /// its standard input and output are /dev/null.
     pub(super) fn spawn(
         namespaces: libc::c_int,
         cgroup: Option<RawFd>,
@@ -40,18 +40,18 @@ impl Child {
         let null = File::options().read(true).write(true).open(NULL)?;
         let mut pidfd: RawFd = -1;
         let flags = namespaces | libc::CLONE_PIDFD;
-        // SAFETY: these are numbers, for which zero is a value: none.
-        let mut how: libc::clone_args = unsafe { std::mem::zeroed() };
-        how.flags = u64::from(flags.cast_unsigned());
-        how.pidfd = (&raw mut pidfd) as u64;
-        how.exit_signal = u64::from(libc::SIGCHLD.cast_unsigned());
+        // SAFETY: all fields are integers, for which zero is valid and means "none".
+        let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+        args.flags = u64::from(flags.cast_unsigned());
+        args.pidfd = (&raw mut pidfd) as u64;
+        args.exit_signal = u64::from(libc::SIGCHLD.cast_unsigned());
         if let Some(cgroup) = cgroup {
-            how.flags |= CLONE_INTO_CGROUP;
-            how.cgroup = u64::from(cgroup.cast_unsigned());
+            args.flags |= CLONE_INTO_CGROUP;
+            args.cgroup = u64::from(cgroup.cast_unsigned());
         }
-        // SAFETY: as fork(2): the copy has all of our memory to itself, and there is no lock in it that another thread
-        // holds, for the agent has no other thread. The kernel writes to `pidfd` and nothing else.
-        let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut how, size_of::<libc::clone_args>()) };
+        // SAFETY: this acts like fork(2). The child gets its own copy of the memory, in which no other thread holds a
+        // lock, because the agent has only one thread. The kernel writes to `pidfd` and nothing else.
+        let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) };
         match pid {
             -1 => Err(Errno::last().into()),
             0 => {
@@ -61,7 +61,7 @@ impl Child {
                     dup2_stderr(&child_stderr)?;
                     body()
                 };
-                // A panic has printed its message. It must not unwind into the code of the agent, of which this is a copy.
+                // The panic hook prints the message of a panic. The panic must not unwind into the agent's code.
                 let ended = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err(io::Error::other("a panic")));
                 let code = ended.map_or_else(
                     |error| {
@@ -70,13 +70,13 @@ impl Child {
                     },
                     |()| libc::EXIT_SUCCESS,
                 );
-                // SAFETY: it ends this process, whose memory nobody else uses.
+                // SAFETY: this ends the child, whose memory no other process or thread uses.
                 unsafe { libc::_exit(code) }
             }
             pid => {
                 let pid = Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?);
-                // SAFETY: the kernel has just made it for us, and nobody else knows it. An OwnedFd is one and the same
-                // descriptor until it is dropped.
+                // SAFETY: the kernel has just created this descriptor, and nothing else owns it. An OwnedFd refers to
+                // the same descriptor until it is dropped.
                 let pidfd = unsafe { AsyncFd::register(OwnedFd::from_raw_fd(pidfd)) }.inspect_err(|_| {
                     let _ = kill(pid, Signal::SIGKILL);
                 })?;
@@ -85,13 +85,13 @@ impl Child {
         }
     }
 
-    /// Kills it, and with it all of its sandbox.
+    /// Kills the child and, as it is PID 1 of its namespace, its whole sandbox.
     pub(super) fn kill(&self) {
-        // Its number cannot be reused before it is reaped. It may have ended already, which is no error.
+        // The pid cannot be reused before the child is reaped. The child may have ended already, which is no error.
         let _ = kill(self.pid, Signal::SIGKILL);
     }
 
-    /// Waits for its end; an error is what it wrote to stderr, and its status.
+    /// Waits until the child has ended. If it failed, the error contains its stderr and its status.
     pub(super) async fn end(&mut self) -> Result<(), String> {
         let status = loop {
             let mut ready = self.pidfd.readable().await.map_err(|error| error.to_string())?;
@@ -107,9 +107,9 @@ impl Child {
             WaitStatus::Signaled(_, signal, _) => format!("signal: {signal}"),
             other => format!("{other:?}"),
         };
-        // Nobody writes to it any more.
+        // Does not block: the child, which held the other end, has ended.
         let mut message = Vec::new();
-        let _ = (&self.stderr).take(MOST_STDERR as u64).read_to_end(&mut message);
+        let _ = (&self.stderr).take(MAX_STDERR as u64).read_to_end(&mut message);
         let message = String::from_utf8_lossy(&message);
         Err(format!("{} ({status})", message.trim()))
     }

@@ -1,4 +1,4 @@
-//! The templates and network namespaces that sandboxes are spawned from.
+//! Keeps the templates and network namespaces, and spawns sandboxes with them.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -13,11 +13,11 @@ use crate::sandbox::agent::spawn::Child;
 use crate::sandbox::agent::template::{SandboxParts, Template};
 use crate::sandbox::direct::oci_config::SandboxConfig;
 
-/// What sandboxes are spawned from.
+/// The templates and network namespaces for sandboxes.
 #[derive(Default)]
 pub(super) struct Spawner {
     templates: HashMap<String, Template>,
-    /// By slot: there is one sandbox at a time in each.
+    /// Network namespaces by slot. Each is used by one sandbox at a time.
     networks: HashMap<u32, File>,
 }
 
@@ -33,26 +33,27 @@ impl Spawner {
     pub(super) fn spawn(&mut self, name: &str, job_dir: &Path, slot: u32, fds: Vec<OwnedFd>) -> io::Result<Child> {
         let template = self.templates.get(name).ok_or_else(|| io::Error::other("its template is gone"))?;
         let network = match self.networks.entry(slot) {
-            Entry::Occupied(made) => made.into_mut(),
-            Entry::Vacant(place) => place.insert(network()?),
+            Entry::Occupied(existing) => existing.into_mut(),
+            Entry::Vacant(vacant) => vacant.insert(new_network()?),
         };
         let mut fds = fds.into_iter();
-        let channel = fds.next().ok_or_else(|| io::Error::other("an order without a channel"))?;
+        let channel = fds.next().ok_or_else(|| io::Error::other("the order came without a channel"))?;
         template.spawn(SandboxParts { job_dir, network, cgroup: fds.next(), channel })
     }
 
-    /// Gives a template up.
+    /// Releases a template.
     pub(super) fn forget(&mut self, name: &str) {
         self.templates.remove(name);
     }
 }
 
-/// Makes a network namespace, empty, with its loopback down: in a thread of its own, which alone moves into it.
-fn network() -> io::Result<File> {
-    let make = || {
+/// Creates an empty network namespace, whose loopback is down. Uses a short-lived thread, so that only this thread
+/// moves into the namespace.
+fn new_network() -> io::Result<File> {
+    let create = || {
         unshare(CloneFlags::CLONE_NEWNET)?;
         File::open("/proc/thread-self/ns/net")
     };
-    let made = std::thread::Builder::new().spawn(make)?.join();
-    made.unwrap_or_else(|_| Err(io::Error::other("the thread that was to make it ended")))
+    let joined = std::thread::Builder::new().spawn(create)?.join();
+    joined.unwrap_or_else(|_| Err(io::Error::other("the thread that creates network namespaces panicked")))
 }

@@ -1,8 +1,8 @@
-//! A template, and the sandboxes that are spawned from it: what an OCI runtime does, without starting one.
+//! Spawns sandboxes from a template. This does the work of an OCI runtime without starting one.
 //!
-//! What all sandboxes of a template share is set up once, in a mount namespace that holds nothing else. A sandbox is a copy
-//! of this process that takes a copy of that namespace, mounts there what is its own, gives up every privilege that init
-//! does not need, and becomes init.
+//! The mounts that all sandboxes of a template share are set up once, in a mount namespace of the template. A sandbox
+//! is a copy of this process that copies this namespace, adds its own mounts, drops every privilege that init does not
+//! need, and becomes init.
 
 use std::ffi::CStr;
 use std::fs::{self, File};
@@ -25,36 +25,37 @@ use crate::sandbox::agent::{capabilities, mount, rlimits, rootfs};
 use crate::sandbox::direct::oci_config::{FsType, MountSource, SandboxConfig};
 use crate::sandbox::{init, seccomp};
 
-/// The name of a sandbox's init among processes.
+/// Process name of init.
 const INIT_NAME: &CStr = c"coderunner-init";
 
-/// What all sandboxes of a template share.
+/// The parts that all sandboxes of a template share.
 pub(super) struct Template {
     config: SandboxConfig,
     /// podman's seccomp filter, for init.
     init_filter: BpfProgram,
-    /// Our own seccomp filter, for programs.
+    /// coderunner's seccomp filter, for programs.
     program_filter: BpfProgram,
     /// The mount namespace with the shared mounts.
     mounts: File,
-    /// Device number of podman's mount of the image: it is another one, or gone, once somebody has deleted the template.
+    /// Device number of podman's mount of the image. When the template is deleted, the path has another device or is
+    /// gone.
     device: u64,
 }
 
-/// What belongs to one sandbox.
+/// The parts of a sandbox that it does not share.
 pub(super) struct SandboxParts<'a> {
-    /// Its job directory, as seen here.
+    /// The job directory, by its path in the agent's mount namespace.
     pub(super) job_dir: &'a Path,
-    /// Its network namespace.
+    /// The network namespace.
     pub(super) network: &'a File,
-    /// Its cgroup.
+    /// The cgroup, if there is one.
     pub(super) cgroup: Option<OwnedFd>,
-    /// Init's end of its channel.
+    /// Init's end of the channel.
     pub(super) channel: OwnedFd,
 }
 
 impl Template {
-    /// Sets up what sandboxes share, in a child. The template can be used once the child has ended without an error.
+    /// Sets up the shared mounts in a child. The template can be used when the child has ended without an error.
     pub(super) fn prepare(config: SandboxConfig) -> io::Result<(Template, Child)> {
         let (wait, go) = io::pipe()?;
         let mut go = Some(go);
@@ -62,7 +63,7 @@ impl Template {
         let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWNET;
         let child = Child::spawn(namespaces, None, || {
             drop(go.take());
-            // Until the parent has opened the mount namespace, and drops its end.
+            // Wait until the parent has opened the mount namespace: then it drops its end of the pipe.
             let _ = (&wait).read(&mut [0]);
             rootfs::set_up(&config)
         })?;
@@ -73,24 +74,24 @@ impl Template {
         Ok((Template { config, init_filter, program_filter: seccomp::filter(), mounts, device }, child))
     }
 
-    /// Spawns a sandbox. Its init reports the rest on its channel.
+    /// Spawns a sandbox. Its init reports on its channel when it is ready.
     pub(super) fn spawn(&self, own: SandboxParts<'_>) -> io::Result<Child> {
-        // The cgroup namespace comes later: its root is the cgroup of the process that makes it.
+        // The cgroup namespace comes later, because its root is the cgroup of the process that creates it.
         let namespaces = libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
         let cgroup = own.cgroup.as_ref().map(AsRawFd::as_raw_fd);
         Child::spawn(namespaces, cgroup, || {
             self.enter(&own)?;
             self.drop_privileges()?;
-            // Closed here, not when the closure ends: its number may be another descriptor's by then.
+            // Close it here, not at the end of the closure: its number may belong to another descriptor by then.
             let SandboxParts { channel, cgroup, .. } = own;
             drop(cgroup);
-            // SAFETY: whatever else is open here is the agent's, copied with all of its memory. This process ends by _exit,
-            // without going back to any of it.
+            // SAFETY: all other open descriptors belong to the agent's code, of which this process is a copy. It ends
+            // by _exit, without returning to that code.
             unsafe { init::run(channel, environment(&self.config), self.program_filter.clone()) }
         })
     }
 
-    /// Moves this process into namespaces of its own, and mounts there what is not shared.
+    /// Moves this process into its own namespaces, and mounts there the parts that are not shared.
     fn enter(&self, own: &SandboxParts<'_>) -> io::Result<()> {
         let config = &self.config;
         if fs::metadata(&config.root).map_or(true, |root| root.dev() != self.device) {
@@ -124,7 +125,7 @@ impl Template {
         Ok(())
     }
 
-    /// Gives up all privileges that init does not need.
+    /// Drops all privileges that init does not need.
     fn drop_privileges(&self) -> io::Result<()> {
         let config = &self.config;
         rlimits::set(&config.rlimits)?;
@@ -140,7 +141,7 @@ impl Template {
     }
 }
 
-/// The variables of the configuration.
+/// The environment variables of the configuration.
 fn environment(config: &SandboxConfig) -> init::Environment {
     let split = |variable: &String| variable.split_once('=').map(|(name, value)| (name.into(), value.into()));
     config.environment.iter().filter_map(split).collect()
