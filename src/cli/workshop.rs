@@ -12,9 +12,9 @@ use crate::host::instance::{self, Instance};
 use crate::host::process::ProcessError;
 use crate::metrics::{Counted, Measured};
 use crate::sandbox::Engine;
-use crate::sandbox::engine::Chosen;
+use crate::sandbox::engine::SelectedEngine;
 use crate::sandbox::podman::Podman;
-use crate::sandbox::supervisor::{EngineSettings, Living};
+use crate::sandbox::supervisor::{EngineSettings, Supervised};
 use crate::sandbox::sweep;
 
 /// How long containers may take to exit at the end, before those that are left are removed by force.
@@ -36,7 +36,7 @@ pub(super) struct Workshop {
     pub(super) delegated: bool,
     supervisors: TaskTracker,
     /// The containers that have a supervisor; a sweep removes all others.
-    pub(super) living: Living,
+    pub(super) supervised: Supervised,
 }
 
 impl Workshop {
@@ -49,20 +49,20 @@ impl Workshop {
         let executable = std::env::current_exe().context("cannot find the path of this executable")?;
         instance::mountable(&executable)?;
         let podman = Podman::new(&settings.podman);
-        let (supervisors, living) = (TaskTracker::new(), Living::default());
+        let (supervisors, supervised) = (TaskTracker::new(), Supervised::default());
         let engine_settings = EngineSettings {
             instance: instance.name.clone(),
             jobs,
             executable,
             require_limits: settings.require_limits,
             supervisors: supervisors.clone(),
-            living: living.clone(),
+            supervised: supervised.clone(),
             observer: Arc::new(Counted),
         };
-        let engine = Chosen::new(settings.engine, podman.clone(), engine_settings);
-        let delegated = engine.limits_by_itself();
+        let engine = SelectedEngine::new(settings.engine, podman.clone(), engine_settings);
+        let delegated = engine.has_cgroup();
         let engine = Arc::new(Measured(Arc::new(engine)));
-        Ok(Workshop { instance, podman, engine, delegated, supervisors, living })
+        Ok(Workshop { instance, podman, engine, delegated, supervisors, supervised })
     }
 
     /// Waits until all containers have gone, then removes by label those that have not.
@@ -75,8 +75,8 @@ impl Workshop {
         if tokio::time::timeout(SUPERVISORS_TIME, going).await.is_err() {
             tracing::warn!(containers = self.supervisors.len(), "containers did not exit by themselves");
         }
-        let living = Living::default();
-        let sweep = sweep::sweep(&self.podman, &self.instance.name, &living);
+        let supervised = Supervised::default();
+        let sweep = sweep::sweep(&self.podman, &self.instance.name, &supervised);
         let late = |_| Err(ProcessError::TimedOut { command: "the sweep".into(), deadline: SWEEP_TIME });
         match tokio::time::timeout(SWEEP_TIME, sweep).await.unwrap_or_else(late) {
             Ok(0) => {}

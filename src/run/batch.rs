@@ -9,7 +9,7 @@ use crate::model::client::Client;
 use crate::model::job::Job;
 use crate::run::answer::{Answer, RunError};
 use crate::run::runner::{Reuse, Runner};
-use crate::sandbox::{Live, Wanted};
+use crate::sandbox::{BuildRequest, Live};
 
 /// Most runs of a batch at the same time: few, so that there is room for those of others.
 const AT_ONCE: usize = 4;
@@ -35,8 +35,8 @@ impl Runner {
             }
         };
         let (wanted, mut handed_on) = oneshot::channel();
-        let wanted = Wanted { room: self.tasks.builds.take(self.most_build), built: wanted };
-        let mut running = pin!(self.run_live(job, Live { built: Some(wanted), ..Live::default() }, client));
+        let wanted = BuildRequest { permit: self.tasks.builds.reserve(self.most_build), build: wanted };
+        let mut running = pin!(self.run_live(job, Live { build_request: Some(wanted), ..Live::default() }, client));
         let mut over = None;
         let built = tokio::select! {
             biased;

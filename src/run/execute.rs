@@ -29,7 +29,7 @@ pub(super) async fn execute(
         queued += asked.elapsed();
         let _busy = metrics::sandbox_taken(&job.language, asked.elapsed());
         let image = sandbox.image.clone();
-        let carried = live.compiled_on(&image).is_some();
+        let carried = live.build_for(&image).is_some();
         match sandbox.run(language, job, &mut live).await {
             Ok(outcome) => {
                 pool.note_proof(&job.language);
@@ -72,7 +72,7 @@ mod tests {
             let first = starts.recv().await.unwrap();
             tokio::time::sleep(WAIT * 2 / 3).await;
             let init = first.succeed();
-            init.hear().await;
+            init.receive().await;
             drop(init);
             let _never = starts.recv().await.unwrap();
             let error = running.await.unwrap().unwrap_err();

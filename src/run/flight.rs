@@ -106,7 +106,7 @@ mod tests {
             let joins = begin(&runner, Reuse::Allowed);
             let spare = starts.recv().await.unwrap().succeed();
             // It would be given to the one who joins, if that took any.
-            assert!(tokio::time::timeout(Duration::from_secs(1), spare.hear()).await.is_err());
+            assert!(tokio::time::timeout(Duration::from_secs(1), spare.receive()).await.is_err());
             two.end_well();
             anew.await.unwrap().unwrap();
             joins.await.unwrap().unwrap();

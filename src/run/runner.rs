@@ -17,7 +17,7 @@ use crate::run::cache::MemoCache;
 use crate::run::execute::execute;
 use crate::run::flight::{Flights, Publisher};
 use crate::run::tasks::Tasks;
-use crate::sandbox::{Built, Live};
+use crate::sandbox::{Build, Live};
 use crate::scheduler::{Pool, PoolError};
 
 /// Whether the outcome of an earlier run may answer a request.
@@ -99,7 +99,7 @@ impl Runner {
     pub(super) async fn run_compiled(
         &self,
         job: Job,
-        built: Option<Arc<Built>>,
+        built: Option<Arc<Build>>,
         reuse: Reuse,
         client: &Client,
     ) -> Result<Answer, RunError> {
@@ -126,12 +126,12 @@ impl Runner {
         publisher: Publisher,
         language: Arc<Language>,
         keyed: Keyed,
-        built: Option<Arc<Built>>,
+        built: Option<Arc<Build>>,
         client: Client,
     ) {
         let Keyed { job, image: expected, key } = keyed;
         let (pool, memo, stop) = (Arc::clone(&self.pool), Arc::clone(&self.memo), self.tasks.stop.clone());
-        let live = Live { compiled: built, ..Live::default() };
+        let live = Live { build: built, ..Live::default() };
         let flying = async move {
             let executed = tokio::select! {
                 executed = execute(&pool, &language, &job, live, &client) => executed,

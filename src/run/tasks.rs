@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::sandbox::Builds;
+use crate::sandbox::BuildBudget;
 
 /// The runs of all runners there have been since the start: a reload makes a new runner, and the runs of
 /// the old one go on.
@@ -14,8 +14,8 @@ pub struct Tasks {
     pub(super) running: TaskTracker,
     /// Ends all runs.
     pub(super) stop: CancellationToken,
-    /// The memory for what batches have compiled.
-    pub(super) builds: Builds,
+    /// Memory budget of compiled files of all batches.
+    pub(super) builds: BuildBudget,
 }
 
 impl Tasks {

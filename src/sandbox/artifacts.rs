@@ -1,8 +1,8 @@
-//! What compiling left behind: taken out of one sandbox, put into others.
+//! Builds: the files that a compile stage leaves, copied from one sandbox to others.
 //!
-//! Init packs it when every program is dead, and another init unpacks it with the rights of the programs, who could
-//! have done the same. To the server it is bytes: it neither looks into them nor writes them to any path. It holds them in
-//! a memory file that nobody can change any more, and of which each init reads what it needs.
+//! Init packs the files when every program is dead. Another init unpacks them with the rights of the programs, which
+//! could have created the same files themselves. The server treats a build as opaque bytes: it does not parse them and
+//! writes them to no path. It holds them in a sealed memory file, which nobody can change and which each init reads.
 
 use std::fs::File;
 use std::io;
@@ -22,147 +22,149 @@ use crate::sandbox::init::carry;
 use crate::sandbox::protocol::{FromInit, ToInit};
 use crate::sandbox::{Sandbox, SandboxError};
 
-/// How much longer than [`carry::MAX_TIME`] init's answer may take.
-const ANSWER_GRACE: Duration = Duration::from_secs(3);
+/// How much longer than [`carry::MAX_TIME`] init's reply may take.
+const REPLY_GRACE: Duration = Duration::from_secs(3);
 
-/// Room of the pipe between an init and the server, in bytes: as much as the kernel gives anyone who asks.
-const PIPE: i32 = 1 << 20;
+/// Size of the pipe from init to the server, in bytes: the largest that the kernel grants without privileges by
+/// default.
+const PIPE_SIZE: i32 = 1 << 20;
 
-/// Bytes that are moved at a time, so that no other task waits for long.
+/// Bytes to move at a time, so that no other task waits for long.
 const CHUNK: usize = 256 * 1024;
 
-/// How many of the largest builds there is memory for.
-const TOGETHER: u64 = 4;
+/// The memory budget of all builds, as a multiple of the largest build.
+const MAX_BUILDS: u64 = 4;
 
-/// What compiling made in one sandbox, for others.
+/// Compiled files of one sandbox, for use in others.
 #[derive(Debug)]
-pub struct Built {
-    /// Content id of the image that it was made with, and works with.
+pub struct Build {
+    /// Content id of the image that the files were compiled with. They are used with this image only.
     image: String,
-    /// How compiling went.
+    /// Outcome of the compile stage.
     pub compile: StageOutcome,
-    /// A sealed memory file.
+    /// The packed files, in a sealed memory file.
     packed: File,
-    /// Whether a sandbox could not be given it: none will.
-    refused: AtomicBool,
-    _room: Room,
+    /// Set when a sandbox failed to unpack the build, which is then not used again.
+    unusable: AtomicBool,
+    _permit: BuildPermit,
 }
 
-impl Built {
-    /// Whether a job on this image need not be compiled.
-    pub fn is_of_use(&self, image: &str) -> bool {
-        self.image == image && !self.refused.load(Ordering::Relaxed)
+impl Build {
+    /// Whether a job on this image can use the build in place of compiling.
+    pub fn is_usable_on(&self, image: &str) -> bool {
+        self.image == image && !self.unusable.load(Ordering::Relaxed)
     }
 }
 
-/// None is like another one.
-impl PartialEq for Built {
-    fn eq(&self, other: &Built) -> bool {
+/// Compares by identity.
+impl PartialEq for Build {
+    fn eq(&self, other: &Build) -> bool {
         std::ptr::eq(self, other)
     }
 }
 
-/// Memory that what has been compiled takes, of all batches together.
+/// Memory budget of the builds of all batches together, in bytes. Holds the number of bytes that are reserved.
 #[derive(Debug, Clone, Default)]
-pub struct Builds(Arc<AtomicU64>);
+pub struct BuildBudget(Arc<AtomicU64>);
 
-impl Builds {
-    /// Takes room for a build of at most so many bytes, or as much as there is left: [`TOGETHER`] times as much is there in
-    /// all.
-    pub fn take(&self, most: u64) -> Room {
+impl BuildBudget {
+    /// Reserves memory for a build of at most `max_bytes`, or as much as is left. The whole budget is [`MAX_BUILDS`]
+    /// times `max_bytes`.
+    pub fn reserve(&self, max_bytes: u64) -> BuildPermit {
         let mut bytes = 0;
-        let _ = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |taken| {
-            bytes = most.min((most * TOGETHER).saturating_sub(taken));
-            Some(taken + bytes)
+        let _ = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |reserved| {
+            bytes = max_bytes.min((max_bytes * MAX_BUILDS).saturating_sub(reserved));
+            Some(reserved + bytes)
         });
-        Room { bytes, of: self.clone() }
+        BuildPermit { bytes, budget: self.clone() }
     }
 }
 
-/// Room for a build; dropping it gives it back.
+/// Memory reserved for a build. Dropping it releases the memory.
 #[derive(Debug)]
-pub struct Room {
+pub struct BuildPermit {
     bytes: u64,
-    of: Builds,
+    budget: BuildBudget,
 }
 
-impl Room {
-    /// Gives back what is not needed.
-    fn keep(&mut self, bytes: u64) {
+impl BuildPermit {
+    /// Releases all but the memory that a build of this size takes.
+    fn shrink_to(&mut self, bytes: u64) {
         let needed = bytes.next_multiple_of(rustix::param::page_size() as u64).min(self.bytes);
-        self.of.0.fetch_sub(self.bytes - needed, Ordering::Relaxed);
+        self.budget.0.fetch_sub(self.bytes - needed, Ordering::Relaxed);
         self.bytes = needed;
     }
 }
 
-impl Drop for Room {
+impl Drop for BuildPermit {
     fn drop(&mut self) {
-        self.of.0.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.budget.0.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
-/// Waits for what a run's compile stage makes: nothing, where it cannot be carried elsewhere.
+/// Asks a run for a copy of its compiled files.
 #[derive(Debug)]
-pub struct Wanted {
-    /// As large as it may be.
-    pub room: Room,
-    /// Is told when it is there, or will not be. Dropped where it did not compile.
-    pub built: oneshot::Sender<Option<Arc<Built>>>,
+pub struct BuildRequest {
+    /// Memory for the build, which limits its size.
+    pub permit: BuildPermit,
+    /// Receives the build, or `None` if the files cannot be copied. Dropped if the compile stage failed.
+    pub build: oneshot::Sender<Option<Arc<Build>>>,
 }
 
 impl Sandbox {
-    /// Hands on what was just compiled.
-    pub(crate) async fn hand_on(&mut self, compile: Option<&StageOutcome>, wanted: Wanted) -> Result<(), SandboxError> {
-        let Wanted { mut room, built } = wanted;
+    /// Copies the files that were just compiled, and sends them to the requester.
+    pub(crate) async fn share_build(
+        &mut self,
+        compile: Option<&StageOutcome>,
+        request: BuildRequest,
+    ) -> Result<(), SandboxError> {
+        let BuildRequest { mut permit, build } = request;
         let packed = match compile {
-            Some(_) if room.bytes > 0 => self.pack(room.bytes).await,
+            Some(_) if permit.bytes > 0 => self.pack(permit.bytes).await,
             _ => Ok(None),
         };
-        let made = packed.as_ref().ok().and_then(Option::as_ref).zip(compile).and_then(|(packed, compile)| {
-            room.keep(packed.metadata().ok()?.len());
+        let copied = packed.as_ref().ok().and_then(Option::as_ref).zip(compile).and_then(|(packed, compile)| {
+            permit.shrink_to(packed.metadata().ok()?.len());
             let (image, compile, packed) = (self.image.clone(), compile.clone(), packed.try_clone().ok()?);
-            Some(Arc::new(Built { image, compile, packed, refused: AtomicBool::new(false), _room: room }))
+            Some(Arc::new(Build { image, compile, packed, unusable: AtomicBool::new(false), _permit: permit }))
         });
-        // Where this sandbox has failed over it the others compile for themselves.
-        let _ = built.send(made);
+        // Also if this sandbox failed while packing: the requester then compiles in each sandbox.
+        let _ = build.send(copied);
         packed.map(drop)
     }
 
-    /// What the programs have left; `None` where it is too large, or such that it cannot be packed.
-    async fn pack(&mut self, most: u64) -> Result<Option<File>, SandboxError> {
-        // A host that has no room for this has none for a short cut.
-        let (memory, ours, theirs) = match files() {
-            Ok(files) => files,
+    /// Packs the files that the programs have left; `None` if they are too large or cannot be packed.
+    async fn pack(&mut self, max_bytes: u64) -> Result<Option<File>, SandboxError> {
+        // Without the resources for a copy the job still succeeds: the copy only saves time.
+        let (memory, ours, theirs) = match memfd_and_pipe() {
+            Ok(created) => created,
             Err(error) => {
                 tracing::warn!(%error, "cannot copy the compiled files to other sandboxes; each input is compiled by itself");
                 return Ok(None);
             }
         };
-        self.order(&ToInit::Pack { most }, &[theirs.as_fd()])?;
+        self.send(&ToInit::Pack { most: max_bytes }, &[theirs.as_fd()])?;
         drop(theirs);
         let reading = async move {
-            // Beyond that nobody reads, and init is told so by the pipe.
-            let read = fill(&memory, ours, most).await.and_then(|()| seal(&memory));
+            // If there are more bytes this closes the pipe, and init's next write fails.
+            let read = fill(&memory, ours, max_bytes).await.and_then(|()| seal(&memory));
             Ok(read.map(|()| memory))
         };
-        let refused = match tokio::try_join!(reading, self.answer())? {
+        let reason = match tokio::try_join!(reading, self.receive_reply())? {
             (Ok(packed), FromInit::Packed) => return Ok(Some(packed)),
             (Err(error), FromInit::Packed) => error.to_string(),
             (_, FromInit::NotCarried(reason)) => reason,
             _ => return Err(SandboxError::Init("unexpected message from init".into())),
         };
-        tracing::debug!(
-            reason = refused,
-            "cannot copy the compiled files to other sandboxes; each input is compiled by itself"
-        );
+        tracing::debug!(reason, "cannot copy the compiled files to other sandboxes; each input is compiled by itself");
         Ok(None)
     }
 
-    /// Has init make what was compiled elsewhere. Where that fails, of a sandbox in which nothing of the job has run, another
-    /// one will do, and none is given it again.
-    pub(crate) async fn unpack(&mut self, built: &Built) -> Result<(), SandboxError> {
-        let unpacked = match self.order(&ToInit::Unpack, &[built.packed.as_fd()]) {
-            Ok(()) => self.answer().await,
+    /// Has init unpack a build. If that fails, the build is not used again, and the job can run in another sandbox
+    /// because nothing of it has run in this one.
+    pub(crate) async fn unpack(&mut self, build: &Build) -> Result<(), SandboxError> {
+        let unpacked = match self.send(&ToInit::Unpack, &[build.packed.as_fd()]) {
+            Ok(()) => self.receive_reply().await,
             Err(error) => Err(error),
         };
         let reason = match unpacked {
@@ -173,42 +175,44 @@ impl Sandbox {
             Err(error) => error.to_string(),
         };
         tracing::warn!(reason, "cannot use the compiled files of another sandbox; compiling again");
-        built.refused.store(true, Ordering::Relaxed);
+        build.unusable.store(true, Ordering::Relaxed);
         Err(SandboxError::NotCarried)
     }
 
-    /// Init's answer to something that takes it a moment.
-    async fn answer(&mut self) -> Result<FromInit, SandboxError> {
-        let patience = carry::MAX_TIME + ANSWER_GRACE;
-        let silent = tokio::time::sleep(patience);
-        tokio::pin!(silent);
+    /// Waits for init's reply to packing or unpacking. Handles the reply to [`ToInit::Prepare`] that may come before
+    /// it.
+    async fn receive_reply(&mut self) -> Result<FromInit, SandboxError> {
+        let reply_time = carry::MAX_TIME + REPLY_GRACE;
+        let late = tokio::time::sleep(reply_time);
+        tokio::pin!(late);
         loop {
             let message = tokio::select! {
                 message = self.channel.receive() => message?,
-                () = self.gone.cancelled() => return Err(self.ended("its container has ended")),
-                () = &mut silent => return Err(SandboxError::Silent(patience)),
+                () = self.gone.cancelled() => return Err(self.container_ended("its container has ended")),
+                () = &mut late => return Err(SandboxError::Silent(reply_time)),
             };
             match message {
                 Some(FromInit::Prepared) if !self.prepared => self.prepared = true,
-                Some(FromInit::Failed(reason)) if !self.prepared => return Err(self.failed(reason)),
-                Some(answer) => return Ok(answer),
-                None => return Err(self.ended("its channel is closed")),
+                Some(FromInit::Failed(reason)) if !self.prepared => return Err(self.init_failure(reason)),
+                Some(reply) => return Ok(reply),
+                None => return Err(self.container_ended("its channel is closed")),
             }
         }
     }
 }
 
-/// A memory file, and the two ends of a pipe for what comes into it.
-fn files() -> io::Result<(File, pipe::Receiver, OwnedFd)> {
+/// Creates a memory file, and a pipe from init to the server that is to fill it.
+fn memfd_and_pipe() -> io::Result<(File, pipe::Receiver, OwnedFd)> {
     let memory = memfd_create("build", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     let (ours, theirs) = io::pipe()?;
-    // A user who has many has to do with less.
-    let _ = fcntl(&ours, FcntlArg::F_SETPIPE_SZ(PIPE));
+    // Fails if this user's pipes already take too much memory. A smaller pipe works too.
+    let _ = fcntl(&ours, FcntlArg::F_SETPIPE_SZ(PIPE_SIZE));
     Ok((memory.into(), pipe::Receiver::from_owned_fd(ours.into())?, theirs.into()))
 }
 
-/// Moves all that comes into a memory file, and through no memory of ours. Fails where it is more than `most` bytes.
-async fn fill(memory: &File, ours: pipe::Receiver, most: u64) -> io::Result<()> {
+/// Moves all bytes of a pipe into a memory file, without copying them through this process. Fails if there are more
+/// than `max_bytes`.
+async fn fill(memory: &File, ours: pipe::Receiver, max_bytes: u64) -> io::Result<()> {
     let mut length = 0;
     loop {
         ours.readable().await?;
@@ -220,13 +224,13 @@ async fn fill(memory: &File, ours: pipe::Receiver, most: u64) -> io::Result<()> 
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
-        if length > most {
-            return Err(io::Error::other("it is larger than init was told"));
+        if length > max_bytes {
+            return Err(io::Error::other("init wrote more than the size limit"));
         }
     }
 }
 
-/// Has a memory file stay as it is.
+/// Seals a memory file: nobody can change it any more.
 fn seal(memory: &File) -> io::Result<()> {
     Ok(fcntl_add_seals(memory, SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?)
 }
@@ -246,15 +250,16 @@ mod tests {
     use crate::sandbox::channel::Channel;
     use crate::sandbox::protocol::{Enforced, send};
 
-    fn built() -> Built {
-        let (packed, ..) = files().unwrap();
+    fn build() -> Build {
+        let (packed, ..) = memfd_and_pipe().unwrap();
         let usage = Usage::default();
         let (stage, ended, output) = (Stage::Compile, Ended::Exited(0), Output::default());
         let compile = StageOutcome { stage, ended, artifact: true, usage, output };
-        Built { image: "i".into(), compile, packed, refused: AtomicBool::new(false), _room: Builds::default().take(0) }
+        let permit = BuildBudget::default().reserve(0);
+        Build { image: "i".into(), compile, packed, unusable: AtomicBool::new(false), _permit: permit }
     }
 
-    /// A sandbox, and its init's end of the channel.
+    /// A sandbox, and init's end of its channel.
     fn sandbox(prepared: bool) -> (Sandbox, OwnedFd) {
         let (channel, theirs) = Channel::pair().unwrap();
         let sandbox = Sandbox {
@@ -267,7 +272,7 @@ mod tests {
             enforced: Enforced::default(),
             own_cgroup: false,
             cgroup: None,
-            spent_us: 0,
+            earlier_cpu_us: 0,
             prepared,
             gone: CancellationToken::new(),
             _released: CancellationToken::new().drop_guard(),
@@ -282,23 +287,23 @@ mod tests {
         {
             for failure in failures().into_iter().take(1 + usize::from(prepared)) {
                 let (mut sandbox, init) = self::sandbox(prepared);
-                let built = built();
+                let build = build();
                 send(init.as_fd(), &failure, &[]).unwrap();
-                assert_eq!(sandbox.unpack(&built).await.unwrap_err().kind(), failed);
-                assert_eq!(built.is_of_use("i"), !prepared, "{failure:?}");
+                assert_eq!(sandbox.unpack(&build).await.unwrap_err().kind(), failed);
+                assert_eq!(build.is_usable_on("i"), !prepared, "{failure:?}");
                 drop(init);
-                assert_eq!(sandbox.unpack(&built).await.unwrap_err().kind(), ended);
+                assert_eq!(sandbox.unpack(&build).await.unwrap_err().kind(), ended);
             }
         }
     }
 
     #[tokio::test]
     async fn what_is_not_read_or_written_any_more_is_not_waited_for() {
-        // Whose end of the pipe stays open beside the message that nobody takes.
+        // Init's end of the pipe stays open in the message, which nobody receives.
         let (mut sandbox, _init) = sandbox(true);
         sandbox.gone.cancel();
         let patience = Duration::from_secs(5);
-        let unpacked = timeout(patience, sandbox.unpack(&built())).await;
+        let unpacked = timeout(patience, sandbox.unpack(&build())).await;
         assert_eq!(unpacked.unwrap().unwrap_err().kind(), "not_carried");
         assert_eq!(timeout(patience, sandbox.pack(1 << 20)).await.unwrap().unwrap_err().kind(), "sandbox_gone");
     }
@@ -308,31 +313,31 @@ mod tests {
         let (mut sandbox, init) = sandbox(true);
         drop(init);
         let (sender, receiver) = oneshot::channel();
-        let wanted = Wanted { room: Builds::default().take(1 << 20), built: sender };
-        let compile = built().compile;
-        assert_eq!(sandbox.hand_on(Some(&compile), wanted).await.unwrap_err().kind(), "sandbox_gone");
+        let request = BuildRequest { permit: BuildBudget::default().reserve(1 << 20), build: sender };
+        let compile = build().compile;
+        assert_eq!(sandbox.share_build(Some(&compile), request).await.unwrap_err().kind(), "sandbox_gone");
         assert!(receiver.await.unwrap().is_none());
     }
 
     #[test]
     fn all_builds_together_have_a_bound() {
-        let builds = Builds::default();
-        let mut rooms: Vec<Room> = (0..TOGETHER).map(|_| builds.take(1 << 20)).collect();
-        assert_eq!((rooms[0].bytes, builds.take(1 << 20).bytes), (1 << 20, 0));
-        rooms[0].keep(5000);
-        assert_eq!(builds.take(1 << 20).bytes, (1 << 20) - 8192);
-        drop(rooms);
-        assert_eq!(builds.0.load(Ordering::Relaxed), 0);
+        let budget = BuildBudget::default();
+        let mut permits: Vec<BuildPermit> = (0..MAX_BUILDS).map(|_| budget.reserve(1 << 20)).collect();
+        assert_eq!((permits[0].bytes, budget.reserve(1 << 20).bytes), (1 << 20, 0));
+        permits[0].shrink_to(5000);
+        assert_eq!(budget.reserve(1 << 20).bytes, (1 << 20) - 8192);
+        drop(permits);
+        assert_eq!(budget.0.load(Ordering::Relaxed), 0);
     }
 
     #[tokio::test]
     async fn what_is_kept_is_bounded_and_cannot_be_changed() {
         use std::io::Write;
         use std::os::unix::fs::FileExt;
-        for (most, fits) in [(100_000, true), (99_999, false)] {
-            let (memory, ours, theirs) = files().unwrap();
+        for (max_bytes, fits) in [(100_000, true), (99_999, false)] {
+            let (memory, ours, theirs) = memfd_and_pipe().unwrap();
             let writing = std::thread::spawn(move || File::from(theirs).write_all(&[7; 100_000]));
-            assert_eq!(fill(&memory, ours, most).await.is_ok(), fits);
+            assert_eq!(fill(&memory, ours, max_bytes).await.is_ok(), fits);
             assert!(writing.join().unwrap().is_ok());
             seal(&memory).unwrap();
             assert!(memory.write_at(b"x", 0).is_err() && memory.set_len(0).is_err());

@@ -1,4 +1,4 @@
-//! An end of a channel: to an init, or between the server and the agent.
+//! One end of a message channel: between the server and an init, or between the server and the agent.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixDatagram as StdSocket;
@@ -11,18 +11,18 @@ use tokio::net::UnixDatagram;
 
 use crate::sandbox::protocol;
 
-/// A message did not get through.
+/// Why a message was not sent or received.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
-    /// The other side has gone.
+    /// The peer has closed its end.
     #[error("its channel is closed")]
     Closed,
-    /// The kernel refused.
+    /// A system call failed.
     #[error("{what}: {source}")]
     Io {
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         source: std::io::Error,
     },
 }
@@ -33,55 +33,55 @@ impl ChannelError {
     }
 }
 
-/// tokio has no seqpacket socket; its datagram socket waits for one just as well.
+/// A `SOCK_SEQPACKET` socket. tokio has no type for these; its datagram socket can wait for one just as well.
 #[derive(Debug)]
 pub(crate) struct Channel(UnixDatagram);
 
 impl Channel {
-    /// Our end, and the one to pass to init.
+    /// Creates a channel: the server's end, and the descriptor to pass to the child.
     pub fn pair() -> Result<(Channel, OwnedFd), ChannelError> {
         let make = || -> std::io::Result<(Channel, OwnedFd)> {
             let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
-            // Only ours: init waits for its messages.
+            // Only the server's end is non-blocking: init blocks while it waits for messages.
             Ok((Channel::from_fd(ours)?, theirs))
         };
         make().map_err(ChannelError::io("cannot make a channel"))
     }
 
-    /// Whether init has gone.
+    /// Whether the peer has closed its end.
     pub fn is_closed(&self) -> bool {
         let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::empty())];
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
-    /// Whether most of the socket's buffer is free: that is when the kernel calls it writable.
+    /// Whether most of the socket's buffer is free: only then does the kernel report it as writable.
     pub fn has_room(&self) -> bool {
         let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)];
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
-    /// The channel that a child finds at this descriptor.
+    /// The channel of this descriptor, which becomes non-blocking.
     pub fn from_fd(fd: OwnedFd) -> std::io::Result<Channel> {
         let socket = StdSocket::from(fd);
         socket.set_nonblocking(true)?;
         Ok(Channel(UnixDatagram::from_std(socket)?))
     }
 
-    /// Sends without waiting: a message or two always fit into the socket's buffer.
+    /// Sends without waiting: the socket's buffer always has room for a message or two.
     pub fn send(&self, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
         protocol::send(self.0.as_fd(), message, fds).map_err(|error| match error.kind() {
-            // The latter where something was left unread.
+            // ECONNRESET if the peer closed its end with unread messages.
             std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset => ChannelError::Closed,
             _ => ChannelError::Io { what: "cannot send on a channel", source: error },
         })
     }
 
-    /// The next message; `None` when the other side has gone. Safe to cancel.
+    /// The next message; `None` when the peer has closed its end. Safe to cancel.
     pub async fn receive<T: DeserializeOwned>(&self) -> Result<Option<T>, ChannelError> {
         Ok(self.receive_with_fds().await?.map(|(message, _)| message))
     }
 
-    /// The next message and the descriptors beside it.
+    /// Like [`Channel::receive`], with the descriptors that came with the message.
     pub async fn receive_with_fds<T: DeserializeOwned>(&self) -> Result<Option<(T, Vec<OwnedFd>)>, ChannelError> {
         match self.0.async_io(Interest::READABLE, || protocol::receive(self.0.as_fd())).await {
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => Ok(None),

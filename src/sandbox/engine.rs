@@ -1,4 +1,5 @@
-//! Which engine it is: the faster one where it works here and keeps limits as well as the other.
+//! Selects the engine: the direct engine, which is faster, if it works on this host and enforces limits as well as the
+//! podman engine.
 
 use std::sync::Arc;
 
@@ -14,13 +15,13 @@ use crate::sandbox::supervisor::EngineSettings;
 use crate::sandbox::{Engine, Sandbox, SandboxError, SandboxSpec};
 use serde::{Deserialize, Serialize};
 
-/// Which way sandboxes are made.
+/// How sandboxes are created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum EngineKind {
-    /// Direct where it works and limits can be kept that way, else podman.
+    /// Direct if it works and can enforce limits, else podman.
     Auto,
-    /// A template by podman, sandboxes by its configuration; once this was done by crun.
+    /// podman creates a template; the agent spawns sandboxes from its configuration. `crun` is the former name.
     #[serde(alias = "crun")]
     #[value(alias = "crun")]
     Direct,
@@ -38,56 +39,56 @@ impl std::fmt::Display for EngineKind {
     }
 }
 
-/// The engine that was asked for; `auto` is decided when the first sandbox is made, for podman may not work yet.
-pub struct Chosen {
+/// The configured engine. It is selected when the first sandbox is created, because podman may not work before.
+pub struct SelectedEngine {
     kind: EngineKind,
     podman: Podman,
     settings: EngineSettings,
-    /// The reason where there is none.
+    /// The delegated cgroup, or why there is none.
     cgroup: Result<Delegated, String>,
     engine: OnceCell<Arc<dyn Engine>>,
 }
 
-impl Chosen {
-    /// Takes the delegated cgroup, which can only be done before this process has children.
-    pub fn new(kind: EngineKind, podman: Podman, settings: EngineSettings) -> Chosen {
+impl SelectedEngine {
+    /// Takes over the delegated cgroup. This works only before this process has children.
+    pub fn new(kind: EngineKind, podman: Podman, settings: EngineSettings) -> SelectedEngine {
         let cgroup = match kind {
-            EngineKind::Podman => Err("the podman engine needs none".into()),
+            EngineKind::Podman => Err("the podman engine needs no cgroup".into()),
             EngineKind::Auto | EngineKind::Direct => Delegated::take().map_err(|error| error.to_string()),
         };
-        Chosen { kind, podman, settings, cgroup, engine: OnceCell::new() }
+        SelectedEngine { kind, podman, settings, cgroup, engine: OnceCell::new() }
     }
 
-    /// Whether containers can be limited without podman's help.
-    pub fn limits_by_itself(&self) -> bool {
+    /// Whether this process has a delegated cgroup, and can limit containers without podman.
+    pub fn has_cgroup(&self) -> bool {
         self.cgroup.is_ok()
     }
 
     async fn engine(&self, first: &SandboxSpec) -> Result<&Arc<dyn Engine>, SandboxError> {
-        self.engine.get_or_try_init(|| self.choose(first)).await
+        self.engine.get_or_try_init(|| self.select(first)).await
     }
 
-    async fn choose(&self, first: &SandboxSpec) -> Result<Arc<dyn Engine>, SandboxError> {
+    async fn select(&self, first: &SandboxSpec) -> Result<Arc<dyn Engine>, SandboxError> {
         let podman = || Arc::new(PodmanEngine::new(self.podman.clone(), self.settings.clone()));
         if self.kind == EngineKind::Podman {
             return Ok(podman());
         }
-        // Its failure is no reason for the one or the other: podman may come back.
+        // If podman fails here, no engine is selected yet: the failure may be temporary.
         let info = self.podman.info().await?;
         let cgroup = self.cgroup.as_ref().ok().cloned();
         let limited = cgroup.is_some();
-        let (of_podman, settings) = (self.podman.clone(), self.settings.clone());
-        let direct = aside(move || DirectEngine::new(of_podman, settings, cgroup)).await;
+        let (podman_command, settings) = (self.podman.clone(), self.settings.clone());
+        let direct = aside(move || DirectEngine::new(podman_command, settings, cgroup)).await;
         let direct = direct.map_err(SandboxError::io("cannot clear the cgroups of an earlier server"))?;
-        let against = match (direct.preflight(&first.language, &first.image).await?, &self.cgroup) {
+        let objection = match (direct.preflight(&first.language, &first.image).await?, &self.cgroup) {
             (Some(reason), _) => Some(reason),
-            // Where podman can keep limits, by the user's systemd, a faster engine that cannot is no gain.
+            // podman can enforce limits through the user's systemd. Limits matter more than speed.
             (None, Err(reason)) if info.missing_controllers().is_empty() => {
                 Some(format!("its containers could not be limited: {reason}"))
             }
             (None, _) => None,
         };
-        match against {
+        match objection {
             Some(reason) if self.kind == EngineKind::Auto => {
                 direct.release(None).await;
                 tracing::info!(reason, "engine: podman, since the direct engine cannot be used");
@@ -105,7 +106,7 @@ impl Chosen {
     }
 }
 
-impl Engine for Chosen {
+impl Engine for SelectedEngine {
     fn start(&self, spec: SandboxSpec) -> BoxFuture<'_, Result<Sandbox, SandboxError>> {
         Box::pin(async { self.engine(&spec).await?.start(spec).await })
     }
@@ -119,7 +120,7 @@ impl Engine for Chosen {
     }
 
     fn keep_only(&self, languages: &[Arc<Language>]) {
-        // One that is not chosen yet has nothing.
+        // Before an engine is selected nothing is kept.
         if let Some(engine) = self.engine.get() {
             engine.keep_only(languages);
         }

@@ -1,61 +1,61 @@
-//! Why there is no outcome of a job.
+//! Errors of sandboxes and engines.
 
 use std::time::Duration;
 
 use crate::host::process::ProcessError;
 use crate::sandbox::channel::ChannelError;
 
-/// Why there is no outcome: never the program's doing.
+/// Why a job has no outcome. The program that was run is never the cause.
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
-    /// The engine could not make one.
+    /// The engine could not create a sandbox.
     #[error("cannot make a sandbox for {language}: {reason}")]
     NotMade {
-        /// For which language.
+        /// The language of the sandbox.
         language: String,
-        /// What the engine said.
+        /// The engine's message.
         reason: String,
     },
-    /// The kernel does not keep its limits, and that is required.
+    /// `require_limits` is set, and the kernel does not enforce the limits of the sandbox.
     #[error("require_limits is set and the kernel does not limit the {0} of sandboxes; see `coderunner doctor`")]
     Unlimited(String),
-    /// An engine's command failed.
+    /// A command of the engine failed.
     #[error(transparent)]
     Process(#[from] ProcessError),
-    /// The process in podman's namespaces failed.
+    /// The agent, which runs in podman's namespaces, failed.
     #[error("the agent in podman's namespaces: {0}")]
     Agent(String),
-    /// The container had ended before anything of the job ran in it: another one will do.
+    /// The container had ended before anything of the job ran in it. The job can run in another sandbox.
     #[error("the sandbox had ended while it waited for a job")]
     Lost,
-    /// What was compiled elsewhere could not be put into this one, where nothing of the job has run: the job can be
-    /// compiled in another one.
-    #[error("what was compiled elsewhere cannot be used")]
+    /// The files compiled in another sandbox could not be unpacked in this one. Nothing of the job has run in it: the
+    /// job can be compiled in another sandbox.
+    #[error("the files compiled in another sandbox cannot be used")]
     NotCarried,
-    /// The container ended under a job.
+    /// The container ended while a job ran in it.
     #[error("the sandbox ended by itself: {0}")]
     Gone(String),
-    /// Init said that it cannot go on.
+    /// Init reported a failure.
     #[error("init failed: {0}")]
     Init(String),
-    /// The kernel killed the program for the memory that others use: it was below its own limit.
+    /// The kernel killed the program although it was below its own memory limit: others used the memory.
     #[error("the host, or the service, ran out of memory")]
     HostMemory,
     /// Init did not answer in time.
     #[error("init did not answer within {}", humantime::format_duration(*.0))]
     Silent(Duration),
-    /// The host refused a file or a pipe.
+    /// An operation on a file or a pipe of the host failed.
     #[error("{what}: {source}")]
     Io {
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         source: std::io::Error,
     },
 }
 
 impl SandboxError {
-    /// Which failure it is, in a word.
+    /// Name of the failure, for metrics.
     pub fn kind(&self) -> &'static str {
         match self {
             SandboxError::NotMade { .. } => "sandbox_not_made",

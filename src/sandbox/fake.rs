@@ -1,4 +1,4 @@
-//! An engine for tests: each start is a test's to decide, and each init a test's to play.
+//! A fake engine for tests: the test decides the result of each start, and plays the part of each init.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,29 +14,29 @@ use crate::sandbox::channel::Channel;
 use crate::sandbox::protocol::{Enforced, FromInit, ToInit};
 use crate::sandbox::{Engine, Sandbox, SandboxError, SandboxSpec, Slot};
 
-/// How long a test may take that takes a moment, on a clock that does not stand still.
+/// Longest that a test on the paused clock may take, in real time.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Hands each start to a test.
 pub struct Fake(mpsc::UnboundedSender<Start>);
 
-/// An engine, and its starts.
+/// A fake engine, and a receiver of the starts that it is asked for.
 pub fn engine() -> (Arc<dyn Engine>, mpsc::UnboundedReceiver<Start>) {
     let (starts, begun) = mpsc::unbounded_channel();
     (Arc::new(Fake(starts)), begun)
 }
 
-/// A sandbox that is to be made. Dropped, it is not made, and its slot given back.
+/// A requested sandbox. Dropping it fails the start and releases the slot.
 pub struct Start {
     pub spec: SandboxSpec,
-    made: oneshot::Sender<Result<Sandbox, SandboxError>>,
+    result: oneshot::Sender<Result<Sandbox, SandboxError>>,
 }
 
 impl Engine for Fake {
     fn start(&self, spec: SandboxSpec) -> BoxFuture<'_, Result<Sandbox, SandboxError>> {
-        let (made, answer) = oneshot::channel();
-        let _ = self.0.send(Start { spec, made });
-        Box::pin(async { answer.await.unwrap_or(Err(SandboxError::Silent(Duration::ZERO))) })
+        let (result, received) = oneshot::channel();
+        let _ = self.0.send(Start { spec, result });
+        Box::pin(async { received.await.unwrap_or(Err(SandboxError::Silent(Duration::ZERO))) })
     }
 
     fn release<'a>(&'a self, _: Option<&'a str>) -> BoxFuture<'a, ()> {
@@ -47,7 +47,7 @@ impl Engine for Fake {
 }
 
 impl Start {
-    /// Makes it, with an init that is ready.
+    /// Creates the sandbox, with an init that is ready.
     pub fn succeed(self) -> Init {
         let (channel, theirs) = Channel::pair().unwrap();
         let job_dir = tempfile::tempdir().unwrap();
@@ -62,17 +62,17 @@ impl Start {
             enforced: Enforced::default(),
             own_cgroup: false,
             cgroup: None,
-            spent_us: 0,
+            earlier_cpu_us: 0,
             prepared: false,
             gone: gone.clone(),
             _released: released.clone().drop_guard(),
         };
-        let _ = self.made.send(Ok(sandbox));
+        let _ = self.result.send(Ok(sandbox));
         Init { channel: Channel::from_fd(theirs).unwrap(), gone, released, _job_dir: job_dir, slot: self.spec.slot }
     }
 }
 
-/// The init of a sandbox, and its supervisor. When it is dropped the container has ended and its slot is given back.
+/// The init and the supervisor of a sandbox. Dropping it ends the container and releases the slot.
 pub struct Init {
     channel: Channel,
     gone: CancellationToken,
@@ -82,38 +82,39 @@ pub struct Init {
 }
 
 impl Init {
-    /// What the server says next.
-    pub async fn hear(&self) -> Option<ToInit> {
+    /// The next message from the server.
+    pub async fn receive(&self) -> Option<ToInit> {
         self.channel.receive().await.unwrap()
     }
 
-    pub fn say(&self, message: &FromInit) {
+    /// Sends the server a message.
+    pub fn send(&self, message: &FromInit) {
         self.channel.send(message, &[]).unwrap();
     }
 
-    /// Takes a job and its run stage, which does not end yet.
+    /// Accepts a job and starts its run stage, which does not end yet.
     pub async fn begin(&self) {
-        assert!(matches!(self.hear().await, Some(ToInit::Prepare { .. })));
-        self.say(&FromInit::Prepared);
-        assert!(matches!(self.hear().await, Some(ToInit::Stage(_))));
+        assert!(matches!(self.receive().await, Some(ToInit::Prepare { .. })));
+        self.send(&FromInit::Prepared);
+        assert!(matches!(self.receive().await, Some(ToInit::Stage(_))));
     }
 
-    /// Ends the run stage that was begun.
+    /// Ends the running stage with exit code 0.
     pub fn end_well(&self) {
-        self.say(&FromInit::StageEnded { ended: Ended::Exited(0), artifact: true, usage: Usage::default() });
+        self.send(&FromInit::StageEnded { ended: Ended::Exited(0), artifact: true, usage: Usage::default() });
     }
 
-    /// The number of its slot.
+    /// The number of the slot.
     pub fn slot(&self) -> u32 {
         self.slot.number
     }
 
-    /// Waits until the sandbox was given up.
+    /// Waits until the server has released the sandbox.
     pub async fn released(&self) {
         self.released.cancelled().await;
     }
 
-    /// Closes its channel, as one that was killed; nobody has noticed otherwise yet.
+    /// Closes the channel, as if init had been killed and the supervisor had not noticed it yet.
     pub fn close_channel(&mut self) {
         self.channel = Channel::pair().unwrap().0;
     }
@@ -125,8 +126,8 @@ impl Drop for Init {
     }
 }
 
-/// Runs a test on a clock that jumps whenever all others wait, and fails where that never comes about: something spins
-/// then, or blocks the only thread.
+/// Runs a test on tokio's paused clock, which advances when all tasks wait. Panics if the test takes longer than
+/// [`PATIENCE`]: then a task spins, or blocks the only thread.
 pub fn on_paused_clock<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
     let (ended, end) = std::sync::mpsc::channel();
     let thread = std::thread::spawn(move || {
@@ -140,11 +141,11 @@ pub fn on_paused_clock<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send +
     }
 }
 
-/// Nobody hears of anything.
+/// An observer that does nothing.
 #[derive(Debug)]
-pub struct Unheard;
+pub struct NoopObserver;
 
-impl crate::sandbox::Observer for Unheard {
+impl crate::sandbox::Observer for NoopObserver {
     fn removed(&self, _forced: bool) {}
     fn swept(&self, _removed: Option<usize>) {}
 }

@@ -1,4 +1,4 @@
-//! Health programs: they show whether an image works.
+//! Runs health programs, which show whether an image works.
 
 use std::sync::Arc;
 
@@ -10,8 +10,8 @@ use crate::model::outcome::Outcome;
 use crate::sandbox::retries::Retries;
 use crate::sandbox::{Engine, HEALTH_SLOT, Live, SandboxError, SandboxSpec, Slot};
 
-/// Where images are checked, one at a time: all checks take the same slot. It comes back when the container is gone, also
-/// where whoever asked for a check gave it up; until then no other one begins.
+/// Checks images, one at a time, because all checks use the same slot. The slot is free again when the container of the
+/// previous check is gone, also if that check was cancelled.
 pub struct Checks {
     free: mpsc::UnboundedSender<u32>,
     freed: Mutex<mpsc::UnboundedReceiver<u32>>,
@@ -26,8 +26,8 @@ impl Default for Checks {
 }
 
 impl Checks {
-    /// Runs the health program of a language in a sandbox of an image: what is wrong with the image, if anything is.
-    /// Nothing is left of the sandbox when it returns.
+    /// Runs the health program of a language in a sandbox of an image. Returns what is wrong with the image, if
+    /// anything. The sandbox is gone when this returns.
     pub async fn check(
         &self,
         engine: &dyn Engine,
@@ -46,7 +46,8 @@ impl Checks {
 
     async fn run(&self, engine: &dyn Engine, language: &Arc<Language>, image: &str) -> Result<Outcome, SandboxError> {
         let mut freed = self.freed.lock().await;
-        // We hold a sender: it does not close. The supervisor of the one before sees that it comes back.
+        // This never returns `None`, because `self` holds a sender. The supervisor of the previous container releases
+        // the slot.
         let number = freed.recv().await.unwrap_or(HEALTH_SLOT);
         let slot = Slot::new(number, self.free.clone());
         let spec = SandboxSpec { language: Arc::clone(language), image: image.to_owned(), slot };
@@ -55,7 +56,7 @@ impl Checks {
             Ok(sandbox) => sandbox.run(language, &job, &mut Live::default()).await,
             Err(error) => Err(error),
         };
-        // Until the container is gone its image cannot be deleted.
+        // Wait until the container is gone: until then its image cannot be deleted.
         if let Some(number) = freed.recv().await {
             drop(Slot::new(number, self.free.clone()));
         }

@@ -1,8 +1,8 @@
 //! Sandboxes: one container each, made ahead of time, used by one job, then deleted.
 //!
-//! Who owns what: a [`Sandbox`] holds our end of the channel to init. Dropping it, whatever the reason,
-//! closes the channel; init exits, and the container with it. Its *supervisor*, a task of the engine, owns the
-//! rest (the engine's process, the job directory, the [`Slot`]) and gives it back when the container is gone.
+//! Ownership: a [`Sandbox`] holds the server's end of the channel to init. Dropping it for any reason closes the
+//! channel, so init exits and the container ends. The *supervisor* of the sandbox, a task of the engine, owns the rest
+//! (the engine's process, the job directory, the [`Slot`]) and releases it when the container is gone.
 
 pub mod agent;
 pub mod artifacts;
@@ -41,89 +41,89 @@ use crate::model::job::{Job, Stage};
 use crate::model::language::Language;
 use crate::model::outcome::{Outcome, StageOutcome, Verdict};
 use crate::model::output::Stream;
-pub use artifacts::{Builds, Built, Wanted};
+pub use artifacts::{Build, BuildBudget, BuildRequest};
 use channel::{Channel, ChannelError};
 pub use error::SandboxError;
 pub use protocol::Enforced;
 use protocol::ToInit;
 pub use slot::{HEALTH_SLOT, Slot};
 
-/// Label of every container of ours; its value is 1.
+/// Label of every coderunner container; its value is 1.
 pub const LABEL: &str = "io.coderunner";
-/// Label with the name of the server that made a container.
+/// Label with the name of the server instance that created a container.
 pub const LABEL_INSTANCE: &str = "io.coderunner.instance";
 /// Label with the language of a sandbox.
 pub const LABEL_LANGUAGE: &str = "io.coderunner.language";
 
-/// How long after its time limit a stage's end may reach us, killing and reaping included.
+/// How long after its time limit a stage may take to report its end: init has to kill and reap its processes.
 const STAGE_GRACE: Duration = Duration::from_secs(7);
 
-/// Makes sandboxes.
+/// Creates sandboxes.
 pub trait Engine: Send + Sync {
-    /// Makes one and waits until its init is ready. The slot is given back when the container is gone,
-    /// also where this fails or is dropped.
+    /// Creates a sandbox and waits until its init is ready. The slot is released when the container is gone, also if
+    /// this fails or the future is dropped.
     fn start(&self, spec: SandboxSpec) -> BoxFuture<'_, Result<Sandbox, SandboxError>>;
 
-    /// Gives up what is kept for further sandboxes of an image (of all images where none is named), so that
-    /// nothing but sandboxes keeps it from being deleted.
+    /// Releases what the engine keeps for further sandboxes of an image (of all images if `image` is `None`). After
+    /// that only existing sandboxes keep the image from being deleted.
     fn release<'a>(&'a self, image: Option<&'a str>) -> BoxFuture<'a, ()>;
 
-    /// From now on sandboxes of these languages are made: gives up what is kept for others, and keeps nothing for them any
-    /// more. It goes in the background, with the last of their sandboxes.
+    /// Keeps resources for further sandboxes of these languages only. Those of other languages are released in the
+    /// background, when their last sandbox is gone.
     fn keep_only(&self, languages: &[Arc<Language>]);
 }
 
-/// What a sandbox is made of.
+/// Describes a sandbox to create.
 #[derive(Debug)]
 pub struct SandboxSpec {
-    /// Whose limits and label it gets.
+    /// The language that sets the limits and the label.
     pub language: Arc<Language>,
     /// Content id of the image, never its name.
     pub image: String,
-    /// The place it takes.
+    /// The slot that the sandbox occupies.
     pub slot: Slot,
 }
 
-/// What happens in a sandbox while a job runs, for those who watch.
+/// Progress of a job, for clients that follow it live.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// The job waits for a sandbox; so many wait before it.
+    /// The job waits for a sandbox, behind this number of other jobs.
     Queued(usize),
-    /// A stage begins.
+    /// A stage has started.
     Started(Stage),
-    /// A stage printed this; what is beyond the limits never comes.
+    /// A stage has printed this. Output beyond the output limit is not reported.
     Output(Stage, Stream, Bytes),
-    /// A stage is over.
+    /// A stage has ended.
     Ended(Arc<StageOutcome>),
 }
 
-/// The live side of a run: who watches it, and what is typed into it.
+/// Connections of a running job: events out, further input and signals in, and compiled files in either direction.
 #[derive(Debug, Default)]
 pub struct Live {
-    /// Gets each event. Bounded by the output limits, so it needs no bound of its own.
+    /// Receives each event. Unbounded, because the output limits already bound what is sent.
     pub events: Option<mpsc::UnboundedSender<Event>>,
-    /// Standard input beyond the job's own, until it closes.
+    /// Standard input that follows the job's own, until the channel closes.
     pub stdin: Option<mpsc::Receiver<Bytes>>,
     /// Signals for the running stage.
     pub signals: Option<mpsc::Receiver<i32>>,
-    /// Who wants what compiling makes.
-    pub built: Option<Wanted>,
-    /// What compiling the same files has made elsewhere: a short cut, which changes no outcome.
-    pub compiled: Option<Arc<Built>>,
+    /// Requests a copy of the compiled files, for other sandboxes.
+    pub build_request: Option<BuildRequest>,
+    /// The same files compiled in another sandbox. Using it saves the compile stage and does not change the outcome.
+    pub build: Option<Arc<Build>>,
 }
 
 impl Live {
-    /// What need not be compiled on this image.
-    pub fn compiled_on(&self, image: &str) -> Option<&Arc<Built>> {
-        self.compiled.as_ref().filter(|built| built.is_of_use(image))
+    /// The build, if it can be used with this image in place of compiling.
+    pub fn build_for(&self, image: &str) -> Option<&Arc<Build>> {
+        self.build.as_ref().filter(|build| build.is_usable_on(image))
     }
 }
 
-/// Hears of what happens to containers.
+/// Receives events about containers, for the metrics.
 pub trait Observer: std::fmt::Debug + Send + Sync {
-    /// A container is gone; by force, where it did not go by itself.
+    /// A container is gone; `forced` if it did not end by itself and had to be removed.
     fn removed(&self, forced: bool);
-    /// Somebody looked for containers without an owner; how many were removed, where that worked.
+    /// A sweep for containers without an owner has ended; `removed` is their number, or `None` if the sweep failed.
     fn swept(&self, removed: Option<usize>);
 }
 
@@ -133,38 +133,39 @@ pub struct Sandbox {
     channel: Channel,
     job_dir: PathBuf,
     uid: u32,
-    /// As its image says it.
+    /// The user that the image names, in the image's spelling.
     user: String,
-    /// The number of its slot.
+    /// Number of the slot.
     pub(crate) number: u32,
-    /// Content id of its image.
+    /// Content id of the image.
     pub image: String,
-    /// What its init saw of the limits.
+    /// The limits that init found enforced.
     pub enforced: Enforced,
     own_cgroup: bool,
-    /// That, where this process can see it: what was counted there outlives init.
+    /// The sandbox's own cgroup, if this process can read it: its counters can still be read when init is dead.
     cgroup: Option<Arc<OwnCgroup>>,
-    /// CPU time of the stages before, in microseconds.
-    spent_us: u64,
-    /// Whether init has placed the files of a job.
+    /// CPU time of the earlier stages, in microseconds.
+    earlier_cpu_us: u64,
+    /// Whether init has confirmed that the job's files are in place.
     prepared: bool,
     pub(crate) gone: CancellationToken,
     _released: DropGuard,
 }
 
 impl Sandbox {
-    /// Whether its container has ended before it was used. Its init goes first, the rest takes podman a moment.
+    /// Whether the container has ended before it was used. The channel closes as soon as init exits; podman reports the
+    /// end of the container a moment later.
     pub fn is_gone(&self) -> bool {
         self.gone.is_cancelled() || self.channel.is_closed()
     }
 
-    /// Compiles and runs a job, then gives the container up.
+    /// Compiles and runs a job, then releases the container.
     pub async fn run(mut self, language: &Language, job: &Job, live: &mut Live) -> Result<Outcome, SandboxError> {
-        let compile = match live.compiled_on(&self.image).cloned() {
-            Some(built) => {
-                self.place(Vec::new())?;
-                self.unpack(&built).await?;
-                Some(built.compile.clone())
+        let compile = match live.build_for(&self.image).cloned() {
+            Some(build) => {
+                self.send_prepare(Vec::new())?;
+                self.unpack(&build).await?;
+                Some(build.compile.clone())
             }
             None => self.compile(language, job, live).await?,
         };
@@ -176,45 +177,45 @@ impl Sandbox {
         Ok(Outcome { compile, run })
     }
 
-    /// Places the files and compiles them, where the language has that.
+    /// Puts the job's files into the sandbox, and compiles them if the language has a compile stage.
     async fn compile(
         &mut self,
         language: &Language,
         job: &Job,
         live: &mut Live,
     ) -> Result<Option<StageOutcome>, SandboxError> {
-        // The directory goes with the container.
+        // The job directory is deleted when the container ends, so writing to it may fail for that reason.
         self.write_files(job).map_err(|error| if self.is_gone() { SandboxError::Lost } else { error })?;
-        self.place(job.files.iter().map(|file| file.name.clone()).collect())?;
+        self.send_prepare(job.files.iter().map(|file| file.name.clone()).collect())?;
         let compile = match language.command(Stage::Compile) {
             Some(_) => Some(self.stage(Stage::Compile, language, job, live).await?),
             None => None,
         };
         let compiled = compile.as_ref().is_none_or(|stage| stage.verdict() == Verdict::Ok);
-        if let Some(wanted) = live.built.take_if(|_| compiled) {
-            self.hand_on(compile.as_ref(), wanted).await?;
+        if let Some(request) = live.build_request.take_if(|_| compiled) {
+            self.share_build(compile.as_ref(), request).await?;
         }
         Ok(compile)
     }
 
-    /// Has init place the files. What comes next hears of its answer: waiting for it here would cost two changes
-    /// between processes.
-    fn place(&self, files: Vec<String>) -> Result<(), SandboxError> {
-        let order = ToInit::Prepare { uid: self.uid, user: self.user.clone(), own_cgroup: self.own_cgroup, files };
-        self.channel.send(&order, &[]).map_err(|_| SandboxError::Lost)
+    /// Tells init to put the files in place. Does not wait for init's reply, which would cost two context switches: the
+    /// next step receives it.
+    fn send_prepare(&self, files: Vec<String>) -> Result<(), SandboxError> {
+        let message = ToInit::Prepare { uid: self.uid, user: self.user.clone(), own_cgroup: self.own_cgroup, files };
+        self.channel.send(&message, &[]).map_err(|_| SandboxError::Lost)
     }
 
-    /// Tells init what to do, with what it takes.
-    fn order(&self, order: &ToInit, fds: &[BorrowedFd<'_>]) -> Result<(), SandboxError> {
-        self.channel.send(order, fds).map_err(|error| match error {
-            ChannelError::Closed => self.ended(&error.to_string()),
+    /// Sends init a message, with the descriptors that it needs.
+    fn send(&self, message: &ToInit, fds: &[BorrowedFd<'_>]) -> Result<(), SandboxError> {
+        self.channel.send(message, fds).map_err(|error| match error {
+            ChannelError::Closed => self.container_ended(&error.to_string()),
             other => other.into(),
         })
     }
 
-    /// What it means that init cannot do something. Where that is to place the files, nothing of the job has run: the image
-    /// or the directory may have been deleted while it waited.
-    fn failed(&self, reason: String) -> SandboxError {
+    /// The error for a failure that init reports. If init could not put the files in place, nothing of the job has run:
+    /// the image or the job directory may have been deleted while the sandbox waited for a job.
+    fn init_failure(&self, reason: String) -> SandboxError {
         if self.prepared {
             return SandboxError::Init(reason);
         }
@@ -222,14 +223,15 @@ impl Sandbox {
         SandboxError::Lost
     }
 
-    /// What it means that the container is no longer there. One that was killed while it waited is found out when the
-    /// files are to be placed, and nothing of the job has run: its channel may be open still, for podman holds the
-    /// other end until it has cleaned up.
-    fn ended(&self, seen: &str) -> SandboxError {
-        if self.prepared { SandboxError::Gone(seen.into()) } else { SandboxError::Lost }
+    /// The error for a container that has ended. If it was killed while it waited for a job, that may be noticed only
+    /// when the files are to be put in place: podman holds the other end of the channel open until it has cleaned up.
+    /// Nothing of the job has run then.
+    fn container_ended(&self, cause: &str) -> SandboxError {
+        if self.prepared { SandboxError::Gone(cause.into()) } else { SandboxError::Lost }
     }
 
-    /// The names were checked where the job was made, and nobody but us writes to this directory.
+    /// Writes the job's files to the job directory. Their names were checked when the job was created, and only the
+    /// server writes to this directory.
     fn write_files(&self, job: &Job) -> Result<(), SandboxError> {
         job.files
             .iter()

@@ -1,5 +1,7 @@
-//! Containers that podman has forgotten. Where one is deleted while it is being made, with its image or for want of a
-//! disk, its record and its files go; but the process that should have become its init waits to be started for ever, and
+//! Finds and kills the processes of containers that podman no longer knows.
+//!
+//! A container may be deleted while it is being created, together with its image or because a disk is full. podman then
+//! deletes its record and its files, but the process that should have become its init waits forever to be started, and
 //! podman's monitor, `conmon`, waits for that process.
 
 use std::collections::HashMap;
@@ -8,12 +10,12 @@ use std::fs;
 use nix::unistd::getuid;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-/// The name of a container of an instance: that of a sandbox (`box`) or of a `template`.
+/// The name of a container of an instance. `kind` is `box` for a sandbox, or `template`.
 pub fn name(instance: &str, kind: &str, number: u64) -> String {
     format!("coderunner-{instance}-{}-{kind}-{number}", std::process::id())
 }
 
-/// Whether [`name`] made it for this instance; instances may be called after each other.
+/// Whether [`name`] made this name for this instance. The name of an instance may begin with that of another one.
 fn is_of(instance: &str, name: &str) -> bool {
     let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let rest = name.strip_prefix("coderunner-").and_then(|rest| rest.strip_prefix(instance));
@@ -21,28 +23,28 @@ fn is_of(instance: &str, name: &str) -> bool {
     matches!(parts[..], ["", process, "box" | "template", number] if digits(process) && digits(number))
 }
 
-/// Names of the containers of an instance that have a process which podman's monitor waits for; podman knows those of them
-/// that it has not forgotten.
+/// Names of the containers of an instance that have a process which podman's monitor waits for, whether podman still
+/// knows the container or not.
 pub fn monitored(instance: &str) -> Vec<String> {
-    processes(|name| is_of(instance, name)).into_keys().collect()
+    first_processes(|name| is_of(instance, name)).into_keys().collect()
 }
 
-/// Kills the processes that are left of these containers. Their monitors end with them.
+/// Kills the remaining processes of these containers. Their monitors then exit.
 pub fn kill(names: &[String]) {
-    let left = || processes(|name| names.iter().any(|one| one == name)).into_values();
-    for pid in left() {
+    let remaining = || first_processes(|name| names.iter().any(|one| one == name)).into_values();
+    for pid in remaining() {
         let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else { continue };
-        // The number may have become another's before it was opened.
-        if left().any(|one| one == pid) {
-            // Gone already is as good.
+        // The pid may have been reused before the pidfd was opened.
+        if remaining().any(|one| one == pid) {
+            // Fails if the process has already ended.
             let _ = pidfd_send_signal(process, Signal::KILL);
         }
     }
 }
 
-/// The first processes of this user's containers, by the names that their monitors were given. What cannot be read is
-/// gone or somebody else's.
-fn processes(is_meant: impl Fn(&str) -> bool) -> HashMap<String, Pid> {
+/// The first process of each of this user's containers, by the container name on the command line of its monitor. Skips
+/// entries of `/proc` that cannot be read: those processes have ended or belong to other users.
+fn first_processes(is_wanted: impl Fn(&str) -> bool) -> HashMap<String, Pid> {
     let (mut monitors, mut children) = (HashMap::new(), Vec::new());
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let number = entry.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw);
@@ -53,14 +55,14 @@ fn processes(is_meant: impl Fn(&str) -> bool) -> HashMap<String, Pid> {
             continue;
         }
         let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        if let Some(name) = monitored_name(&String::from_utf8_lossy(&line)).filter(|name| is_meant(name)) {
+        if let Some(name) = monitored_name(&String::from_utf8_lossy(&line)).filter(|name| is_wanted(name)) {
             monitors.insert(pid, name.to_owned());
         }
     }
     children.into_iter().filter_map(|(parent, pid)| Some((monitors.remove(&parent)?, pid))).collect()
 }
 
-/// Of a command line of `conmon`, the name of its container.
+/// The container name on a command line of `conmon`; `None` for any other command line.
 fn monitored_name(line: &str) -> Option<&str> {
     let mut words = line.split('\0');
     words.next().filter(|program| program.ends_with("conmon"))?;
@@ -68,18 +70,19 @@ fn monitored_name(line: &str) -> Option<&str> {
     words.next()
 }
 
-/// The words of a line of a process's `status`.
+/// The words of the line `name` in a process's `status` file.
 fn words<'a>(status: &'a str, name: &str) -> impl Iterator<Item = &'a str> {
     let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
     line.unwrap_or_default().split_whitespace()
 }
 
-/// Whether a process is this user's. Its directory in `/proc` need not be: it is root's where others may not look inside.
+/// Whether a process belongs to this user. Its `status` decides, because its directory in `/proc` may belong to root:
+/// that is so for processes that are not dumpable.
 fn is_ours(status: &str) -> bool {
     words(status, "Uid").next() == Some(&getuid().to_string())
 }
 
-/// Of a container's first process, its parent, which is outside.
+/// The parent of a container's first process, which is outside of the container; `None` for any other process.
 fn parent_outside(status: &str) -> Option<Pid> {
     let is_first = words(status, "NSpid").skip(1).last() == Some("1");
     words(status, "PPid").next().filter(|_| is_first)?.parse().ok().and_then(Pid::from_raw)

@@ -1,9 +1,9 @@
-//! Every message between the server and `init`, PID 1 of a sandbox.
+//! All messages between the server and `init`, PID 1 of a sandbox.
 //!
-//! The channel is a `SOCK_SEQPACKET` socketpair: a message is one packet of JSON, and the pipes of a
-//! stage travel beside it. The server speaks first only after [`FromInit::Ready`]; each
-//! [`ToInit::Stage`] is answered by one [`FromInit::StageEnded`]. Where either side closes, the
-//! other one gives up: that is how a killed server leaves nothing running.
+//! The channel is a `SOCK_SEQPACKET` socketpair: a message is one packet of JSON, and descriptors, such as the pipes of
+//! a stage, are passed with it. The server sends nothing before [`FromInit::Ready`]. Init answers each
+//! [`ToInit::Stage`] with one [`FromInit::StageEnded`]. If one side closes the channel, the other one gives up: so a
+//! killed server leaves nothing running.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -15,18 +15,19 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::model::outcome::{Ended, Usage};
 
-/// Changes with every change of a message, since an upgrade may replace the executable under a running server.
+/// Version of the messages, increased with every change of them: an upgrade may replace the executable, and with it
+/// init, while a server runs.
 pub const VERSION: u32 = 6;
 
-/// The descriptor on which init finds the channel: podman's `--preserve-fds=1` passes 3.
+/// The descriptor of the channel in init: podman's `--preserve-fds=1` passes descriptor 3.
 pub const CHANNEL_FD: RawFd = 3;
 
 /// Largest packet in bytes; the kernel's default send buffer holds 212,992.
 pub const MAX_MESSAGE: usize = 200 * 1024;
 
-/// As many descriptors as the kernel passes beside one packet: a buffer for fewer would leave those that came open,
-/// and unknown to us.
-const MOST_FDS: usize = 253;
+/// Most descriptors that the kernel passes with one packet. With a smaller buffer some received descriptors could stay
+/// open without anyone knowing their numbers.
+const MAX_FDS: usize = 253;
 
 /// From the server to init.
 #[derive(Debug, Serialize, Deserialize)]
@@ -35,22 +36,24 @@ pub enum ToInit {
     Prepare {
         /// The uid and gid that programs of this sandbox run as.
         uid: u32,
-        /// The image's user as the image says it, whose groups programs have besides; may be empty.
+        /// The user that the image names, in the image's spelling; may be empty. Programs get the groups of this user
+        /// as supplementary groups.
         user: String,
-        /// Whether it has a cgroup of its own. One without sees that of whoever started it, whose limits and counters
-        /// are others'.
+        /// Whether the sandbox has a cgroup of its own. Without one, init sees the cgroup of the process that started
+        /// it, whose limits and counters do not apply to the sandbox.
         own_cgroup: bool,
         /// Relative paths, checked by the server.
         files: Vec<String>,
     },
-    /// Run one stage; its stdin, stdout and stderr come beside the message.
+    /// Run one stage. Its stdin, stdout and stderr are passed with the message.
     Stage(StageSpec),
-    /// Write what the programs have left to the pipe beside the message.
+    /// Pack the files that the programs have left, into the pipe that is passed with the message.
     Pack {
-        /// Most bytes that it may be.
+        /// Largest size of the packed files in bytes.
         most: u64,
     },
-    /// Make what a [`ToInit::Pack`] wrote, from the file beside the message. Others read it too.
+    /// Unpack the output of a [`ToInit::Pack`] from the file that is passed with the message. Other inits may read the
+    /// same file at the same time.
     Unpack,
     /// Send a signal to the main process of the running stage.
     Signal(i32),
@@ -61,61 +64,61 @@ pub enum ToInit {
 /// One stage to run.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct StageSpec {
-    /// The command; the program is looked up in the image's PATH.
+    /// The command. The program is looked up in the image's PATH.
     pub argv: Vec<String>,
-    /// Variables beside those of the image.
+    /// Environment variables, in addition to those of the image.
     pub env: Vec<(String, String)>,
-    /// A file that must be there afterwards.
+    /// A file that the stage must create.
     pub artifact: Option<String>,
-    /// Wall time in microseconds.
+    /// Limit of wall time in microseconds.
     pub time_us: u64,
-    /// CPU time in microseconds, all processes together.
+    /// Limit of CPU time in microseconds, for all processes together.
     pub cpu_time_us: u64,
-    /// Bytes of memory that its processes and their files may use, where that is less than the container may.
+    /// Limit of memory in bytes, for the processes and their files together, if it is lower than the container's limit.
     pub memory: Option<u64>,
-    /// Open files of a process.
+    /// Limit of open files per process.
     pub open_files: u64,
-    /// Largest file in bytes.
+    /// Limit of the size of a file in bytes.
     pub file_size: u64,
-    /// Processes at once, for hosts where no pids cgroup counts them.
+    /// Limit of processes at a time, for hosts where no pids cgroup counts them.
     pub processes: u64,
 }
 
 /// From init to the server.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum FromInit {
-    /// The sandbox waits for its job.
+    /// The sandbox is ready for a job.
     Ready {
-        /// [`VERSION`] of the executable inside.
+        /// [`VERSION`] of the executable in the sandbox.
         version: u32,
-        /// What init saw of its own cgroup.
+        /// The limits that init found in its own cgroup.
         enforced: Enforced,
     },
     /// The files of [`ToInit::Prepare`] are in place.
     Prepared,
-    /// All is in the pipe of [`ToInit::Pack`].
+    /// Everything was written to the pipe of [`ToInit::Pack`].
     Packed,
-    /// What [`ToInit::Unpack`] brought is in place.
+    /// The files of [`ToInit::Unpack`] are in place.
     Unpacked,
-    /// Not so, and why: there is something that cannot be carried, or there was no time or room for it. It may be a
-    /// program's fault. After [`ToInit::Unpack`] some of it may be there.
+    /// Packing or unpacking failed, and why: a file cannot be packed, or time or space was not enough. A program may be
+    /// the cause. After [`ToInit::Unpack`] some of the files may exist.
     NotCarried(String),
-    /// The stage is over and everything that it started is dead.
+    /// The stage has ended and all of its processes are dead.
     StageEnded {
         /// How the main process ended.
         ended: Ended,
-        /// Whether the artifact is there; true where none was asked for.
+        /// Whether the artifact exists; true if none was asked for.
         artifact: bool,
-        /// What was used.
+        /// Resources that the stage used.
         usage: Usage,
     },
-    /// The stage is over, and something of it was killed for memory that others used.
+    /// The stage has ended, and the kernel killed a process of it although the sandbox was below its memory limit.
     HostMemory,
-    /// Init could not do what it was told; never a program's fault.
+    /// Init could not carry out a message. A program is never the cause.
     Failed(String),
 }
 
-/// Which limits the kernel keeps for a sandbox, as read inside it.
+/// The limits that the kernel enforces for a sandbox, as read inside it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Enforced {
     /// `memory.max` is set.
@@ -127,43 +130,44 @@ pub struct Enforced {
 }
 
 impl Enforced {
-    /// The names of those that are not kept.
+    /// Names of the limits that are not enforced.
     pub fn missing(self) -> Vec<&'static str> {
         let all = [("memory", self.memory), ("processes", self.processes), ("cpu", self.cpu)];
-        all.into_iter().filter(|(_, kept)| !kept).map(|(name, _)| name).collect()
+        all.into_iter().filter(|(_, enforced)| !enforced).map(|(name, _)| name).collect()
     }
 }
 
-/// Sends a message in one packet, descriptors beside it. Fails with `InvalidInput` where it is too large.
+/// Sends a message in one packet, with descriptors. Fails with `InvalidInput` if the message is too large.
 pub fn send<T: Serialize>(channel: BorrowedFd<'_>, message: &T, fds: &[BorrowedFd<'_>]) -> std::io::Result<()> {
     let bytes = serde_json::to_vec(message)?;
     if bytes.len() > MAX_MESSAGE {
         return Err(std::io::Error::new(
             std::io::ErrorKind::InvalidInput,
-            format!("a message of {} bytes; at most {MAX_MESSAGE} fit", bytes.len()),
+            format!("the message has {} bytes, more than {MAX_MESSAGE}", bytes.len()),
         ));
     }
     let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&raw)];
     let control = if raw.is_empty() { &rights[..0] } else { &rights[..] };
-    // MSG_NOSIGNAL: a peer that is gone is an error, not a SIGPIPE.
+    // MSG_NOSIGNAL: a closed peer causes an error, not a SIGPIPE.
     sendmsg::<()>(channel.as_raw_fd(), &[IoSlice::new(&bytes)], control, MsgFlags::MSG_NOSIGNAL, None)?;
     Ok(())
 }
 
-/// Receives one message and the descriptors beside it; `None` when the other side has closed.
+/// Receives one message and its descriptors; `None` when the peer has closed the channel.
 pub fn receive<T: DeserializeOwned>(channel: BorrowedFd<'_>) -> std::io::Result<Option<(T, Vec<OwnedFd>)>> {
-    // Most are small, and clearing room for the largest each time costs more than the messages do.
+    // Size the buffer to the packet: most are small, and clearing a buffer for the largest one would cost more than the
+    // message itself.
     let length = recv(channel.as_raw_fd(), &mut [], MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC)?;
     let mut buffer = vec![0; length.min(MAX_MESSAGE)];
-    let mut control = cmsg_space!([RawFd; MOST_FDS]);
+    let mut control = cmsg_space!([RawFd; MAX_FDS]);
     let mut slices = [IoSliceMut::new(&mut buffer)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let packet = recvmsg::<()>(channel.as_raw_fd(), &mut slices, Some(&mut control), flags)?;
     let mut fds = Vec::new();
     for part in packet.cmsgs()? {
         if let ControlMessageOwned::ScmRights(raw) = part {
-            // SAFETY: the kernel has just made these descriptors for us, and nobody else knows them.
+            // SAFETY: the kernel has just created these descriptors in this process, and nothing else owns them.
             fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
         }
     }
@@ -177,7 +181,7 @@ pub fn receive<T: DeserializeOwned>(channel: BorrowedFd<'_>) -> std::io::Result<
     Ok(Some((serde_json::from_slice(&buffer[..length])?, fds)))
 }
 
-/// In microseconds, as times are told between server and init.
+/// A time in microseconds, the unit of the messages.
 pub fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }

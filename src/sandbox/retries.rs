@@ -1,9 +1,9 @@
-//! Retries of a job whose sandbox failed before anything of the job ran in it.
+//! Decides whether to retry a job whose sandbox failed before anything of the job ran in it.
 
 use crate::sandbox::SandboxError;
 
-/// Lost sandboxes that are replaced for one job, before it is given up.
-const MOST: usize = 3;
+/// How many lost sandboxes are replaced for one job before the job fails.
+const MAX_LOST: usize = 3;
 
 /// Counts the sandboxes that one job has lost.
 #[derive(Debug, Default)]
@@ -12,14 +12,14 @@ pub struct Retries {
 }
 
 impl Retries {
-    /// Whether the job is to be run again, in another sandbox, after this error.
+    /// Whether to run the job again, in another sandbox, after this error.
     pub fn allow(&mut self, error: &SandboxError) -> bool {
         match error {
             SandboxError::Lost => {
                 self.lost += 1;
-                self.lost <= MOST
+                self.lost <= MAX_LOST
             }
-            // No sandbox is given these compiled files again, so this happens once.
+            // The compiled files are then marked as unusable, so this happens at most once.
             SandboxError::NotCarried => true,
             _ => false,
         }
@@ -34,7 +34,7 @@ mod tests {
     fn a_job_is_run_again_only_if_nothing_of_it_has_run_and_not_without_end() {
         let mut retries = Retries::default();
         assert!(!retries.allow(&SandboxError::Gone("killed".into())) && !retries.allow(&SandboxError::HostMemory));
-        assert!((0..MOST).all(|_| retries.allow(&SandboxError::Lost)));
+        assert!((0..MAX_LOST).all(|_| retries.allow(&SandboxError::Lost)));
         assert!(retries.allow(&SandboxError::NotCarried));
         assert!(!retries.allow(&SandboxError::Lost));
     }

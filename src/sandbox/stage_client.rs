@@ -1,4 +1,4 @@
-//! One stage as the server sees it: deadline, output, and what init reports of its end.
+//! The server's side of a stage: its deadline, its input and output, and init's report of its end.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -16,14 +16,14 @@ use crate::model::outcome::{Ended, StageOutcome, Usage};
 use crate::model::output::{Output, Stream};
 use crate::sandbox::channel::ChannelError;
 use crate::sandbox::protocol::{FromInit, StageSpec, ToInit, micros};
-use crate::sandbox::stage_pipes::{Pipes, Reader, feed};
+use crate::sandbox::stage_pipes::{Pipes, Reader, write_stdin};
 use crate::sandbox::{Event, Live, STAGE_GRACE, Sandbox, SandboxError};
 
-/// How long the pipes may take to end after init said that every process is dead.
+/// How long the output pipes may stay open after init has reported that every process is dead.
 const DRAIN_TIME: Duration = Duration::from_secs(1);
 
 impl Sandbox {
-    /// Runs one stage to its end. Whatever it prints is read all the time, so it never waits for us.
+    /// Runs one stage to its end. Reads its output all the time, so the program never waits for the server.
     pub(crate) async fn stage(
         &mut self,
         stage: Stage,
@@ -32,66 +32,68 @@ impl Sandbox {
         live: &mut Live,
     ) -> Result<StageOutcome, SandboxError> {
         let pipes = Pipes::new(job.streams).map_err(SandboxError::io("cannot make pipes"))?;
-        let order = ToInit::Stage(spec(stage, language, job));
-        self.order(&order, &pipes.theirs.each_ref().map(AsFd::as_fd))?;
-        let Pipes { theirs, stdin, stdout, stderr } = pipes;
-        drop(theirs);
-        let begin = || drop(live.events.as_ref().map(|events| events.send(Event::Started(stage))));
+        let message = ToInit::Stage(spec(stage, language, job));
+        self.send(&message, &pipes.program_ends.each_ref().map(AsFd::as_fd))?;
+        let Pipes { program_ends, stdin, stdout, stderr } = pipes;
+        drop(program_ends);
+        let report_start = || drop(live.events.as_ref().map(|events| events.send(Event::Started(stage))));
         if self.prepared {
-            begin();
+            report_start();
         }
-        let (typed, typing) = match stage {
+        let (job_input, live_input) = match stage {
             Stage::Compile => (Bytes::new(), None),
             Stage::Run => (job.stdin.clone(), live.stdin.as_mut()),
         };
-        let feeding = feed(stdin, typed, typing);
-        tokio::pin!(feeding);
-        let (mut fed, mut killed) = (false, false);
+        let writing = write_stdin(stdin, job_input, live_input);
+        tokio::pin!(writing);
+        let (mut stdin_done, mut killed) = (false, false);
 
         let started = Instant::now();
         let deadline = started + job.limits.time(stage) + STAGE_GRACE;
-        let mut printed = Printed { stage, job, events: live.events.as_ref(), output: Output::default() };
+        let mut collector = OutputCollector { stage, job, events: live.events.as_ref(), output: Output::default() };
         let mut out = Reader::new(Stream::Stdout, Some(stdout));
         let mut err = Reader::new(Stream::Stderr, stderr);
         let (ended, artifact, usage) = loop {
             tokio::select! {
-                // That the files are placed is heard before anything that the program does. What it prints keeps
-                // nothing else from its turn, and is not endless.
+                // Biased, so that init's `Prepared` is handled before any output of the program. Output comes late in
+                // the order, so it delays nothing else, and the output limit ends it.
                 biased;
                 message = self.channel.receive() => match message? {
                     Some(FromInit::Prepared) if !self.prepared => {
                         self.prepared = true;
-                        begin();
+                        report_start();
                     }
                     Some(FromInit::StageEnded { ended, artifact, usage }) => break (ended, artifact, usage),
-                    Some(FromInit::Failed(reason)) => return Err(self.failed(reason)),
+                    Some(FromInit::Failed(reason)) => return Err(self.init_failure(reason)),
                     Some(FromInit::HostMemory) => return Err(SandboxError::HostMemory),
                     Some(_) => {
                         return Err(SandboxError::Init("unexpected message from init".into()));
                     }
-                    None => break self.ended_under(started, "its channel is closed")?,
+                    None => break self.ended_without_report(started, "its channel is closed")?,
                 },
-                () = self.gone.cancelled() => break self.ended_under(started, "its container has ended")?,
+                () = self.gone.cancelled() => break self.ended_without_report(started, "its container has ended")?,
                 () = sleep_until(deadline) => return Err(SandboxError::Silent(STAGE_GRACE)),
-                // Nothing that is typed goes to a sandbox that turns out to be lost.
-                () = &mut feeding, if self.prepared && !fed => fed = true,
-                Some(chunk) = out.next() => printed.take(Stream::Stdout, chunk),
-                Some(chunk) = err.next() => printed.take(Stream::Stderr, chunk),
-                // More than init has taken yet are as good as one, and may not take the room of its orders.
+                // Not before `Prepared`: a retry in another sandbox needs the live input if this one turns out to be
+                // lost.
+                () = &mut writing, if self.prepared && !stdin_done => stdin_done = true,
+                Some(chunk) = out.next() => collector.push(Stream::Stdout, chunk),
+                Some(chunk) = err.next() => collector.push(Stream::Stderr, chunk),
+                // Drops signals while init has not received the earlier ones, to keep room in the channel for other
+                // messages.
                 Some(signal) = next_signal(&mut live.signals) => if self.channel.has_room() {
-                    self.tell(&ToInit::Signal(signal))?;
+                    self.send_unless_closed(&ToInit::Signal(signal))?;
                 },
             }
-            if printed.output.overflowed && !killed {
+            if collector.output.overflowed && !killed {
                 killed = true;
-                self.tell(&ToInit::Kill)?;
+                self.send_unless_closed(&ToInit::Kill)?;
             }
         };
         let drained = timeout_at(Instant::now() + DRAIN_TIME, async {
-            while out.open() || err.open() {
+            while out.is_open() || err.is_open() {
                 tokio::select! {
-                    Some(chunk) = out.next() => printed.take(Stream::Stdout, chunk),
-                    Some(chunk) = err.next() => printed.take(Stream::Stderr, chunk),
+                    Some(chunk) = out.next() => collector.push(Stream::Stdout, chunk),
+                    Some(chunk) = err.next() => collector.push(Stream::Stderr, chunk),
                     else => {}
                 }
             }
@@ -99,36 +101,39 @@ impl Sandbox {
         if drained.await.is_err() {
             tracing::warn!(?stage, "pipes stayed open after every process had ended");
         }
-        self.spent_us += usage.cpu_us;
-        let outcome = StageOutcome { stage, ended, artifact, usage, output: printed.output };
+        self.earlier_cpu_us += usage.cpu_us;
+        let outcome = StageOutcome { stage, ended, artifact, usage, output: collector.output };
         if let Some(events) = &live.events {
             let _ = events.send(Event::Ended(Arc::new(outcome.clone())));
         }
         Ok(outcome)
     }
 
-    /// An order during a stage. Of an init that has gone the channel tells.
-    fn tell(&self, order: &ToInit) -> Result<(), SandboxError> {
-        match self.channel.send(order, &[]) {
+    /// Sends a message during a stage. Ignores a closed channel, because the loop of the stage notices it too.
+    fn send_unless_closed(&self, message: &ToInit) -> Result<(), SandboxError> {
+        match self.channel.send(message, &[]) {
             Err(ChannelError::Closed) => Ok(()),
             sent => Ok(sent?),
         }
     }
 
-    /// What it means that the container ended under a stage. At the memory limit the kernel may take init for the largest
-    /// process, with which all others end: a program can hold its memory in files and be no larger.
-    fn ended_under(&self, started: Instant, seen: &str) -> Result<(Ended, bool, Usage), SandboxError> {
-        let counted = self.cgroup.as_ref().filter(|_| self.prepared).map(|own| own.counters());
-        let Some(counted) = counted.filter(|counted| counted.oom_kills > 0) else { return Err(self.ended(seen)) };
-        if counted.starved_since(&Counters::default()) {
+    /// The end of a stage whose container ended before init reported it: out of memory if the cgroup counted an OOM
+    /// kill, else an error. At the memory limit the kernel may kill init, and so all other processes, as the largest
+    /// process: a program that holds its memory in files is not larger than init.
+    fn ended_without_report(&self, started: Instant, cause: &str) -> Result<(Ended, bool, Usage), SandboxError> {
+        let counters = self.cgroup.as_ref().filter(|_| self.prepared).map(|own| own.counters());
+        let Some(counters) = counters.filter(|counters| counters.oom_kills > 0) else {
+            return Err(self.container_ended(cause));
+        };
+        if counters.starved_since(&Counters::default()) {
             return Err(SandboxError::HostMemory);
         }
         let usage = Usage {
             wall_us: micros(started.elapsed()),
-            cpu_us: micros(counted.cpu.unwrap_or_default()).saturating_sub(self.spent_us),
-            memory: counted.peak.unwrap_or_default(),
-            oom_kills: counted.oom_kills,
-            forks_refused: counted.forks_refused,
+            cpu_us: micros(counters.cpu.unwrap_or_default()).saturating_sub(self.earlier_cpu_us),
+            memory: counters.peak.unwrap_or_default(),
+            oom_kills: counters.oom_kills,
+            forks_refused: counters.forks_refused,
         };
         Ok((Ended::Signalled(Signal::SIGKILL as i32), false, usage))
     }
@@ -152,16 +157,16 @@ fn spec(stage: Stage, language: &Language, job: &Job) -> StageSpec {
     }
 }
 
-/// Where the output of a stage goes: into the outcome, and to who watches.
-struct Printed<'a> {
+/// Collects the output of a stage for its outcome, and reports it as events.
+struct OutputCollector<'a> {
     stage: Stage,
     job: &'a Job,
     events: Option<&'a mpsc::UnboundedSender<Event>>,
     output: Output,
 }
 
-impl Printed<'_> {
-    fn take(&mut self, stream: Stream, chunk: Vec<u8>) {
+impl OutputCollector<'_> {
+    fn push(&mut self, stream: Stream, chunk: Vec<u8>) {
         let cap = usize::try_from(self.job.limits.output.as_u64()).unwrap_or(usize::MAX);
         let kept = self.output.push(stream, &chunk, cap);
         self.output.overflowed = self.output.total_both() > self.job.limits.output_total.as_u64();

@@ -1,4 +1,4 @@
-//! The pipes of a stage: what is typed goes in, output comes out in pieces.
+//! The pipes of a stage: writes its input, and reads its output in pieces.
 
 use std::io::PipeReader;
 use std::os::fd::OwnedFd;
@@ -18,36 +18,38 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use crate::model::job::Streams;
 use crate::model::output::Stream;
 
-/// Size of one read in bytes: that of a pipe.
+/// Largest piece in bytes: the size of a pipe.
 const CHUNK: usize = 64 * 1024;
 
-/// Pieces of a stream that are reported as they come. Further ones are at least [`PIECE_TIME`] apart, or as large as they can
-/// be: each is an event that is kept for whoever watches, and takes more memory than its content.
+/// How many pieces of a stream are reported without delay. Later pieces are at least [`PIECE_TIME`] apart or of the
+/// largest size: each piece is an event in memory, which takes more space than its content.
 const PIECES_AT_ONCE: usize = 1000;
 
-/// Time for which further pieces are gathered: too short for anybody to notice.
+/// How long output is gathered for a later piece: too short for anybody to notice.
 const PIECE_TIME: Duration = Duration::from_millis(1);
 
-/// Most that gathering a piece may cost, in reads. After that the rest of its time is waited out, and the pipe holds what
-/// comes. In [`PIECE_TIME`] that is a quarter of a CPU; a program needs a whole one to cause it.
+/// Most that gathering one piece may cost, in units of a read. After that the server stops reading until the piece is
+/// due, and the pipe holds the output. Within [`PIECE_TIME`] the limit is a quarter of a CPU; a program needs a whole
+/// CPU to cause it.
 const PIECE_COST: usize = 256;
 
-/// What a wake-up for a read costs, in reads that find something: about 15 us to 0.5 us.
+/// Cost of a wake-up, in units of a read that returns data: about 15 us against 0.5 us.
 const WAKE_COST: usize = 16;
 
-/// The three pipes of a stage, both ends.
+/// Both ends of the three pipes of a stage.
 pub(super) struct Pipes {
-    /// For the program.
-    pub(super) theirs: [OwnedFd; 3],
+    /// The program's ends: stdin, stdout, stderr.
+    pub(super) program_ends: [OwnedFd; 3],
     pub(super) stdin: pipe::Sender,
     pub(super) stdout: AsyncFd<OwnedFd>,
-    /// `None` where both streams go to stdout.
+    /// `None` if stderr is merged into stdout.
     pub(super) stderr: Option<AsyncFd<OwnedFd>>,
 }
 
 impl Pipes {
     pub(super) fn new(streams: Streams) -> std::io::Result<Pipes> {
-        // std makes them close-on-exec and blocking, as programs expect theirs; ours are non-blocking.
+        // std creates pipes that are close-on-exec and blocking. Programs expect blocking ends; the server's ends
+        // become non-blocking.
         let (in_reader, in_writer) = std::io::pipe()?;
         let (out_reader, out_writer) = std::io::pipe()?;
         let (stderr, err_writer) = match streams {
@@ -57,12 +59,12 @@ impl Pipes {
                 (Some(readable(reader)?), writer)
             }
         };
-        let theirs: [OwnedFd; 3] = [in_reader.into(), out_writer.into(), err_writer.into()];
-        // The programs run as another user than the owner of the pipes, and are to be able to open /dev/stdin, /dev/stdout
-        // and /dev/stderr.
-        theirs.iter().try_for_each(|pipe| fchmod(pipe, Mode::from_bits_truncate(0o666)))?;
+        let program_ends: [OwnedFd; 3] = [in_reader.into(), out_writer.into(), err_writer.into()];
+        // Programs do not run as the owner of the pipes, and must be able to open /dev/stdin, /dev/stdout and
+        // /dev/stderr.
+        program_ends.iter().try_for_each(|pipe| fchmod(pipe, Mode::from_bits_truncate(0o666)))?;
         Ok(Pipes {
-            theirs,
+            program_ends,
             stdin: pipe::Sender::from_owned_fd(in_writer.into())?,
             stdout: readable(out_reader)?,
             stderr,
@@ -72,21 +74,22 @@ impl Pipes {
 
 fn readable(pipe: PipeReader) -> std::io::Result<AsyncFd<OwnedFd>> {
     ioctl_fionbio(&pipe, true)?;
-    // SAFETY: an OwnedFd is one and the same descriptor until it is dropped.
+    // SAFETY: an OwnedFd refers to the same descriptor until it is dropped.
     unsafe { AsyncFd::register_with_interest(OwnedFd::from(pipe), Interest::READABLE) }.map_err(Into::into)
 }
 
-/// Our end of an output pipe, until it ends.
+/// Reads an output pipe to its end.
 pub(super) struct Reader {
     stream: Stream,
+    /// `None` at the end of the pipe.
     pipe: Option<AsyncFd<OwnedFd>>,
     /// The piece that is being gathered.
     buffer: Vec<u8>,
-    /// What that has cost, in reads.
+    /// The cost of gathering it so far, in units of a read.
     cost: usize,
-    /// Number of pieces before it.
+    /// Number of earlier pieces.
     pieces: usize,
-    /// When it is due.
+    /// When the piece is due.
     due: Instant,
 }
 
@@ -95,16 +98,16 @@ impl Reader {
         Reader { stream, pipe, buffer: Vec::new(), cost: 0, pieces: 0, due: Instant::now() }
     }
 
-    /// Whether more may come.
-    pub(super) fn open(&self) -> bool {
+    /// Whether the pipe has not ended yet.
+    pub(super) fn is_open(&self) -> bool {
         self.pipe.is_some()
     }
 
-    /// The next piece; `None` at the end and ever after. Safe to cancel.
+    /// The next piece; `None` at the end of the pipe, also when called again. Safe to cancel.
     pub(super) async fn next(&mut self) -> Option<Vec<u8>> {
         loop {
             let is_due = self.pieces < PIECES_AT_ONCE || Instant::now() >= self.due;
-            if !self.buffer.is_empty() && (is_due || !has_room(&self.buffer) || !self.open()) {
+            if !self.buffer.is_empty() && (is_due || !has_room(&self.buffer) || !self.is_open()) {
                 (self.cost, self.pieces, self.due) = (0, self.pieces + 1, Instant::now() + PIECE_TIME);
                 return Some(std::mem::take(&mut self.buffer));
             }
@@ -132,18 +135,20 @@ impl Reader {
     }
 }
 
-/// Whether a whole packet fits. A pipe in packet mode returns one packet per read, and discards what does not fit.
+/// Whether the buffer has room for a whole packet. A read from a pipe in packet mode returns one packet, and discards
+/// the part that does not fit.
 fn has_room(buffer: &[u8]) -> bool {
     buffer.len() + PIPE_BUF <= CHUNK
 }
 
-/// Reads what a pipe holds, as far as there is room and it does not cost too much; false at its end.
+/// Reads from a pipe until it is empty, the buffer is full or the cost limit is reached. Returns false at the end of
+/// the pipe.
 fn gather(mut ready: AsyncFdReadyGuard<'_, OwnedFd>, buffer: &mut Vec<u8>, cost: &mut usize) -> std::io::Result<bool> {
     buffer.reserve_exact(CHUNK - buffer.len());
-    // As long as nothing was read, waiting costs the piece nothing.
+    // Wake-ups before the first data of a piece do not add up.
     *cost = if buffer.is_empty() { WAKE_COST } else { *cost + WAKE_COST };
-    // Until it is empty: tokio's own pipe takes it for empty after any read that does not fill the buffer, and with a writer
-    // of packets would wait after each of them.
+    // Reads until EAGAIN. tokio's pipe type takes a pipe for empty after any read that does not fill the buffer: in
+    // packet mode it would wait after each packet.
     while has_room(buffer) && *cost < PIECE_COST {
         match rustix::io::read(ready.get_inner(), spare_capacity(buffer)) {
             Ok(0) => return Ok(false),
@@ -159,13 +164,17 @@ fn gather(mut ready: AsyncFdReadyGuard<'_, OwnedFd>, buffer: &mut Vec<u8>, cost:
     Ok(true)
 }
 
-/// Writes what is to be read on stdin, then closes it. A program that does not read is no error.
-pub(super) async fn feed(mut stdin: pipe::Sender, first: Bytes, typing: Option<&mut mpsc::Receiver<Bytes>>) {
-    if stdin.write_all(&first).await.is_err() {
+/// Writes the job's input and then the live input to stdin, and closes it. A program that does not read is no error.
+pub(super) async fn write_stdin(
+    mut stdin: pipe::Sender,
+    job_input: Bytes,
+    live_input: Option<&mut mpsc::Receiver<Bytes>>,
+) {
+    if stdin.write_all(&job_input).await.is_err() {
         return;
     }
-    let Some(typing) = typing else { return };
-    while let Some(bytes) = typing.recv().await {
+    let Some(live_input) = live_input else { return };
+    while let Some(bytes) = live_input.recv().await {
         if stdin.write_all(&bytes).await.is_err() {
             return;
         }

@@ -1,5 +1,5 @@
-//! What every engine does with a container that it has just started: keep it, wait until its init is ready,
-//! and give back what it is made of when it is gone.
+//! Supervises the containers of all engines: waits until init is ready, and releases the container's resources when it
+//! is gone.
 
 use std::collections::HashSet;
 use std::os::unix::fs::PermissionsExt;
@@ -21,115 +21,115 @@ use crate::sandbox::channel::Channel;
 use crate::sandbox::protocol::{self, FromInit};
 use crate::sandbox::{Sandbox, SandboxError, Slot};
 
-/// Longest that making a sandbox may take, the wait for podman's locks included.
+/// Longest that creating a sandbox may take, including the wait for podman's locks.
 const START_TIME: Duration = Duration::from_secs(30);
 
 /// Longest that a released container may take to end by itself before it is removed by force.
 const END_TIME: Duration = Duration::from_secs(10);
 
-/// How long after the end of its channel a container's engine may take to say why it ended.
-const WORDS_TIME: Duration = Duration::from_secs(2);
+/// How long the engine may take to report why a container ended, after the channel of its init has closed.
+const END_REASON_TIME: Duration = Duration::from_secs(2);
 
-/// What an engine needs to know.
+/// Settings of an engine.
 #[derive(Debug, Clone)]
 pub struct EngineSettings {
     /// Name of the instance, for labels.
     pub instance: String,
-    /// Where job directories are made, below the runtime directory: podman's mount namespace sees it.
+    /// Parent of the job directories. It is below the runtime directory, which podman's mount namespace can see.
     pub jobs: PathBuf,
-    /// This program, as mounted for init.
+    /// Path of this program, which is mounted into containers as init.
     pub executable: PathBuf,
-    /// Whether a sandbox whose limits the kernel does not keep is refused.
+    /// Whether to refuse a sandbox whose limits the kernel does not enforce.
     pub require_limits: bool,
-    /// Where the supervisors of sandboxes run.
+    /// Runs the supervisors of sandboxes.
     pub supervisors: TaskTracker,
-    /// Where they tell what they keep.
-    pub living: Living,
-    /// Who hears of what becomes of it.
+    /// Names of the containers that have a supervisor.
+    pub supervised: Supervised,
+    /// Receives the removal of containers.
     pub observer: Arc<dyn Observer>,
 }
 
-/// The names of the containers that have a supervisor. All others of the instance are left over.
+/// Names of the containers that have a supervisor. All other containers of the instance are orphans.
 #[derive(Debug, Clone, Default)]
-pub struct Living(Arc<Mutex<HashSet<String>>>);
+pub struct Supervised(Arc<Mutex<HashSet<String>>>);
 
-impl Living {
-    /// A container is going to be made; it counts as kept until the mark is dropped.
-    pub fn mark(&self, name: &str) -> Mark {
+impl Supervised {
+    /// Registers a container before it is created. It counts as supervised until the guard is dropped.
+    pub fn register(&self, name: &str) -> SupervisedGuard {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
-        Mark { living: self.clone(), name: name.to_owned() }
+        SupervisedGuard { supervised: self.clone(), name: name.to_owned() }
     }
 
     /// Whether a container has a supervisor.
-    pub fn is_living(&self, name: &str) -> bool {
+    pub fn contains(&self, name: &str) -> bool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(name)
     }
 }
 
-/// A container that has a supervisor.
+/// Keeps a container in [`Supervised`].
 #[derive(Debug)]
-pub struct Mark {
-    living: Living,
+pub struct SupervisedGuard {
+    supervised: Supervised,
     name: String,
 }
 
-impl Drop for Mark {
+impl Drop for SupervisedGuard {
     fn drop(&mut self) {
-        self.living.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.name);
+        self.supervised.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.name);
     }
 }
 
-/// A container that was started, and all that there is of it.
+/// A container that was just started, with its resources.
 pub(crate) struct Started {
-    /// Our end of the channel to its init.
+    /// The server's end of the channel to init.
     pub channel: Channel,
-    /// Where the sources of its job go.
+    /// Directory for the sources of the job.
     pub job_dir: PathBuf,
-    /// Content id of its image.
+    /// Content id of the image.
     pub image: String,
-    /// The image's user, as the image says it.
+    /// The user that the image names, in the image's spelling.
     pub user: String,
-    /// The place it takes.
+    /// The slot that the container occupies.
     pub slot: Slot,
-    /// Whether it has a cgroup of its own.
+    /// Whether the container has a cgroup of its own.
     pub own_cgroup: bool,
-    /// That, where this process can see it.
+    /// The container's own cgroup, if this process can read it.
     pub cgroup: Option<Arc<OwnCgroup>>,
-    /// Ends when the container has ended and is removed; an error says what was not as it should be.
+    /// Completes when the container has ended and is removed. On an error it still has to be removed.
     pub ended: BoxFuture<'static, Result<(), String>>,
-    /// Removes it by force.
+    /// Removes the container by force.
     pub remove: BoxFuture<'static, ()>,
-    /// What goes with it, before the slot is given back.
+    /// Dropped when the container is gone, before the slot is released.
     pub owned: Box<dyn Send>,
 }
 
 impl EngineSettings {
-    /// A directory for the sources of one job.
+    /// Creates a directory for the sources of one job.
     pub(crate) fn job_directory(&self) -> Result<TempDir, SandboxError> {
         tempfile::Builder::new()
             .prefix("job-")
-            // Not for the programs: these see what init copies.
+            // Programs have no access: init copies the sources for them.
             .permissions(std::fs::Permissions::from_mode(0o700))
             .tempdir_in(&self.jobs)
             .map_err(SandboxError::io("cannot make a job directory"))
     }
 
-    /// Hands a container to a supervisor, and returns it as a sandbox once its init is ready. Whatever fails, the
+    /// Hands a container to a new supervisor, and returns it as a sandbox when its init is ready. On any failure the
     /// supervisor cleans up.
-    pub(crate) async fn raise(&self, started: Started, language: &Language) -> Result<Sandbox, SandboxError> {
+    pub(crate) async fn supervise(&self, started: Started, language: &Language) -> Result<Sandbox, SandboxError> {
         let Started { channel, job_dir, image, user, slot, own_cgroup, cgroup, ended, remove, owned } = started;
         let (uid, number) = (slot.uid(&self.instance), slot.number);
         let (released, gone) = (CancellationToken::new(), CancellationToken::new());
-        let last_words = Arc::new(OnceLock::new());
-        let (told, over, words) = (released.clone(), gone.clone(), Arc::clone(&last_words));
+        let end_reason = Arc::new(OnceLock::new());
+        let (on_release, set_gone, reason_slot) = (released.clone(), gone.clone(), Arc::clone(&end_reason));
         let observer = Arc::clone(&self.observer);
         self.supervisors.spawn(async move {
-            // Dropped in reverse: nothing else takes the place before all of this is gone.
+            // Dropped in reverse order: the slot is released after all other resources.
             let _slot = slot;
             let owned = owned;
-            keep(ended, remove, &told, &words, over, observer).await;
+            await_end(ended, remove, &on_release, &reason_slot, set_gone, observer).await;
             if let Err(error) = aside(move || drop(owned)).await {
-                tracing::warn!(%error, "the directory or the cgroup of a sandbox may be left");
+                tracing::warn!(%error, "the job directory or the cgroup of a sandbox may be left behind");
             }
         });
         let mut sandbox = Sandbox {
@@ -142,18 +142,18 @@ impl EngineSettings {
             enforced: protocol::Enforced::default(),
             own_cgroup,
             cgroup,
-            spent_us: 0,
+            earlier_cpu_us: 0,
             prepared: false,
             gone,
             _released: released.drop_guard(),
         };
         let not_made = |reason: String| SandboxError::NotMade { language: language.name.clone(), reason };
-        let why = || {
-            not_made(last_words.get().cloned().unwrap_or_else(|| "the container exited before init was ready".into()))
+        let ended_early = || {
+            not_made(end_reason.get().cloned().unwrap_or_else(|| "the container exited before init was ready".into()))
         };
         let ready = tokio::select! {
             message = timeout(START_TIME, sandbox.channel.receive()) => message,
-            () = sandbox.gone.cancelled() => return Err(why()),
+            () = sandbox.gone.cancelled() => return Err(ended_early()),
         };
         match ready {
             Ok(Ok(Some(FromInit::Ready { version: protocol::VERSION, enforced }))) => {
@@ -168,39 +168,40 @@ impl EngineSettings {
                 }
             }
             Ok(Ok(Some(FromInit::Ready { version, .. }))) => Err(not_made(format!(
-                "the executable speaks protocol {version}, this server {}: it was replaced, restart the server",
+                "init has protocol version {version}, the server {}: the executable was replaced, restart the server",
                 protocol::VERSION
             ))),
             Ok(Ok(Some(_))) => Err(not_made("unexpected message from init while it started".into())),
             Ok(Ok(None)) => {
-                // The engine knows more than that, a moment later.
-                let _ = timeout(WORDS_TIME, sandbox.gone.cancelled()).await;
-                Err(why())
+                // The engine reports the reason a moment later.
+                let _ = timeout(END_REASON_TIME, sandbox.gone.cancelled()).await;
+                Err(ended_early())
             }
             Ok(Err(error)) => Err(error.into()),
-            Err(_) => Err(not_made(format!("not ready within {}", humantime::format_duration(START_TIME)))),
+            Err(_) => Err(not_made(format!("init was not ready within {}", humantime::format_duration(START_TIME)))),
         }
     }
 }
 
-/// Waits until the container has ended, by itself or because it was released, and sees it removed.
-async fn keep(
+/// Waits until the container has ended, by itself or because it was released, and removes it by force if it has not
+/// ended as it should. Stores the reason of such an end in `end_reason`, and cancels `gone`.
+async fn await_end(
     mut ended: BoxFuture<'static, Result<(), String>>,
     remove: BoxFuture<'static, ()>,
     released: &CancellationToken,
-    words: &OnceLock<String>,
-    over: CancellationToken,
+    end_reason: &OnceLock<String>,
+    gone: CancellationToken,
     observer: Arc<dyn Observer>,
 ) {
     let end = tokio::select! {
         end = &mut ended => end,
         () = released.cancelled() => {
-            let late = || format!("not gone within {}", humantime::format_duration(END_TIME));
+            let late = || format!("the container did not end within {}", humantime::format_duration(END_TIME));
             timeout(END_TIME, &mut ended).await.unwrap_or_else(|_| Err(late()))
         }
     };
-    let failed = end.map_err(|reason| words.set(reason)).is_err();
-    over.cancel();
+    let failed = end.map_err(|reason| end_reason.set(reason)).is_err();
+    gone.cancel();
     if failed {
         remove.await;
     }

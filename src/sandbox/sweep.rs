@@ -1,4 +1,4 @@
-//! Sweeps by label: what podman still lists of an instance, and directories nobody owns any more.
+//! Sweeps: remove the containers of an instance that have no supervisor, found by their label, and old job directories.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,35 +10,37 @@ use crate::host::process::ProcessError;
 use crate::model::backoff::Backoff;
 use crate::sandbox::Observer;
 use crate::sandbox::podman::Podman;
-use crate::sandbox::supervisor::Living;
+use crate::sandbox::supervisor::Supervised;
 
 /// Time between two sweeps of a running server.
 const INTERVAL: Duration = Duration::from_secs(60);
 
-/// Time after which a failed sweep is tried again, doubled up to [`INTERVAL`]: podman refuses to remove what is just ending.
+/// Time after which a failed sweep is retried, doubled up to [`INTERVAL`]: podman refuses to remove a container that is
+/// just ending.
 const RETRY: Duration = Duration::from_secs(2);
 
-/// Removes the containers of an instance that have no supervisor, and tells how many there were.
-pub async fn sweep(podman: &Podman, instance: &str, living: &Living) -> Result<usize, ProcessError> {
-    // Listed first: whatever is made later is not in the list, whatever was made before has its mark.
+/// Removes the containers of an instance that have no supervisor, and returns how many there were.
+pub async fn sweep(podman: &Podman, instance: &str, supervised: &Supervised) -> Result<usize, ProcessError> {
+    // The list comes first: a container that is created later is not in it, and one created earlier is already
+    // registered.
     let mut names = podman.list(instance).await?;
-    names.retain(|name| !living.is_living(name));
+    names.retain(|name| !supervised.contains(name));
     podman.remove(&names).await?;
     Ok(names.len())
 }
 
-/// Sweeps now and from time to time until `stop`.
+/// Sweeps at once and then every [`INTERVAL`], until `stop` is cancelled.
 pub async fn run(
     podman: Podman,
     instance: String,
-    living: Living,
+    supervised: Supervised,
     observer: Arc<dyn Observer>,
     stop: CancellationToken,
 ) {
     let mut backoff = Backoff::new(RETRY, INTERVAL);
     loop {
         let round = async {
-            let swept = sweep(&podman, &instance, &living).await;
+            let swept = sweep(&podman, &instance, &supervised).await;
             observer.swept(swept.as_ref().ok().copied());
             let pause = match swept {
                 Ok(removed) => {
@@ -62,7 +64,7 @@ pub async fn run(
     }
 }
 
-/// Empties the directory of an instance's jobs; for when none of its servers runs.
+/// Empties the parent of an instance's job directories. Only for use when no server of the instance runs.
 pub fn empty(jobs: &Path) -> std::io::Result<()> {
     match std::fs::remove_dir_all(jobs) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),

@@ -74,7 +74,7 @@ impl Background {
             sweep::run(
                 workshop.podman.clone(),
                 workshop.instance.name.clone(),
-                workshop.living.clone(),
+                workshop.supervised.clone(),
                 Arc::new(Counted),
                 stop,
             )

@@ -1,11 +1,12 @@
-//! The direct engine: podman makes a template, the agent spawns sandboxes from it.
+//! The direct engine: podman creates a template, and the agent spawns sandboxes from it.
 //!
-//! Per language and image podman creates one labelled container with the same isolation as in the podman engine, the
-//! *template*, and initialises it without starting it. Its OCI configuration is the source of every security setting: read
-//! once, as a [`SandboxConfig`](oci_config::SandboxConfig), by which the [agent](crate::sandbox::agent) makes each sandbox with
-//! its own job directory, tmpfs, cgroup and processes. Removing the template unmounts the image.
+//! For each language and image podman creates one labelled container, the *template*, with the same isolation as in the
+//! podman engine, and initialises it without starting it. Its OCI configuration is the source of every security
+//! setting. It is read once, into a [`SandboxConfig`](oci_config::SandboxConfig), from which the
+//! [agent](crate::sandbox::agent) creates each sandbox with its own job directory, tmpfs, cgroup and processes.
+//! Removing the template unmounts the image.
 
-mod agent_client; // orders for the agent
+mod agent_client; // sends orders to the agent
 mod engine;
 pub mod oci_config;
 mod template; // a container that is never started

@@ -1,4 +1,4 @@
-//! Templates: containers that are mounted but never started, and what sandboxes take from their configuration.
+//! Templates: containers that are mounted but never started, whose configuration all sandboxes use.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,27 +14,27 @@ use crate::sandbox::direct::agent_client::Agent;
 use crate::sandbox::direct::oci_config::{CgroupLimits, SandboxConfig};
 use crate::sandbox::podman::Podman;
 use crate::sandbox::podman::args::container_args;
-use crate::sandbox::supervisor::{EngineSettings, Mark};
+use crate::sandbox::supervisor::{EngineSettings, SupervisedGuard};
 
-/// Mounts of podman's own that no program needs.
+/// Mounts that podman adds and no program needs.
 const NOT_NEEDED: [&str; 5] = ["/dev/mqueue", "/etc/hostname", "/etc/hosts", "/etc/resolv.conf", "/run/.containerenv"];
 
-/// A container that is mounted but not started, by whose configuration sandboxes are made.
+/// A container that is mounted but never started. Sandboxes are created from its configuration.
 pub(super) struct Template {
     pub(super) name: String,
     podman: Podman,
     agent: Arc<Agent>,
     pub(super) limits: CgroupLimits,
-    /// The image's, as the image says it.
+    /// The user that the image names, in the image's spelling.
     pub(super) user: String,
     supervisors: TaskTracker,
-    /// Kept as long as the container may exist.
-    mark: Option<Mark>,
+    /// Protects the container from sweeps, as long as it may exist.
+    guard: Option<SupervisedGuard>,
 }
 
 impl Template {
-    /// Makes the container of this name, and has the agent set up what its sandboxes share.
-    pub(super) async fn make(
+    /// Creates the container, and has the agent set up the mounts that its sandboxes share.
+    pub(super) async fn create(
         podman: &Podman,
         settings: &EngineSettings,
         agent: &Arc<Agent>,
@@ -43,7 +43,7 @@ impl Template {
         image: &str,
         own_cgroup: bool,
     ) -> Result<Arc<Template>, SandboxError> {
-        let mark = settings.living.mark(&name);
+        let guard = settings.supervised.register(&name);
         let mut template = Template {
             name: name.clone(),
             podman: podman.clone(),
@@ -51,7 +51,7 @@ impl Template {
             limits: CgroupLimits::default(),
             user: String::new(),
             supervisors: settings.supervisors.clone(),
-            mark: Some(mark),
+            guard: Some(guard),
         };
         let config = podman.create(&name, container_args(&name, settings, language, image)).await?;
         template.user = podman.image_user(image).await?;
@@ -59,22 +59,23 @@ impl Template {
             what: "cannot read podman's configuration of a template",
             source: std::io::Error::other(error),
         })?;
-        let not_made = |reason| SandboxError::NotMade { language: language.name.clone(), reason };
+        let unsupported = |reason| SandboxError::NotMade { language: language.name.clone(), reason };
         let config = sandbox_spec(spec, language).and_then(|spec| SandboxConfig::from_spec(&spec, own_cgroup));
-        let config = config.map_err(not_made)?;
+        let config = config.map_err(unsupported)?;
         template.limits = config.limits.clone();
         agent.prepare(&name, config).await?;
         Ok(Arc::new(template))
     }
 
-    /// What removes it, once. The agent's mounts of the image go first.
+    /// A future that removes the template; `None` from the second call on. The agent releases its mounts of the image
+    /// first.
     pub(super) fn removal(&mut self) -> Option<BoxFuture<'static, ()>> {
-        let mark = self.mark.take()?;
+        let guard = self.guard.take()?;
         let (agent, podman, name) = (Arc::clone(&self.agent), self.podman.clone(), self.name.clone());
         Some(Box::pin(async move {
             agent.forget(&name);
             podman.remove_or_warn(&name).await;
-            drop(mark);
+            drop(guard);
         }))
     }
 }
@@ -82,19 +83,19 @@ impl Template {
 impl Drop for Template {
     fn drop(&mut self) {
         let Some(removal) = self.removal() else { return };
-        // Its last sandbox has gone. Without a runtime the next sweep removes it.
+        // The last sandbox of the template is gone. Without a runtime the next sweep removes the container.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             self.supervisors.spawn_on(removal, &runtime);
         }
     }
 }
 
-/// A template's configuration with the mounts of sandboxes, and without those that they do not need.
+/// Adds the mounts of sandboxes to a template's configuration, and leaves out those that no program needs.
 fn sandbox_spec(mut spec: Spec, language: &Language) -> Result<Spec, String> {
     let limits = &language.limits;
-    let of_podman = spec.mounts().clone().unwrap_or_default().into_iter();
+    let podman_mounts = spec.mounts().clone().unwrap_or_default().into_iter();
     let mut mounts: Vec<Mount> =
-        of_podman.filter(|mount| !NOT_NEEDED.iter().any(|path| mount.destination() == Path::new(path))).collect();
+        podman_mounts.filter(|mount| !NOT_NEEDED.iter().any(|path| mount.destination() == Path::new(path))).collect();
     let mount = |path: &str, typ: &str, options: Vec<String>| {
         let mount = MountBuilder::default().destination(path).typ(typ).source(typ).options(options).build();
         mount.map_err(|error| format!("a mount cannot be described: {error}"))

@@ -1,4 +1,4 @@
-//! Arguments of the commands that make containers.
+//! Arguments of the podman commands that create containers.
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -8,8 +8,8 @@ use crate::model::rootfs::{DEVICES, INIT, JOB_DIR, WRITABLE, WritableDir};
 use crate::sandbox::supervisor::EngineSettings;
 use crate::sandbox::{LABEL, LABEL_INSTANCE, LABEL_LANGUAGE};
 
-/// The arguments of `podman run` for a sandbox. Nothing of a request is in them: code, arguments and input go
-/// through the job directory and the channel.
+/// The arguments of `podman run` for a sandbox. They contain nothing of a request: code, arguments and input go through
+/// the job directory and the channel.
 pub(super) fn run_args(
     name: &str,
     settings: &EngineSettings,
@@ -27,15 +27,15 @@ pub(super) fn run_args(
         args.push(format!("--mount={}", volume(dir, limits.directory_size(), limits.inodes)).into());
     }
     args.push(format!("--volume={}:{JOB_DIR}:ro", job_dir.display()).into());
-    // Where a /dev is mounted the OCI runtime mounts no devices into it; the mounts that it makes by itself would let
-    // anybody change the times of the host's files.
+    // With a volume at /dev the OCI runtime mounts no devices there. Its own device mounts would let programs change
+    // the times of the host's device files.
     args.push(format!("--volume={}:/dev:ro,nosuid,noexec", dev.display()).into());
     args.extend(DEVICES.map(|device| format!("--volume=/dev/{device}:/dev/{device}:ro,nosuid,noexec").into()));
     args.extend(container_args(name, settings, language, image));
     args
 }
 
-/// The arguments that make a container a sandbox, whichever engine starts it; the image at the end.
+/// The arguments that both engines share, from the isolation options to the image at the end.
 pub(in crate::sandbox) fn container_args(
     name: &str,
     settings: &EngineSettings,
@@ -46,7 +46,7 @@ pub(in crate::sandbox) fn container_args(
     let mut args: Vec<OsString> = Vec::new();
     let mut add = |arg: String| args.push(arg.into());
     for fixed in [
-        // podman neither pulls, logs nor checks.
+        // podman must neither pull the image, nor log output, nor run health checks.
         "--pull=never",
         "--log-driver=none",
         "--no-healthcheck",
@@ -68,11 +68,11 @@ pub(in crate::sandbox) fn container_args(
         "--no-hosts",
         "--systemd=false",
         "--hostname=sandbox",
-        // What init sets for programs, and may not exceed.
+        // The limit that init sets for programs, which it cannot raise.
         "--ulimit=core=1:1",
-        // No pseudo-terminals: all containers share the host's number of them. The single one here cannot be opened.
+        // No pseudo-terminals: all containers share one limit of the host. The single one here cannot be opened.
         "--mount=type=devpts,destination=/dev/pts,max=1",
-        // Shared memory segments would otherwise outlive the processes between two stages.
+        // Without this, shared memory segments would outlive the processes that are killed between two stages.
         "--sysctl=kernel.shm_rmid_forced=1",
     ] {
         add(fixed.into());
@@ -87,7 +87,7 @@ pub(in crate::sandbox) fn container_args(
     // One more for init.
     add(format!("--pids-limit={}", limits.processes + 1));
     add(format!("--cpus={}", limits.cpus));
-    // Programs start in /work, which is not mounted yet in a template.
+    // Init starts programs in /work, which a template does not have yet.
     add("--workdir=/".into());
     add(format!("--volume={}:{INIT}:ro", settings.executable.display()));
     add(format!("--entrypoint=[\"{INIT}\",\"init\"]"));
@@ -96,7 +96,8 @@ pub(in crate::sandbox) fn container_args(
     args
 }
 
-/// A tmpfs with a count of inodes: as a volume, because podman's own tmpfs mounts refuse `nr_inodes`.
+/// A `--mount` value for a tmpfs with a limit of inodes. It is a volume, because podman's tmpfs mounts refuse
+/// `nr_inodes`.
 fn volume(dir: WritableDir, size: u64, inodes: u64) -> String {
     let (path, options) = (dir.path, dir.mount_options(size, inodes).join(","));
     format!("type=volume,destination={path},volume-opt=type=tmpfs,volume-opt=device=tmpfs,\"volume-opt=o={options}\"")
@@ -107,7 +108,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::sandbox::supervisor::Living;
+    use crate::sandbox::supervisor::Supervised;
     use proptest::prelude::*;
     use tokio_util::task::TaskTracker;
 
@@ -118,8 +119,8 @@ mod tests {
             executable: "/usr/bin/coderunner".into(),
             require_limits: false,
             supervisors: TaskTracker::new(),
-            living: Living::default(),
-            observer: Arc::new(crate::sandbox::fake::Unheard),
+            supervised: Supervised::default(),
+            observer: Arc::new(crate::sandbox::fake::NoopObserver),
         }
     }
 
@@ -152,7 +153,7 @@ mod tests {
         assert_eq!(args[args.len() - 2..], ["--", "sha256:id"]);
     }
 
-    /// Some text as a TOML string.
+    /// A text as a TOML string.
     fn quoted(text: &str) -> String {
         toml::Value::String(text.into()).to_string()
     }
@@ -169,8 +170,8 @@ mod tests {
     }
 
     proptest! {
-        /// Nothing of a request is passed to [`run_args`] at all. Of the configuration, beside limits, only the name changes an
-        /// argument: the value of a label.
+        /// [`run_args`] gets nothing of a request. Of the configuration, only the limits and the language's name, in
+        /// the value of a label, change an argument.
         #[test]
         fn configured_strings_never_become_options(
             name in "x[a-z0-9+_-]{0,20}", source in "[^/\0]{1,40}", word in "[^\0]{0,40}",

@@ -1,4 +1,4 @@
-//! podman's verbs for containers.
+//! podman verbs for containers.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use crate::sandbox::podman::Podman;
 use crate::sandbox::{LABEL, LABEL_INSTANCE, orphans};
 
 impl Podman {
-    /// Names of all containers of an instance, whatever their state, and whether or not podman still knows them.
+    /// Names of all containers of an instance in any state, including those that podman no longer knows.
     pub async fn list(&self, instance: &str) -> Result<Vec<String>, ProcessError> {
         let filter = format!("label={LABEL_INSTANCE}={instance}");
         let ours = format!("label={LABEL}=1");
@@ -17,13 +17,13 @@ impl Podman {
             self.text(&["ps", "--all", "--format", "{{.Names}}", "--filter", &ours, "--filter", &filter]).await?;
         let mut names: Vec<String> = names.lines().map(str::to_owned).collect();
         let instance = instance.to_owned();
-        names.extend(look_in_proc(move || orphans::monitored(&instance)).await?);
+        names.extend(scan_proc(move || orphans::monitored(&instance)).await?);
         names.sort_unstable();
         names.dedup();
         Ok(names)
     }
 
-    /// Removes containers with their volumes, running or not; those that are not there are no error.
+    /// Removes containers with their volumes, running or not. A container that does not exist is no error.
     pub async fn remove(&self, names: &[String]) -> Result<(), ProcessError> {
         if names.is_empty() {
             return Ok(());
@@ -32,19 +32,19 @@ impl Podman {
         let args = fixed.into_iter().chain(names.iter().map(String::as_str));
         let removed = self.verb(args).await;
         let names = names.to_vec();
-        look_in_proc(move || orphans::kill(&names)).await?;
+        scan_proc(move || orphans::kill(&names)).await?;
         removed.map(drop)
     }
 
-    /// Removes a container; a failure is for the log, and for the next sweep.
+    /// Removes a container. Logs a failure; the next sweep tries again.
     pub async fn remove_or_warn(&self, name: &str) {
         if let Err(error) = self.remove(&[name.to_owned()]).await {
             tracing::warn!(container = name, %error, "cannot remove a container; retrying in the next sweep");
         }
     }
 
-    /// Creates a container and has everything mounted for it, but does not start it. Returns the path of the
-    /// OCI configuration that podman wrote for it.
+    /// Creates a container with all of its mounts, but does not start it. Returns the path of the OCI configuration
+    /// that podman wrote for it.
     pub async fn create(&self, name: &str, args: Vec<OsString>) -> Result<PathBuf, ProcessError> {
         let args = std::iter::once("create".into()).chain(args);
         self.verb(args).await?;
@@ -53,8 +53,8 @@ impl Podman {
     }
 }
 
-/// Looks through `/proc` in a thread of its own, since that takes long where there are many processes.
-async fn look_in_proc<T: Send + 'static>(look: impl FnOnce() -> T + Send + 'static) -> Result<T, ProcessError> {
-    let late = |source| ProcessError::Io { command: "looking for forgotten containers".into(), source };
-    aside(look).await.map_err(late)
+/// Scans `/proc` in a thread of its own, because that takes long on a host with many processes.
+async fn scan_proc<T: Send + 'static>(scan: impl FnOnce() -> T + Send + 'static) -> Result<T, ProcessError> {
+    let failed = |source| ProcessError::Io { command: "looking for containers that podman lost".into(), source };
+    aside(scan).await.map_err(failed)
 }

@@ -1,4 +1,4 @@
-//! The podman engine: makes each sandbox by `podman run`.
+//! The podman engine: creates each sandbox with `podman run`.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,26 +15,26 @@ use crate::sandbox::podman::dev::make_dev;
 use crate::sandbox::supervisor::{EngineSettings, Started};
 use crate::sandbox::{Engine, Sandbox, SandboxError, SandboxSpec, orphans};
 
-/// Makes each sandbox by `podman run`, which stays our child until its container is removed.
+/// Creates each sandbox with `podman run`, which stays a child of the server until its container is removed.
 pub struct PodmanEngine {
     podman: Podman,
     settings: EngineSettings,
-    made: AtomicU64,
-    /// Users of images, by the content ids of these, until they are released.
+    next_number: AtomicU64,
+    /// The user of each image by content id, until the image is released.
     users: Mutex<HashMap<String, String>>,
 }
 
 impl PodmanEngine {
-    /// An engine of this podman.
+    /// An engine that uses this podman.
     pub fn new(podman: Podman, settings: EngineSettings) -> PodmanEngine {
-        PodmanEngine { podman, settings, made: AtomicU64::new(0), users: Default::default() }
+        PodmanEngine { podman, settings, next_number: AtomicU64::new(0), users: Default::default() }
     }
 
     fn users(&self) -> MutexGuard<'_, HashMap<String, String>> {
         self.users.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The user of an image, which is asked for once.
+    /// The user that an image names. Asks podman once per image.
     async fn user(&self, image: &str) -> Result<String, ProcessError> {
         let known = self.users().get(image).cloned();
         match known {
@@ -46,13 +46,13 @@ impl PodmanEngine {
         }
     }
 
-    async fn make(&self, spec: SandboxSpec) -> Result<Sandbox, SandboxError> {
+    async fn create(&self, spec: SandboxSpec) -> Result<Sandbox, SandboxError> {
         let SandboxSpec { language, image, slot } = spec;
         let user = self.user(&image).await?;
         let job_dir = self.settings.job_directory()?;
-        let number = self.made.fetch_add(1, Ordering::Relaxed);
+        let number = self.next_number.fetch_add(1, Ordering::Relaxed);
         let name = orphans::name(&self.settings.instance, "box", number);
-        let mark = self.settings.living.mark(&name);
+        let guard = self.settings.supervised.register(&name);
         let dev = self.settings.jobs.with_file_name("dev");
         make_dev(&dev).map_err(SandboxError::io("cannot make the directory of a container's devices"))?;
         let args = run_args(&name, &self.settings, &language, &image, job_dir.path(), &dev);
@@ -67,21 +67,21 @@ impl PodmanEngine {
             slot,
             own_cgroup: true,
             cgroup: None,
-            // podman removes what it ran (--rm), unless it failed half-way or was killed.
+            // podman removes the container itself (--rm), unless it fails half-way or is killed.
             ended: Box::pin(async move { running.end().await }),
             remove: Box::pin(async move { podman.remove_or_warn(&name).await }),
-            owned: Box::new((job_dir, mark)),
+            owned: Box::new((job_dir, guard)),
         };
-        self.settings.raise(started, &language).await
+        self.settings.supervise(started, &language).await
     }
 }
 
 impl Engine for PodmanEngine {
     fn start(&self, spec: SandboxSpec) -> BoxFuture<'_, Result<Sandbox, SandboxError>> {
-        Box::pin(self.make(spec))
+        Box::pin(self.create(spec))
     }
 
-    /// Nothing is kept.
+    /// Does nothing: this engine keeps no resources per language.
     fn keep_only(&self, _: &[Arc<Language>]) {}
 
     fn release<'a>(&'a self, image: Option<&'a str>) -> BoxFuture<'a, ()> {

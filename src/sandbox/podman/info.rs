@@ -1,9 +1,9 @@
-//! What podman tells of itself and the host.
+//! Facts about podman and the host.
 
 use crate::host::process::ProcessError;
 use crate::sandbox::podman::Podman;
 
-/// What `podman info` tells that matters here.
+/// The fields of `podman info` that coderunner uses.
 #[derive(Debug, Clone, Default)]
 pub struct Info {
     /// podman's version.
@@ -12,16 +12,16 @@ pub struct Info {
     pub runtime: String,
     /// The storage driver.
     pub driver: String,
-    /// Whether overlay is the kernel's own; `None` where podman does not say.
+    /// Whether the overlay file system is the kernel's own; `None` if podman does not say.
     pub native_overlay: Option<bool>,
     /// `v1` or `v2`.
     pub cgroup_version: String,
-    /// Controllers that this user's containers get.
+    /// The cgroup controllers that this user's containers get.
     pub controllers: Vec<String>,
 }
 
 impl Info {
-    /// Reads `podman info --format json`; what is not there is empty.
+    /// Parses the output of `podman info --format json`. Missing fields are empty.
     pub fn parse(json: &[u8]) -> Info {
         let value: serde_json::Value = serde_json::from_slice(json).unwrap_or_default();
         let text = |pointer: &str| value.pointer(pointer).and_then(|v| v.as_str()).unwrap_or_default().to_owned();
@@ -43,7 +43,7 @@ impl Info {
         }
     }
 
-    /// The limits that podman's containers cannot have here.
+    /// The limits that podman cannot set on this host.
     pub fn missing_controllers(&self) -> Vec<&'static str> {
         let has = |name: &str| self.cgroup_version == "v2" && self.controllers.iter().any(|c| c == name);
         [("memory", "memory"), ("pids", "processes"), ("cpu", "CPU")]
@@ -55,13 +55,13 @@ impl Info {
 }
 
 impl Podman {
-    /// What podman says of itself and the host.
+    /// The output of `podman info`, which is run once.
     pub async fn info(&self) -> Result<&Info, ProcessError> {
-        let ask = || async { self.verb(["info", "--format", "json"]).await.map(|json| Info::parse(&json)) };
-        self.info.get_or_try_init(ask).await
+        let query = || async { self.verb(["info", "--format", "json"]).await.map(|json| Info::parse(&json)) };
+        self.info.get_or_try_init(query).await
     }
 
-    /// How many ids this user's containers have, the user's own among them.
+    /// Number of uids that this user's containers have, including the user's own.
     pub async fn mapped_ids(&self) -> Result<u64, ProcessError> {
         let map = self.text(&["unshare", "cat", "/proc/self/uid_map"]).await?;
         Ok(map.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok()).sum())

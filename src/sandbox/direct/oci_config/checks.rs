@@ -1,10 +1,10 @@
-//! Which settings of an OCI configuration are supported.
+//! Rejects OCI configurations with settings that are not supported.
 
 use std::path::{Component, Path};
 
 use oci_spec::runtime::{Linux, LinuxNamespaceType, Process, Root, Spec};
 
-/// The namespaces that a sandbox has.
+/// The namespaces that a sandbox must have.
 const NAMESPACES: [LinuxNamespaceType; 6] = [
     LinuxNamespaceType::Pid,
     LinuxNamespaceType::Ipc,
@@ -14,10 +14,11 @@ const NAMESPACES: [LinuxNamespaceType; 6] = [
     LinuxNamespaceType::Network,
 ];
 
-/// Checks that podman isolates a sandbox as it is told to, and asks for nothing that the agent does not do.
+/// Checks that podman isolates a sandbox as configured, and asks for nothing that the agent does not support.
 pub(super) fn check_settings(spec: &Spec, root: &Root, process: &Process, linux: &Linux) -> Result<(), String> {
     let user = process.user();
-    let asked = [
+    // Each condition, with the setting to report if it does not hold.
+    let checks = [
         (root.readonly() == Some(true), "a root that can be written to"),
         ((user.uid(), user.gid()) == (0, 0), "another user than 0"),
         (process.no_new_privileges() == Some(true), "new privileges"),
@@ -35,28 +36,28 @@ pub(super) fn check_settings(spec: &Spec, root: &Root, process: &Process, linux:
         (linux.personality().is_none(), "a personality"),
         (linux.time_offsets().as_ref().is_none_or(|offsets| offsets.is_empty()), "a clock of its own"),
     ];
-    if let Some((_, what)) = asked.iter().find(|(as_expected, _)| !as_expected) {
+    if let Some((_, what)) = checks.iter().find(|(as_expected, _)| !as_expected) {
         return Err(unsupported(what));
     }
     Ok(())
 }
 
-/// Checks that a sandbox has [`NAMESPACES`] of its own, and no others.
+/// Checks that a sandbox has its own namespaces of all [`NAMESPACES`], and no others.
 pub(super) fn check_namespaces(linux: &Linux) -> Result<(), String> {
     let namespaces = linux.namespaces().as_deref().unwrap_or_default();
-    let is_there = |wanted| namespaces.iter().any(|one| one.typ() == wanted && one.path().is_none());
-    if let Some(missing) = NAMESPACES.into_iter().find(|wanted| !is_there(*wanted)) {
+    let is_new = |required| namespaces.iter().any(|one| one.typ() == required && one.path().is_none());
+    if let Some(missing) = NAMESPACES.into_iter().find(|required| !is_new(*required)) {
         return Err(unsupported(&format!("no {missing} namespace of its own")));
     }
-    if let Some(more) = namespaces.iter().find(|one| !NAMESPACES.contains(&one.typ())) {
-        return Err(unsupported(&format!("a {} namespace", more.typ())));
+    if let Some(other) = namespaces.iter().find(|one| !NAMESPACES.contains(&one.typ())) {
+        return Err(unsupported(&format!("a {} namespace", other.typ())));
     }
     Ok(())
 }
 
 /// The error for a setting that is not supported.
 pub(super) fn unsupported(what: &str) -> String {
-    format!("its configuration by podman has {what}")
+    format!("podman's configuration of the container has {what}")
 }
 
 /// Whether a path is absolute and without `..`.

@@ -1,4 +1,4 @@
-//! The configuration of a sandbox in terms of the kernel, as the OCI configuration that podman wrote asks for it.
+//! The configuration of a sandbox in terms of the kernel, parsed from the OCI configuration that podman wrote.
 
 mod checks;
 mod parse;
@@ -12,32 +12,32 @@ use serde::{Deserialize, Serialize};
 use crate::model::rootfs::DEV;
 use crate::sandbox::seccomp::podman_profile;
 
-/// All that makes a sandbox but its job directory, its network namespace, and its cgroup.
+/// The configuration of a sandbox, except for its job directory, its network namespace and its cgroup.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SandboxConfig {
-    /// Where the image is mounted.
+    /// Path at which podman has mounted the image.
     pub root: PathBuf,
-    /// In this order.
+    /// The mounts, in the order in which they are made.
     pub mounts: Vec<Mount>,
-    /// Paths that are hidden.
+    /// Paths to hide.
     pub masked: Vec<PathBuf>,
-    /// Paths that are made read-only.
+    /// Paths to make read-only.
     pub readonly: Vec<PathBuf>,
-    /// By their paths below `/proc/sys`.
+    /// Sysctls by their full paths below `/proc/sys`.
     pub sysctls: BTreeMap<PathBuf, String>,
-    /// In the sandbox's own UTS namespace.
+    /// Host name in the sandbox's UTS namespace.
     pub hostname: String,
-    /// As `NAME=VALUE`.
+    /// Environment variables as `NAME=VALUE`.
     pub environment: Vec<String>,
-    /// Of init.
+    /// Umask of init.
     pub umask: u32,
     /// Supplementary groups of init.
     pub groups: Vec<u32>,
-    /// Soft and hard.
+    /// Resource limits of init: type, soft limit, hard limit.
     pub rlimits: Vec<(PosixRlimitType, u64, u64)>,
-    /// Capabilities of init; programs have none.
+    /// Capabilities of init. Programs have none.
     pub capabilities: u64,
-    /// `None` leaves the server's own.
+    /// OOM score adjustment of init; `None` keeps that of the server.
     pub oom_score: Option<i32>,
     /// podman's seccomp profile, compiled.
     pub filter: Vec<podman_profile::Step>,
@@ -45,7 +45,7 @@ pub struct SandboxConfig {
     pub limits: CgroupLimits,
 }
 
-/// Something that is mounted in a sandbox.
+/// A mount of a sandbox.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Mount {
     /// Path in the sandbox.
@@ -56,12 +56,12 @@ pub struct Mount {
     pub flags: u32,
 }
 
-/// What is mounted.
+/// The source of a mount.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum MountSource {
     /// A new file system of this type, with these parameters.
     New(FsType, Vec<(String, String)>),
-    /// A file or directory that exists already.
+    /// An existing file or directory.
     Bind(PathBuf),
     /// The job directory.
     JobDir,
@@ -78,12 +78,12 @@ pub enum FsType {
     Tmpfs,
     /// Pseudo-terminals.
     Devpts,
-    /// A cgroup's counters.
+    /// The cgroup file system.
     Cgroup,
 }
 
 impl FsType {
-    /// The kernel's name of it.
+    /// The kernel's name of the type.
     pub fn name(self) -> &'static str {
         match self {
             FsType::Proc => "proc",
@@ -96,7 +96,8 @@ impl FsType {
 }
 
 impl Mount {
-    /// Whether each sandbox needs its own. What nobody can write to, and belongs to no sandbox, is shared by all.
+    /// Whether each sandbox needs its own mount. Mounts that nobody can write to, and that show nothing of a particular
+    /// sandbox, are shared by all sandboxes of a template.
     pub fn is_own(&self) -> bool {
         match &self.source {
             MountSource::New(FsType::Proc | FsType::Cgroup, _) | MountSource::JobDir => true,
@@ -106,12 +107,12 @@ impl Mount {
     }
 }
 
-/// Files of a sandbox's cgroup, and what is written to them.
+/// Files of a sandbox's cgroup, with the values to write to them.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct CgroupLimits(pub Vec<(String, String)>);
 
 impl SandboxConfig {
-    /// All paths in it: those in a sandbox, and that of its root.
+    /// All paths in the configuration: those in the sandbox, and that of its root.
     fn paths(&self) -> impl Iterator<Item = &Path> {
         let mounts = self.mounts.iter().map(|mount| &mount.destination);
         let lists = [&self.masked, &self.readonly].into_iter().flatten();

@@ -1,8 +1,9 @@
-//! Reads the OCI configuration that podman wrote.
+//! Parses the OCI configuration that podman wrote.
 //!
-//! podman decides: a security setting, a mount or a kind of limit that is not supported here is an error. Left out is what is
-//! decided elsewhere (the program, its directory, the place of its cgroup, the propagation of mounts, of which there is none),
-//! and of the settings for memory and CPU those that are no upper bound: reservations, shares, which CPUs.
+//! podman decides on the isolation: a security setting, a mount or a kind of limit that is not supported here is an
+//! error. Ignored are settings that are decided elsewhere (the program, its directory, the path of its cgroup, the
+//! propagation of mounts, which is always off), and settings for memory and CPU that are no upper bound: reservations,
+//! shares, the set of CPUs.
 
 use std::path::{Path, PathBuf};
 
@@ -18,10 +19,10 @@ use crate::sandbox::direct::oci_config::{CgroupLimits, FsType, Mount, MountSourc
 use crate::sandbox::seccomp::podman_profile;
 
 impl SandboxConfig {
-    /// Reads podman's configuration; the error names a setting that is not supported. A sandbox without a cgroup of its
-    /// own sees none.
+    /// Parses podman's configuration. The error names a setting that is not supported. A sandbox without a cgroup of
+    /// its own gets no cgroup mount.
     pub fn from_spec(spec: &Spec, own_cgroup: bool) -> Result<SandboxConfig, String> {
-        let missing = |what: &str| format!("its configuration by podman has no {what}");
+        let missing = |what: &str| format!("podman's configuration of the container has no {what}");
         let root = spec.root().as_ref().ok_or_else(|| missing("root"))?;
         let process = spec.process().as_ref().ok_or_else(|| missing("process"))?;
         let linux = spec.linux().as_ref().ok_or_else(|| missing("Linux part"))?;
@@ -40,7 +41,7 @@ impl SandboxConfig {
         let capabilities = process.capabilities().as_ref().ok_or_else(|| missing("capabilities"))?;
         let sets = [capabilities.bounding(), capabilities.effective(), capabilities.permitted()];
         let [bounding, effective, permitted] = sets.map(|set| set.iter().flatten().copied().collect::<Vec<_>>());
-        let held = bounding.iter().filter(|one| effective.contains(one) && permitted.contains(one));
+        let in_all_sets = bounding.iter().filter(|one| effective.contains(one) && permitted.contains(one));
         let seccomp = linux.seccomp().as_ref().ok_or_else(|| missing("seccomp profile"))?;
         let config = SandboxConfig {
             root: root.path().clone(),
@@ -65,14 +66,16 @@ impl SandboxConfig {
                 .flatten()
                 .map(|limit| (limit.typ(), limit.soft(), limit.hard()))
                 .collect(),
-            capabilities: held.map(|one| capability(*one)).try_fold(0, |set, one| one.map(|one| set | one.bits()))?,
+            capabilities: in_all_sets
+                .map(|one| capability(*one))
+                .try_fold(0, |set, one| one.map(|one| set | one.bits()))?,
             oom_score: process.oom_score_adj(),
             filter: podman_profile::compiled(seccomp)
-                .ok_or_else(|| "podman's seccomp profile is not a list of what is allowed".to_owned())?,
+                .ok_or_else(|| "podman's seccomp profile is not an allow-list".to_owned())?,
             limits: cgroup_limits(linux.resources().as_ref())?,
         };
         if let Some(path) = config.paths().find(|path| !is_plain(path)) {
-            return Err(unsupported(&format!("the path {}, which is not from the root on", path.display())));
+            return Err(unsupported(&format!("the path {}, which is not absolute or contains ..", path.display())));
         }
         Ok(config)
     }
@@ -91,7 +94,7 @@ fn parse_mount(mount: &oci::Mount) -> Result<Mount, String> {
         other => return Err(unsupported(other)),
     };
     let mut flags = match fs_type {
-        // podman leaves these flags out.
+        // podman's configuration does not contain these flags.
         Some(FsType::Devpts) => MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC,
         _ => MountAttrFlags::empty(),
     };
@@ -102,7 +105,7 @@ fn parse_mount(mount: &oci::Mount) -> Result<Mount, String> {
             "nosuid" => MountAttrFlags::MOUNT_ATTR_NOSUID,
             "nodev" => MountAttrFlags::MOUNT_ATTR_NODEV,
             "noexec" => MountAttrFlags::MOUNT_ATTR_NOEXEC,
-            // These have no effect here, or are the default: all mounts are private, and relatime is the kernel's default.
+            // These have no effect, or are the default: all mounts are private, and relatime is the kernel's default.
             "rw" | "suid" | "dev" | "exec" | "bind" | "rbind" | "private" | "rprivate" | "relatime" | "strictatime" => {
                 MountAttrFlags::empty()
             }
@@ -111,7 +114,7 @@ fn parse_mount(mount: &oci::Mount) -> Result<Mount, String> {
                     parameters.push((name.to_owned(), value.to_owned()));
                     MountAttrFlags::empty()
                 }
-                _ => return Err(unsupported(&format!("something with the option {other:?}"))),
+                _ => return Err(unsupported(&format!("a file system with the option {other:?}"))),
             },
         };
     }
@@ -128,8 +131,8 @@ fn capability(of: Capability) -> Result<CapabilitySet, String> {
     CapabilitySet::from_name(&of.to_string()).ok_or_else(|| format!("podman wants a capability {of}"))
 }
 
-/// What the OCI runtime would write to a cgroup. Rules for devices are left out: a sandbox has
-/// [those of every container](crate::model::rootfs::DEVICES) and cannot make others.
+/// The values that the OCI runtime would write to the files of a cgroup. Rules for devices are left out: a sandbox has
+/// [the devices of every container](crate::model::rootfs::DEVICES) and cannot create others.
 fn cgroup_limits(resources: Option<&LinuxResources>) -> Result<CgroupLimits, String> {
     let Some(resources) = resources else { return Ok(CgroupLimits::default()) };
     let unsupported = |what: &str| Err(format!("podman wants a limit of {what}"));
@@ -140,7 +143,7 @@ fn cgroup_limits(resources: Option<&LinuxResources>) -> Result<CgroupLimits, Str
         return unsupported("huge pages");
     }
     if resources.unified().as_ref().is_some_and(|files| !files.is_empty()) {
-        return unsupported("its own (--cgroup-conf)");
+        return unsupported("its own kind (--cgroup-conf)");
     }
     let mut files = Vec::new();
     let mut write = |name: &str, value: String| files.push((name.to_owned(), value));
@@ -148,7 +151,7 @@ fn cgroup_limits(resources: Option<&LinuxResources>) -> Result<CgroupLimits, Str
         && let Some(limit) = memory.limit()
     {
         write("memory.max", limit.to_string());
-        // OCI limits the sum of memory and swap, the kernel each of them.
+        // OCI limits the sum of memory and swap. The kernel limits each of them.
         if let Some(both) = memory.swap() {
             write("memory.swap.max", (both - limit).max(0).to_string());
         }

@@ -1,10 +1,10 @@
-//! What is read of a configuration, and which ones are rejected.
+//! Tests: what is parsed of a configuration, and which configurations are rejected.
 
 use rustix::thread::CapabilitySet;
 
 use super::*;
 
-/// As podman 4.3 wrote it, shortened.
+/// A configuration that podman 4.3 wrote, shortened.
 pub const SPEC: &str = r#"{
     "ociVersion": "1.0.2-dev",
     "process": {"user": {"uid": 0, "gid": 0, "umask": 18, "additionalGids": [0]}, "args": ["/run/coderunner-init", "init"],
