@@ -1,7 +1,7 @@
-//! Whatever comes from outside, byte by byte: nothing of it may make the server panic, hang, or keep a descriptor.
+//! Fuzz tests of all input from outside: none may make the server panic, hang, or leak a descriptor.
 //!
-//! `make test` and, longer, `make fuzz` try bytes that are random, or those of something valid with a few changes. `make
-//! libfuzzer` has libFuzzer choose them by the code that they reach.
+//! `make test` and, longer, `make fuzz` try random bytes and changed valid input. `make libfuzzer` lets libFuzzer
+//! choose the bytes by code coverage.
 
 use std::collections::BTreeSet;
 use std::io::Read;
@@ -23,7 +23,7 @@ use crate::sandbox::direct::oci_config::SandboxConfig;
 use crate::sandbox::podman::Info;
 use crate::sandbox::protocol::{self, FromInit, ToInit};
 
-/// Largest source of the requests here, in bytes.
+/// Source limit of the fuzzed requests, in bytes.
 const SOURCE_LIMIT: usize = 64;
 
 fn settings(text: &str) -> Result<Settings, crate::config::ConfigError> {
@@ -34,7 +34,8 @@ fn json(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(value).unwrap()
 }
 
-/// A body, or a message, of each request that there is; a job that one stands for keeps its bounds.
+/// Parses bytes as the body or message of each kind of request. The jobs of accepted requests must be within their
+/// bounds.
 fn request(body: &[u8], languages: &[Arc<Language>]) {
     fn read<T: DeserializeOwned>(body: &[u8]) -> Option<T> {
         serde_json::from_slice(body).ok()
@@ -48,10 +49,10 @@ fn request(body: &[u8], languages: &[Arc<Language>]) {
     };
     let batch = read::<batch::Request>(body).and_then(|asked| asked.into_batch(languages, SOURCE_LIMIT).ok());
     let jobs = code.into_iter().chain(executed).chain(said).chain(batch.into_iter().flat_map(|batch| batch.jobs));
-    jobs.for_each(|job| bounded(&job, languages));
+    jobs.for_each(|job| assert_bounded(&job, languages));
 }
 
-fn bounded(job: &Job, languages: &[Arc<Language>]) {
+fn assert_bounded(job: &Job, languages: &[Arc<Language>]) {
     let language = language::named(languages, &job.language).unwrap();
     let (sent, most) = (job.files.iter().filter(|file| !language.files.contains_key(&file.name)), &language.limits);
     assert!(sent.map(|file| file.content.len()).sum::<usize>() <= SOURCE_LIMIT);
@@ -66,8 +67,8 @@ fn bounded(job: &Job, languages: &[Arc<Language>]) {
     assert!(memory.into_iter().flatten().all(|bytes| bytes > 0 && bytes < most.memory.as_u64()));
 }
 
-/// Sends a packet with descriptors beside it and receives it. Whatever it is, all descriptors are closed, and what is
-/// understood means the same when it is sent again.
+/// Sends a packet with descriptors and receives it. All descriptors must be closed, and a message that was parsed must
+/// stay the same when it is sent again.
 fn message<T: Serialize + DeserializeOwned>(packet: &[u8], fds: usize) {
     let pair = || socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
     let (ours, theirs): (OwnedFd, OwnedFd) = pair();
@@ -89,17 +90,18 @@ fn message<T: Serialize + DeserializeOwned>(packet: &[u8], fds: usize) {
         Ok(None) => assert!(packet.is_empty()),
         Err(_) => {}
     }
-    // The end of the pipe comes when nobody holds its other end: a test that hangs here has found a leak.
+    // The read returns once all write ends are closed. A test that hangs here has found a leak.
     assert_eq!(reader.read(&mut [0]).unwrap(), 0);
 }
 
-fn podmans_json(text: &[u8]) {
+/// Parses the output of `podman info`. Without cgroup v2 all controllers must count as missing.
+fn podman_info(text: &[u8]) {
     let info = Info::parse(text);
     let known = info.cgroup_version == "v2";
-    assert!(known || info.missing_controllers().len() == 3, "nothing is limited where it is not said");
+    assert!(known || info.missing_controllers().len() == 3, "without cgroup v2 nothing is limited");
 }
 
-/// What podman wrote for a container; what is accepted of it has the walls that must be there.
+/// Parses podman's OCI configuration of a container. An accepted configuration must have the required walls.
 fn oci_configuration(text: &[u8]) {
     let Ok(spec) = serde_json::from_slice::<Spec>(text) else { return };
     for own_cgroup in [true, false] {
@@ -118,7 +120,7 @@ fn oci_configuration(text: &[u8]) {
 
 fn configuration(text: &str) {
     match settings(text) {
-        // What is accepted can be used, and written down again.
+        // Accepted settings can be used, and loaded again from their printed form.
         Ok(accepted) => {
             assert!(!accepted.enabled().unwrap().is_empty());
             let written = toml::to_string(&accepted).unwrap();
@@ -128,7 +130,7 @@ fn configuration(text: &str) {
     }
 }
 
-// The first byte says what the others are.
+// The first byte selects the kind of the input.
 #[cfg(fuzzing)]
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     static C: std::sync::LazyLock<[Arc<Language>; 1]> =
@@ -138,7 +140,7 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
         b'r' => request(bytes, &*C),
         b't' => message::<ToInit>(bytes, bytes.len() % 6),
         b'f' => message::<FromInit>(bytes, bytes.len() % 6),
-        b'p' => podmans_json(bytes),
+        b'p' => podman_info(bytes),
         b'o' => oci_configuration(bytes),
         b'c' => configuration(&String::from_utf8_lossy(bytes)),
         _ => {}
@@ -169,7 +171,7 @@ mod tests {
 
     impl Change {
         fn any() -> impl Strategy<Value = Change> {
-            // What is a beginning or an end to JSON and TOML, beside anything else.
+            // Any byte, and more often bytes with a meaning in JSON and TOML.
             let byte = prop_oneof![any::<u8>(), select(b"{}[]\",:=\\\n.-0123456789eu".to_vec())];
             let word = select(vec![
                 "null",
@@ -218,7 +220,7 @@ mod tests {
         }
     }
 
-    /// Random bytes, or something valid with changes.
+    /// Random bytes, or changed valid input.
     fn bytes(valid: Vec<Vec<u8>>) -> impl Strategy<Value = Vec<u8>> {
         let changed = (select(valid), vec(Change::any(), 0..6)).prop_map(|(mut bytes, changes)| {
             changes.iter().for_each(|change| change.apply(&mut bytes));
@@ -315,7 +317,7 @@ mod tests {
         fn what_podman_says_of_itself(text in bytes(vec![br#"{"host":{"cgroupVersion":"v2","cgroupControllers":["cpu","memory","pids"],
             "ociRuntime":{"version":"crun version 1.8.1\ncommit"}},"store":{"graphDriverName":"overlay",
             "graphStatus":{"Native Overlay Diff":"true"}},"version":{"Version":"4.3.1"}}"#.to_vec()])) {
-            podmans_json(&text);
+            podman_info(&text);
         }
 
         #[test]
@@ -325,7 +327,7 @@ mod tests {
     }
 
     proptest! {
-        // Each is several layers of settings and the whole catalogue.
+        // Fewer cases: each loads several layers of settings and the whole catalogue.
         #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases / 4, ..ProptestConfig::default() })]
 
         #[test]

@@ -41,13 +41,13 @@ pub(super) enum Verb {
         /// Configuration file [default: /etc/coderunner/coderunner.toml]
         #[arg(long, value_name = "FILE", env = "CODERUNNER_CONFIG")]
         config: Option<PathBuf>,
-        /// Language [default: by the ending of the file name]
+        /// Language [default: by the file name extension]
         #[arg(short, long)]
         language: Option<String>,
-        /// Further file beside the program; may be repeated
+        /// Additional file, placed beside the program; may be repeated
         #[arg(short, long = "file", value_name = "FILE")]
         files: Vec<PathBuf>,
-        /// Standard input of the program, instead of this command's own
+        /// Standard input of the program, instead of the input of this command
         #[arg(long, value_name = "TEXT")]
         stdin: Option<String>,
         /// Time limit, such as 2s or 500ms [default: that of the language]
@@ -67,7 +67,7 @@ pub(super) enum Verb {
     Doctor {
         #[command(flatten)]
         common: Common,
-        /// Engine that must pass; both are checked [default: the configured one]
+        /// Engine that must pass; doctor checks both [default: the configured one]
         #[arg(long)]
         engine: Option<EngineKind>,
         /// Print JSON instead of a table
@@ -98,7 +98,7 @@ pub(super) enum Verb {
     /// Remove the containers that a killed server left behind; used by the systemd unit
     #[command(hide = true)]
     Sweep(Common),
-    /// PID 1 of a sandbox.
+    /// PID 1 of a sandbox
     #[command(hide = true)]
     Init,
     /// The agent: makes sandboxes inside podman's namespaces

@@ -1,4 +1,4 @@
-//! The command line: a file for each verb, and the start of this process.
+//! The command line: the start of this process, and a file for each verb.
 
 mod account;
 mod args;
@@ -6,9 +6,9 @@ mod doctor;
 mod key;
 mod run;
 mod serve;
+mod session;
 mod sweep;
 mod update;
-mod workshop;
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
@@ -19,30 +19,30 @@ use clap::{CommandFactory, Parser};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{Overrides, Settings};
-use crate::host::print::Unprinted;
+use crate::host::print::PrintError;
 use crate::host::{log, print};
 use crate::sandbox;
 use args::{Cli, Common, Verb};
 use doctor::probe;
 
-/// Runs what this process was started for.
+/// Parses the command line and runs its verb.
 pub fn main() -> ExitCode {
     let Cli { verb, log_format } = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(asked) => return help(&asked),
+        Err(error) => return print_usage(&error),
     };
     match verb {
-        // Before anything that makes threads.
+        // Before anything starts threads.
         Verb::Init => return sandbox::init::main(),
         Verb::Agent => return sandbox::agent::main(),
         Verb::Probe { probe, ref word } => return probe::main(probe, word),
         _ => {}
     }
-    // Kept until the end of this function.
-    let _flush = match log::start_writing() {
+    // Dropped at the end of this function, which flushes the log.
+    let _flush = match log::start_writer() {
         Ok(flush) => flush,
         Err(error) => {
-            print::complain(&format!("coderunner: cannot start: {error}"));
+            print::stderr_line(&format!("coderunner: cannot start: {error}"));
             return ExitCode::FAILURE;
         }
     };
@@ -54,7 +54,7 @@ pub fn main() -> ExitCode {
     let filter = match EnvFilter::try_new(&filter) {
         Ok(filter) => filter,
         Err(_) => {
-            log::say(&format!(
+            log::print(&format!(
                 "coderunner: CODERUNNER_LOG = {filter:?}: allowed are error, warn, info, debug, trace and off"
             ));
             return ExitCode::FAILURE;
@@ -64,43 +64,43 @@ pub fn main() -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            log::say(&format!("coderunner: cannot start: {error}"));
+            log::print(&format!("coderunner: cannot start: {error}"));
             return ExitCode::FAILURE;
         }
     };
-    let ended = runtime.block_on(self::verb(verb));
-    // A read of our stdin may be under way, and cannot be cancelled.
+    let result = runtime.block_on(self::verb(verb));
+    // Does not wait for a pending read of stdin, which cannot be cancelled.
     runtime.shutdown_background();
-    ended.unwrap_or_else(|error| {
-        if error.downcast_ref().is_some_and(Unprinted::is_unread) {
-            return ExitCode::from(print::CODE_UNREAD);
+    result.unwrap_or_else(|error| {
+        if error.downcast_ref().is_some_and(PrintError::is_broken_pipe) {
+            return ExitCode::from(print::CODE_BROKEN_PIPE);
         }
-        log::say(&format!("coderunner: {}", told(&error)));
+        log::print(&format!("coderunner: {}", error_text(&error)));
         ExitCode::FAILURE
     })
 }
 
-/// Prints help, or what is wrong with the command line.
-fn help(asked: &clap::Error) -> ExitCode {
-    let code = ExitCode::from(u8::try_from(asked.exit_code()).unwrap_or(1));
-    match asked.print().map_err(Unprinted::on_stdout) {
-        // A wrong command line gives the same code whether or not its message could be printed.
-        _ if asked.use_stderr() => code,
+/// Prints the help or version that was requested, or the error in the command line.
+fn print_usage(error: &clap::Error) -> ExitCode {
+    let code = ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(1));
+    match error.print().map_err(PrintError::on_stdout) {
+        // A wrong command line gives the same exit code whether or not its message could be printed.
+        _ if error.use_stderr() => code,
         Ok(()) => code,
-        Err(error) if error.is_unread() => ExitCode::from(print::CODE_UNREAD),
+        Err(error) if error.is_broken_pipe() => ExitCode::from(print::CODE_BROKEN_PIPE),
         Err(error) => {
-            print::complain(&format!("coderunner: {error}"));
+            print::stderr_line(&format!("coderunner: {error}"));
             ExitCode::FAILURE
         }
     }
 }
 
-/// The message of an error and its causes, but without the causes that a message contains already.
-fn told(error: &anyhow::Error) -> String {
-    error.chain().map(ToString::to_string).fold(String::new(), |told, cause| match told.contains(&cause) {
-        _ if told.is_empty() => cause,
-        true => told,
-        false => format!("{told}: {cause}"),
+/// The message of an error, followed by those of its causes that it does not contain already.
+fn error_text(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text.contains(&cause) {
+        _ if text.is_empty() => cause,
+        true => text,
+        false => format!("{text}: {cause}"),
     })
 }
 
@@ -121,10 +121,10 @@ async fn verb(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Run { config, language, files, stdin, time, memory, json, program } => {
             let mut words = program.into_iter();
             let file = words.next().unwrap_or_default().into();
-            let text = |word: OsString| word.into_string().map_err(|word| anyhow!("the argument {word:?} is no UTF-8"));
+            let text = |arg: OsString| arg.into_string().map_err(|arg| anyhow!("the argument {arg:?} is not UTF-8"));
             let args = words.map(text).collect::<anyhow::Result<_>>()?;
-            let once = run::Once { file, files, language, args, stdin, time, memory, json, config };
-            run::run(once).await.map(ExitCode::from)
+            let args = run::RunArgs { file, files, language, args, stdin, time, memory, json, config };
+            run::run(args).await.map(ExitCode::from)
         }
         Verb::Doctor { common, engine, json } => {
             let overrides = Overrides { engine, languages: common.languages, ..Overrides::default() };

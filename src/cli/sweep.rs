@@ -1,13 +1,13 @@
-//! `coderunner sweep`: removes what a server that was killed has left behind.
+//! `coderunner sweep`: removes the containers and job directories that a killed server has left behind.
 
-use crate::cli::workshop::Workshop;
+use crate::cli::session::EngineSession;
 use crate::config::Settings;
 use crate::sandbox::engine::EngineKind;
 
-/// Removes what a server that was killed has left behind; refuses while one of the same name runs.
+/// Removes what a killed server of this instance has left behind; refuses while the instance runs.
 pub(super) async fn sweep(mut settings: Settings) -> anyhow::Result<()> {
-    // No sandbox is made, so the cgroup that the direct engine takes is not needed.
+    // A sweep makes no sandbox, so it needs no delegated cgroup, which the direct engine would take.
     settings.engine = EngineKind::Podman;
-    Workshop::open(&settings)?.close().await;
+    EngineSession::open(&settings)?.close().await;
     Ok(())
 }

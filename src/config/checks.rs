@@ -1,4 +1,4 @@
-//! Checks of the settings as a whole: ranges, names, and values that depend on each other.
+//! Checks of the settings as a whole: ranges, names, and dependencies between values.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::model::limits::Limits;
 use crate::model::size::size_text;
 
 impl Settings {
-    /// Checks all settings, and each entry of the catalogue.
+    /// Checks all settings and each entry of the language catalogue.
     pub(super) fn check(&self) -> Result<(), ConfigError> {
         fn within<T: PartialOrd>(
             key: &str,
@@ -34,7 +34,7 @@ impl Settings {
         let number = |n: &usize| n.to_string();
         let time = |t: &Duration| humantime::format_duration(*t).to_string();
         let seconds = Duration::from_secs;
-        // 150: podman makes a keyring per container, and kernel.keys.maxkeys allows a user 200.
+        // 150: podman makes a keyring per container, and kernel.keys.maxkeys allows 200 keys per user.
         within("containers", self.containers, 1, 150, number)?;
         within("queue.length", self.queue.length, 0, 1_000_000, number)?;
         within("queue.wait", self.queue.wait, Duration::from_millis(1), seconds(3600), time)?;
@@ -68,7 +68,7 @@ impl Settings {
             return Err(ConfigError::OutOfRange {
                 key: "podman".into(),
                 value: format!("{:?}", self.podman),
-                allowed: "an absolute path, or a name to be found on PATH".into(),
+                allowed: "an absolute path, or a name that is found on PATH".into(),
             });
         }
         for host in &self.allowed_hosts {
@@ -97,17 +97,17 @@ impl Settings {
             });
         }
         self.check_limits("limits", &self.limits)?;
-        // Each entry, enabled or not, so that a mistake is reported as soon as it is made.
+        // Checks entries of disabled languages too, so that mistakes are reported early.
         self.catalogue().try_for_each(|name| self.language(name).map(drop))?;
         self.enabled().map(drop)
     }
 
-    /// Checks limits against the least that a program needs and against the ceilings.
+    /// Checks that limits are at least what a program needs and at most the ceilings.
     pub(super) fn check_limits(&self, section: &str, limits: &Limits) -> Result<(), ConfigError> {
         let most = &self.ceilings;
         let bytes = |s: ByteSize| s.as_u64() as f64;
         let seconds = |d: Duration| d.as_secs_f64();
-        // The least values are those that a hello-world program needs.
+        // The minimums are what a hello-world program needs.
         let rows = [
             ("memory", bytes(limits.memory), bytes(ByteSize::mib(16)), bytes(most.memory), "bytes"),
             ("processes", f64::from(limits.processes), 1.0, f64::from(most.processes), ""),
@@ -127,7 +127,7 @@ impl Settings {
                 return Err(ConfigError::OutOfRange {
                     key: format!("{section}.{key}"),
                     value: value.to_string(),
-                    allowed: format!("from {least} to {most} {unit} ([ceilings] holds the most)").replace("  ", " "),
+                    allowed: format!("from {least} to {most} {unit} ([ceilings] sets the maximum)").replace("  ", " "),
                 });
             }
         }
@@ -135,7 +135,7 @@ impl Settings {
     }
 }
 
-/// Whether a browser can send this as an origin.
+/// Whether a browser can send this as the value of `Origin`.
 fn is_origin(text: &str) -> bool {
     let Ok(uri) = text.parse::<Uri>() else { return false };
     let (Some(scheme @ ("http" | "https")), Some(host)) = (uri.scheme_str(), uri.authority()) else { return false };

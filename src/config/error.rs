@@ -1,4 +1,4 @@
-//! Why settings cannot be used, in words that name the key, the value and what is allowed.
+//! Errors of settings. Each message names the key, the value and the allowed values.
 
 use std::path::PathBuf;
 
@@ -7,46 +7,46 @@ use figment::error::Kind;
 use crate::config::sources::PREFIX;
 use crate::model::language::LanguageError;
 
-/// Why the settings cannot be used. Each message names the key, the value and what is allowed.
+/// Why the settings cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file that was named cannot be read.
+    /// The configuration file cannot be read.
     #[error("cannot read the configuration {}", path.display())]
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The error of the kernel.
         source: std::io::Error,
     },
-    /// A key that does not exist, or a value of the wrong kind.
+    /// An unknown key, or a value of the wrong type.
     #[error("{0}")]
     Malformed(String),
-    /// A value out of its range.
+    /// A value that is not allowed.
     #[error("{key} = {value}: {allowed}")]
     OutOfRange {
         /// The key with its section.
         key: String,
-        /// What was given.
+        /// The value.
         value: String,
-        /// What is allowed.
+        /// The allowed values.
         allowed: String,
     },
-    /// An entry of the catalogue is wrong.
+    /// An invalid entry of the language catalogue.
     #[error(transparent)]
     Language(#[from] LanguageError),
 }
 
-/// Converts figment's first error to one that names the key, where it was set, and what is allowed.
+/// Converts figment's first error to one that names the source, the key and the allowed values.
 pub(super) fn malformed(error: figment::Error, file: &str) -> ConfigError {
     let Some(first) = error.into_iter().next() else {
-        return ConfigError::Malformed(format!("{file}: not readable as settings"));
+        return ConfigError::Malformed(format!("{file}: cannot be read as settings"));
     };
     let from_environment = first.metadata.as_ref().is_some_and(|m| m.name.contains("environment"));
-    let what = match &first.kind {
+    let problem = match &first.kind {
         Kind::InvalidType(found, expected) | Kind::InvalidValue(found, expected) => {
-            format!("{found} is not {}", in_words(expected))
+            format!("{found} is not {}", type_in_words(expected))
         }
-        Kind::UnknownField(_, known) => format!("there is no such key; there are {}", known.join(", ")),
+        Kind::UnknownField(_, known) => format!("there is no such key; known keys are {}", known.join(", ")),
         Kind::UnknownVariant(found, known) => format!("{found:?} is none of {}", known.join(", ")),
         other => other.to_string(),
     };
@@ -54,13 +54,13 @@ pub(super) fn malformed(error: figment::Error, file: &str) -> ConfigError {
         key if from_environment => format!("{PREFIX}{}", key.replace('.', "_").to_ascii_uppercase()),
         key => key,
     };
-    let place = if from_environment { "the environment" } else { file };
-    let parts = [place, &key, &what];
+    let source = if from_environment { "the environment" } else { file };
+    let parts = [source, &key, &problem];
     ConfigError::Malformed(parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(": "))
 }
 
-/// Says in words, not in types of Rust, what kind of value was expected.
-fn in_words(expected: &str) -> &str {
+/// Describes an expected type in words instead of Rust's or serde's type names.
+fn type_in_words(expected: &str) -> &str {
     match expected {
         "usize" | "u64" | "u32" => "a whole number",
         "f64" => "a number",

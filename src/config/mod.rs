@@ -1,4 +1,4 @@
-//! Settings: built-in defaults, then a file, then `CODERUNNER_*`, then flags; checked as a whole.
+//! Settings, from the built-in defaults, a file, `CODERUNNER_*` variables and flags, and checked as a whole.
 
 mod checks;
 mod error;
@@ -19,7 +19,7 @@ pub(crate) mod tests {
         load("").unwrap().language(name).unwrap()
     }
 
-    /// The settings with this text as the file.
+    /// The settings with this text as the configuration file.
     pub(crate) fn load(text: &str) -> Result<Settings, ConfigError> {
         Settings::from_layers("test.toml", text, &Overrides::default())
     }

@@ -1,4 +1,4 @@
-//! The types of all settings, and the languages that they describe.
+//! The types of all settings, and access to the languages that they define.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -22,7 +22,7 @@ use crate::run::readiness::ReadySettings;
 use crate::sandbox::engine::EngineKind;
 use crate::scheduler::QueueSettings;
 
-/// Everything that can be set. `defaults.toml` says what each key means.
+/// All settings. `defaults.toml` documents each key.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs)]
@@ -57,7 +57,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The languages that are served, the default one first.
+    /// The enabled languages, the default one first.
     pub fn enabled(&self) -> Result<Vec<Arc<Language>>, ConfigError> {
         let mut enabled: Vec<Arc<Language>> = Vec::new();
         for name in &self.languages {
@@ -69,12 +69,12 @@ impl Settings {
         Ok(enabled)
     }
 
-    /// A language of the catalogue by its name or an alias.
+    /// The language of the catalogue with this name or alias.
     pub fn language(&self, name: &str) -> Result<Language, ConfigError> {
         self.language_with(name, |_| ())
     }
 
-    /// Like [`Settings::language`], with its limits changed by `change`.
+    /// Like [`Settings::language`], but applies `change` to its limits before they are checked.
     pub fn language_with(&self, name: &str, change: impl FnOnce(&mut Limits)) -> Result<Language, ConfigError> {
         let by_alias = || self.language.iter().find(|(_, entry)| entry.has_alias(name)).map(|(name, _)| name);
         let Some(name) = self.language.get_key_value(name).map(|(name, _)| name).or_else(by_alias) else {
@@ -95,14 +95,16 @@ impl Settings {
         Ok(Language::new(name, entry, limits)?)
     }
 
-    /// The language whose source has the same file name extension as this file.
+    /// The language whose source file has the same extension as this file.
     pub fn language_of(&self, file: &Path) -> Option<String> {
-        let ending = file.extension()?;
-        let is = |name: &&str| self.language(name).is_ok_and(|l| Path::new(&l.source).extension() == Some(ending));
-        self.catalogue().find(is).map(str::to_owned)
+        let extension = file.extension()?;
+        let has_extension = |name: &&str| {
+            self.language(name).is_ok_and(|language| Path::new(&language.source).extension() == Some(extension))
+        };
+        self.catalogue().find(has_extension).map(str::to_owned)
     }
 
-    /// The catalogue's names, enabled or not.
+    /// The names of all languages of the catalogue, enabled or not.
     pub fn catalogue(&self) -> impl Iterator<Item = &str> {
         self.language.keys().map(String::as_str)
     }
@@ -112,7 +114,7 @@ impl Settings {
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BatchSettings {
-    /// Greatest size of a build that is copied to the containers of the other inputs.
+    /// Largest build that is copied to the containers of a batch's other inputs.
     #[serde(serialize_with = "exact")]
     pub build: ByteSize,
 }
@@ -121,12 +123,12 @@ pub struct BatchSettings {
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ShutdownSettings {
-    /// How long running requests may take to end.
+    /// How long running requests may take to end after the first signal.
     #[serde(with = "humantime_serde")]
     pub drain: Duration,
 }
 
-/// Deserializes an address; serde's own error would not name the value.
+/// Deserializes a socket address with an error that names the value, which serde's own error does not.
 fn address<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SocketAddr, D::Error> {
     let text = String::deserialize(deserializer)?;
     text.parse().map_err(|_| serde::de::Error::invalid_value(serde::de::Unexpected::Str(&text), &"socket address"))

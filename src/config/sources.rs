@@ -1,4 +1,4 @@
-//! Where settings come from: the built-in defaults, a file, the environment, and flags, each over the one before.
+//! The sources of settings: the built-in defaults, a file, the environment, and flags. Each overrides the one before.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -14,33 +14,33 @@ use crate::config::settings::Settings;
 use crate::model::language;
 use crate::sandbox::engine::EngineKind;
 
-/// The file that is read where `--config` names no other; need not exist.
+/// The configuration file if `--config` names no other. It need not exist.
 const DEFAULT_FILE: &str = "/etc/coderunner/coderunner.toml";
 
 const DEFAULTS: &str = include_str!("defaults.toml");
 
-/// What the names of variables begin with.
+/// The prefix of environment variables.
 pub(super) const PREFIX: &str = "CODERUNNER_";
 
 /// Variables with our prefix that are not settings: the path of the file, and the level and format of the log.
 const NOT_SETTINGS: [&str; 3] = ["config", "log", "log_format"];
 
-/// Variables that begin with this, behind our prefix, are read by tests only.
-const OF_TESTS: &str = "test_";
+/// Second prefix, after [`PREFIX`], of variables that only tests read.
+const TEST_PREFIX: &str = "test_";
 
-/// Values of flags, which override all other sources.
+/// Settings from flags or from a verb itself, which override all other sources.
 #[derive(Debug, Default, Serialize)]
 pub struct Overrides {
     /// `--listen`
     #[serde(skip_serializing_if = "Option::is_none")]
     pub listen: Option<SocketAddr>,
-    /// `--language`, the default one first
+    /// `--language`, the default language first
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub languages: Vec<String>,
     /// `--engine`
     #[serde(skip_serializing_if = "Option::is_none")]
     pub engine: Option<EngineKind>,
-    /// The instance of a verb that is not the server.
+    /// Instance name of a verb other than `serve`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub instance: Option<String>,
     /// Containers at once.
@@ -49,7 +49,7 @@ pub struct Overrides {
 }
 
 impl Settings {
-    /// Reads all sources. Without `file`, `/etc/coderunner/coderunner.toml` is read if it exists.
+    /// Reads and checks all sources. Without `file`, reads `/etc/coderunner/coderunner.toml` if it exists.
     pub fn load(file: Option<&Path>, overrides: &Overrides) -> Result<Settings, ConfigError> {
         let path = file.unwrap_or(Path::new(DEFAULT_FILE));
         let text = match std::fs::read_to_string(path) {
@@ -62,7 +62,7 @@ impl Settings {
         Settings::from_layers(&path.display().to_string(), &text, overrides)
     }
 
-    /// Reads all sources, with `text` as that of the file `name`.
+    /// Like [`Settings::load`], with `text` as the content of the configuration file. Errors call that file `name`.
     pub(crate) fn from_layers(name: &str, text: &str, overrides: &Overrides) -> Result<Settings, ConfigError> {
         let built_in = Figment::from(Toml::string(DEFAULTS)).merge(Toml::string(language::CATALOGUE));
         let keys = setting_keys(&built_in)?;
@@ -74,7 +74,7 @@ impl Settings {
     }
 }
 
-/// Every key of the defaults by the name of its variable, without the prefix: cache_ttl → cache.ttl.
+/// Maps the name of each variable, without the prefix, to its key: cache_ttl → cache.ttl.
 fn setting_keys(built_in: &Figment) -> Result<BTreeMap<String, String>, ConfigError> {
     fn walk(prefix: &str, dict: &Dict, keys: &mut BTreeMap<String, String>) {
         for (name, value) in dict {
@@ -91,12 +91,12 @@ fn setting_keys(built_in: &Figment) -> Result<BTreeMap<String, String>, ConfigEr
     Ok(keys)
 }
 
-/// The settings among the environment variables.
+/// The settings in environment variables.
 fn environment(keys: BTreeMap<String, String>) -> Env {
-    let settings = Env::prefixed(PREFIX).ignore(&NOT_SETTINGS).filter(|name| !name.starts_with(OF_TESTS));
+    let settings = Env::prefixed(PREFIX).ignore(&NOT_SETTINGS).filter(|name| !name.starts_with(TEST_PREFIX));
     settings.map(move |name| match keys.get(&name.as_str().to_ascii_lowercase()) {
         Some(key) => key.clone().into(),
-        // Kept as it is, so that the extraction refuses it by its name.
+        // Kept unchanged, so that the extraction refuses it by its name.
         None => name.as_str().to_ascii_lowercase().into(),
     })
 }

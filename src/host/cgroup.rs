@@ -1,5 +1,5 @@
-//! The part of the cgroup tree that was delegated to this server, for containers that it limits itself, and what the
-//! kernel counts in a cgroup.
+//! The cgroup subtree that is delegated to this server, for containers that it limits without podman, and the kernel's
+//! counters of a cgroup.
 
 use std::fs::{self, File};
 use std::io;
@@ -8,33 +8,33 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::host::aside::aside;
 use crate::host::at;
+use crate::host::blocking::run_blocking;
 
 /// Where cgroup v2 is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// The leaf that the server itself sits in: a cgroup that hands controllers on has no processes of its own.
-/// systemd's `DelegateSubgroup=` is given the same name.
+/// The leaf cgroup of the server itself: a cgroup that enables controllers for its children cannot have processes.
+/// The units pass the same name as systemd's `DelegateSubgroup=`.
 const LEAF: &str = "sup";
 
-/// Longest that what is killed in a cgroup may take to die, and the time between two looks.
-const KILL_TIME: Duration = Duration::from_secs(1);
+/// How long killed processes may take to leave their cgroup, and the pause between two attempts to remove it.
+const KILL_TIMEOUT: Duration = Duration::from_secs(1);
 const KILL_PAUSE: Duration = Duration::from_millis(10);
 
-/// What containers are limited by.
+/// The controllers that limit containers.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 
-/// A delegated cgroup below which containers get theirs.
+/// A delegated cgroup, the parent of the cgroups of containers.
 #[derive(Debug, Clone)]
 pub struct Delegated {
-    /// Its path below the root of the tree, with a slash in front.
+    /// Its path below the root of the tree, with a leading slash.
     path: PathBuf,
 }
 
 impl Delegated {
-    /// Makes room: moves this process into a leaf and hands the controllers on. The error says what is in
-    /// the way: cgroup v1, or a cgroup that is not ours.
+    /// Moves this process into a leaf and enables the controllers for child cgroups. Fails, with the reason, on cgroup
+    /// v1 or if this process's cgroup is not delegated to it.
     pub fn take() -> io::Result<Delegated> {
         if !Path::new(ROOT).join("cgroup.controllers").exists() {
             return Err(io::Error::other("there is no cgroup v2 tree"));
@@ -58,17 +58,17 @@ impl Delegated {
         Ok(Delegated { path: Path::new("/").join(base) })
     }
 
-    /// Makes a container's cgroup with these limits, by file.
+    /// Makes a container's cgroup with these limits: pairs of a file name and its value.
     pub fn make(&self, name: &str, limits: &[(String, String)]) -> io::Result<OwnCgroup> {
         let dir = self.dir().join(name);
         at(dir.display(), fs::create_dir(&dir))?;
         let made = OwnCgroup { dir };
-        // Programs may read what they used, whatever the server's umask.
+        // Programs may read their usage, whatever the server's umask.
         at(made.dir.display(), fs::set_permissions(&made.dir, fs::Permissions::from_mode(0o755)))?;
         for (file, value) in limits {
             let path = made.dir.join(file);
             match fs::write(&path, value) {
-                // A kernel that does not account for swap.
+                // This kernel does not account for swap.
                 Err(error) if error.kind() == io::ErrorKind::NotFound && file == "memory.swap.max" => {}
                 written => at(path.display(), written)?,
             }
@@ -76,7 +76,7 @@ impl Delegated {
         Ok(made)
     }
 
-    /// Removes the empty cgroups that an earlier server left.
+    /// Removes the empty cgroups that an earlier server left behind.
     pub fn clear(&self) {
         let Ok(entries) = fs::read_dir(self.dir()) else { return };
         for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
@@ -91,37 +91,37 @@ impl Delegated {
     }
 }
 
-/// A container's cgroup, which goes with this if it is empty.
+/// A container's cgroup. Dropping this removes it if it is empty.
 #[derive(Debug)]
 pub struct OwnCgroup {
     dir: PathBuf,
 }
 
 impl OwnCgroup {
-    /// Its directory.
+    /// Opens its directory.
     pub fn open(&self) -> io::Result<File> {
         at(self.dir.display(), File::open(&self.dir))
     }
 
-    /// What was counted in it since it was made.
+    /// Its counters since it was made.
     pub fn counters(&self) -> Counters {
         Counters::read(&self.dir)
     }
 
-    /// Kills whatever is in it, and removes it as soon as that is dead.
+    /// Kills all processes in it, and removes it once they are dead.
     pub async fn kill(&self) {
         let dir = self.dir.clone();
-        let killed = aside(move || {
-            // Kernels before 5.14 do not have it: what is in there ends by itself then.
+        let killed = run_blocking(move || {
+            // Kernels before 5.14 do not have this file: there the processes end without it.
             let _ = fs::write(dir.join("cgroup.kill"), "1");
-            let deadline = Instant::now() + KILL_TIME;
+            let deadline = Instant::now() + KILL_TIMEOUT;
             let is_busy = |error: io::Error| error.kind() == io::ErrorKind::ResourceBusy;
             while fs::remove_dir(&dir).is_err_and(is_busy) && Instant::now() < deadline {
                 sleep(KILL_PAUSE);
             }
         });
         if let Err(error) = killed.await {
-            tracing::warn!(cgroup = %self.dir.display(), %error, "cannot kill what is in a cgroup");
+            tracing::warn!(cgroup = %self.dir.display(), %error, "cannot kill the processes of a cgroup");
         }
     }
 }
@@ -132,23 +132,23 @@ impl Drop for OwnCgroup {
     }
 }
 
-/// What the kernel counted in a cgroup: nothing where it does not count there.
+/// The kernel's counters of a cgroup: `None` or 0 where the kernel does not count.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// User and system time.
+    /// User and system CPU time.
     pub cpu: Option<Duration>,
-    /// Most memory at once, in bytes.
+    /// Peak memory, in bytes.
     pub peak: Option<u64>,
-    /// How often it reached its own memory limit.
+    /// How often the cgroup ran out of memory at its own limit.
     pub ooms: u64,
-    /// Processes that were killed for want of memory.
+    /// How many of its processes the OOM killer killed, for this cgroup's limit or for any other.
     pub oom_kills: u64,
     /// Forks refused at the process limit.
     pub forks_refused: u64,
 }
 
 impl Counters {
-    /// Those of the cgroup at this directory.
+    /// Reads the counters of the cgroup at this directory.
     pub fn read(dir: &Path) -> Counters {
         let read = |name: &str| fs::read_to_string(dir.join(name)).unwrap_or_default();
         let events = read("memory.events");
@@ -161,13 +161,14 @@ impl Counters {
         }
     }
 
-    /// Whether since `before` processes were killed for the memory that others use: below the cgroup's own limit.
+    /// Whether the OOM killer has killed processes since `before` although the cgroup was below its own limit, because
+    /// other processes had used up the memory.
     pub fn starved_since(&self, before: &Counters) -> bool {
         self.oom_kills > before.oom_kills && self.ooms == before.ooms
     }
 }
 
-/// A field of one of the kernel's lists of names and numbers.
+/// The number of a field in one of the kernel's files with lines of a name and a number.
 pub fn field(text: &str, name: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
 }
@@ -202,16 +203,16 @@ mod tests {
             let kill = dir.join("cgroup.kill");
             nix::unistd::mkfifo(&kill, nix::sys::stat::Mode::S_IRWXU).unwrap();
             let own = OwnCgroup { dir };
-            // The write is over when somebody reads.
+            // The write to the FIFO returns once it is read.
             let other_work = async {
                 tokio::task::yield_now().await;
-                assert_eq!(aside(move || fs::read(kill).unwrap()).await.unwrap(), b"1");
+                assert_eq!(run_blocking(move || fs::read(kill).unwrap()).await.unwrap(), b"1");
             };
             tokio::join!(own.kill(), other_work);
         });
     }
 
-    /// Where this process may make cgroups.
+    /// Tests nothing where this process may not make cgroups.
     #[tokio::test]
     async fn what_is_in_a_cgroup_is_killed_before_it_is_removed() {
         let (below, name) = (Delegated { path: "/".into() }, format!("coderunner-test-{}", std::process::id()));

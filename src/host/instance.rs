@@ -1,4 +1,4 @@
-//! The runtime directory of an instance, and the lock that makes it the only one of its name.
+//! The runtime directory of an instance, and the lock that keeps instance names unique.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -10,42 +10,42 @@ use nix::fcntl::{Flock, FlockArg};
 
 use crate::host::process::xdg_runtime_dir;
 
-/// Why an instance cannot be.
+/// Why an instance cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum InstanceError {
-    /// There is no place for sockets, locks and job directories.
+    /// There is no runtime directory for sockets, locks and job directories.
     #[error(
         "XDG_RUNTIME_DIR is not set to a directory of user {uid} ({detail}). Log in properly (not by su or sudo), or \
          have root run `loginctl enable-linger {uid}` and set XDG_RUNTIME_DIR=/run/user/{uid}"
     )]
     NoRuntimeDir {
-        /// Who asks.
+        /// The user id of this process.
         uid: u32,
         /// What is wrong.
         detail: String,
     },
-    /// Podman's options separate paths by these.
-    #[error("the path {0} has a colon or a comma in it, which podman cannot mount")]
+    /// The path has a character by which podman's options separate paths.
+    #[error("podman cannot mount the path {0}: it contains a colon or a comma")]
     Unmountable(PathBuf),
-    /// A server of this name runs.
+    /// Another process holds this name.
     #[error("an instance named {name:?} is running already (process {pid}); give this one another name (`instance`)")]
     Taken {
         /// The name.
         name: String,
-        /// Who has it.
+        /// The process that holds it.
         pid: String,
     },
-    /// The host refused.
+    /// A file operation failed.
     #[error("{}: {source}", path.display())]
     Io {
-        /// What was tried to open or make.
+        /// The file or directory.
         path: PathBuf,
         /// Why it failed.
         source: io::Error,
     },
 }
 
-/// The directory of all instances of this user.
+/// The common directory of all instances of this user.
 pub fn runtime_dir() -> Result<PathBuf, InstanceError> {
     let uid = nix::unistd::getuid().as_raw();
     let error = |detail: String| InstanceError::NoRuntimeDir { uid, detail };
@@ -57,19 +57,19 @@ pub fn runtime_dir() -> Result<PathBuf, InstanceError> {
     if !meta.is_dir() {
         return Err(error(format!("{} is no directory", dir.display())));
     }
-    mountable(&dir)?;
+    check_mountable(&dir)?;
     Ok(dir.join("coderunner"))
 }
 
-/// Refuses a path that would change the meaning of podman's `--volume`.
-pub fn mountable(path: &Path) -> Result<(), InstanceError> {
+/// Refuses a path that podman's `--volume` would parse differently.
+pub fn check_mountable(path: &Path) -> Result<(), InstanceError> {
     match path.to_str() {
         Some(text) if !text.contains([':', ',']) => Ok(()),
         _ => Err(InstanceError::Unmountable(path.into())),
     }
 }
 
-/// An instance of which there is one per name: its directory goes when this is dropped.
+/// An instance, the only one of its name. Dropping it removes its directory.
 #[derive(Debug)]
 pub struct Instance {
     /// Its name.
@@ -79,13 +79,13 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// Takes the name, or says who has it.
+    /// Takes the name. If another process holds it, the error names that process.
     pub fn take(name: &str) -> Result<Instance, InstanceError> {
         let dir = runtime_dir()?.join(name);
         let io = |source| InstanceError::Io { path: dir.clone(), source };
         let path = dir.join("lock");
         loop {
-            // Each time: one that ended just now took the directory with it.
+            // In each attempt: an instance that ended meanwhile has removed the directory.
             DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(io)?;
             let file = match open_lock(&path) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
@@ -93,7 +93,7 @@ impl Instance {
             };
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(mut lock) => {
-                    // Locked a file that was deleted meanwhile: another may lock the new one of that name.
+                    // If the locked file was deleted meanwhile, another process may lock the new file of that name.
                     let same =
                         path.metadata().is_ok_and(|now| lock.metadata().is_ok_and(|held| held.ino() == now.ino()));
                     if !same {
@@ -113,12 +113,12 @@ impl Instance {
         }
     }
 
-    /// Where job directories are made.
+    /// The parent of job directories.
     pub fn jobs(&self) -> PathBuf {
         self.dir.join("jobs")
     }
 
-    /// The socket on which a running server takes orders.
+    /// The control socket on which a running server takes commands.
     pub fn control(&self) -> PathBuf {
         control_of(&self.dir)
     }
@@ -129,12 +129,12 @@ impl Drop for Instance {
         if let Err(error) = std::fs::remove_dir_all(&self.dir) {
             tracing::warn!(dir = %self.dir.display(), %error, "cannot remove the runtime directory");
         }
-        // The common one stays where another instance is in it.
+        // Fails, as it should, while another instance's directory is in the common one.
         let _ = self.dir.parent().map(std::fs::remove_dir);
     }
 }
 
-/// The control socket of an instance that may run.
+/// The control socket of the instance of this name, whether or not it runs.
 pub fn control_path(name: &str) -> Result<PathBuf, InstanceError> {
     Ok(control_of(&runtime_dir()?.join(name)))
 }

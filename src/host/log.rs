@@ -1,9 +1,9 @@
-//! The log, and whatever else this process says of itself on stderr.
+//! The log, and all other messages of this process on stderr.
 //!
-//! Who reads stderr may be slow or gone, and a disk behind it full: none of that may stop, hold up or end the server. So
-//! lines are handed to a thread, and those that it cannot write, or not in time, are dropped and counted.
-//! `tracing-appender` has such a thread too, but it bounds lines and not bytes, does not count what fails to be written,
-//! and prints to stdout when it ends.
+//! The reader of stderr may be slow or gone, or its disk full: none of that may block or end the server. So a thread
+//! writes the lines, and those that it cannot write, or not in time, are dropped and counted. `tracing-appender` has
+//! such a thread too, but it bounds lines and not bytes, does not count failed writes, and prints to stdout when it
+//! ends.
 
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::AsFd;
@@ -18,13 +18,13 @@ use tracing_subscriber::EnvFilter;
 
 use crate::host::signals;
 
-/// Most bytes that wait to be written: what a thousand requests say at the level `debug`, several times.
-const MOST: usize = 1 << 20;
+/// Most bytes that wait to be written: several times the lines of a thousand requests at the level `debug`.
+const MAX_PENDING: usize = 1 << 20;
 
-/// How long the end of the process waits for what is not written yet.
-const LAST_TIME: Duration = Duration::from_secs(1);
+/// How long the process waits, before it ends, for lines that are not written yet.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How the log is written.
+/// The format of the log.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum Format {
     /// A line for people.
@@ -33,7 +33,7 @@ pub enum Format {
     Json,
 }
 
-/// The process has one stderr.
+/// The lines of this process for its one stderr.
 static STDERR: Lines = Lines::new();
 static PANICS: AtomicU64 = AtomicU64::new(0);
 
@@ -44,19 +44,20 @@ struct Lines {
 }
 
 struct State {
-    waiting: Vec<u8>,
-    /// How many bytes the thread has taken to write them.
-    taken: usize,
-    /// Whether the thread is at work.
+    /// Lines that the thread has not taken yet.
+    pending: Vec<u8>,
+    /// How many bytes the thread has taken and is writing.
+    in_flight: usize,
+    /// Whether the thread is writing.
     busy: bool,
-    /// Whether the last line was written to a part.
-    torn: bool,
-    /// How many lines were dropped, and how many of them the log has told of.
+    /// Whether the last line was written only in part.
+    partial: bool,
+    /// How many lines were dropped, and how many of these the log has reported.
     dropped: u64,
-    told: u64,
+    reported: u64,
 }
 
-/// Waits at its end, a while, until all is written.
+/// Calls [`flush`] when it is dropped.
 pub struct Flush;
 
 impl Drop for Flush {
@@ -65,15 +66,15 @@ impl Drop for Flush {
     }
 }
 
-/// Starts the log: what passes the filter is written until the process ends. Panics are part of it.
+/// Starts the log, which includes panics.
 pub fn start(filter: EnvFilter, format: Format, colours: bool) {
-    std::panic::set_hook(Box::new(panicked));
+    std::panic::set_hook(Box::new(panic_hook));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(|| Writer)
         .with_ansi(colours)
         .with_target(false)
-        // These would be printed, which may fail.
+        // tracing would print its own errors to stderr directly, which may fail.
         .log_internal_errors(false);
     match format {
         Format::Text => log.init(),
@@ -81,51 +82,51 @@ pub fn start(filter: EnvFilter, format: Format, colours: bool) {
     }
 }
 
-/// Starts the thread that writes. Nothing is written before.
-pub fn start_writing() -> io::Result<Flush> {
-    let tell = |lines, ever| {
-        tracing::warn!(lines, ever, "log lines were dropped here: they could not be written in time");
+/// Starts the thread that writes. Before that, lines are only collected.
+pub fn start_writer() -> io::Result<Flush> {
+    let report = |lines, total| {
+        tracing::warn!(lines, ever = total, "dropped log lines that could not be written in time");
     };
     std::thread::Builder::new().name("log".into()).spawn(move || {
         loop {
-            STDERR.write_some(Unlocked, tell);
+            STDERR.write_pending(UnlockedStderr, report);
         }
     })?;
     Ok(Flush)
 }
 
-/// Says something that is no line of the log, in order with those that are.
-pub fn say(words: &str) {
-    STDERR.push(format!("{words}\n").as_bytes());
+/// Prints a message that is not a log line to stderr, in order with the log lines.
+pub fn print(message: &str) {
+    STDERR.push(format!("{message}\n").as_bytes());
 }
 
-/// Waits, a while, until all that was said is written.
+/// Waits until all lines are written, at most for `FLUSH_TIMEOUT`.
 pub fn flush() {
-    STDERR.flush(LAST_TIME);
+    STDERR.flush(FLUSH_TIMEOUT);
 }
 
-/// How many lines were dropped since the start.
+/// Number of lines dropped since the start.
 pub fn dropped() -> u64 {
     STDERR.lock().dropped
 }
 
-/// How often anything panicked since the start.
+/// Number of panics since the start.
 pub fn panics() -> u64 {
     PANICS.load(Ordering::Relaxed)
 }
 
-/// A panic is a line of the log. What it says may be a part of what a client sent.
-fn panicked(panic: &PanicHookInfo) {
+/// Logs a panic. Its message may contain client data, so it is logged at the level `debug` only.
+fn panic_hook(panic: &PanicHookInfo) {
     let place = panic.location().map(ToString::to_string).unwrap_or_default();
     PANICS.fetch_add(1, Ordering::Relaxed);
-    tracing::error!(place, "a panic: this is a mistake in coderunner; the level debug has its words");
+    tracing::error!(place, "a panic: this is a bug in coderunner; the log level debug shows its message");
     tracing::debug!(place, words = panic.payload_as_str(), "the panic");
-    signals::panicked();
+    signals::on_panic();
 }
 
 impl Lines {
     const fn new() -> Lines {
-        let state = State { waiting: Vec::new(), taken: 0, busy: false, torn: false, dropped: 0, told: 0 };
+        let state = State { pending: Vec::new(), in_flight: 0, busy: false, partial: false, dropped: 0, reported: 0 };
         Lines { state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -133,39 +134,39 @@ impl Lines {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes whole lines, if there is room for them.
+    /// Adds whole lines, or drops and counts them if there is no room.
     fn push(&self, lines: &[u8]) {
         let mut state = self.lock();
-        if state.waiting.len() + state.taken + lines.len() > MOST {
-            state.dropped += count(lines);
+        if state.pending.len() + state.in_flight + lines.len() > MAX_PENDING {
+            state.dropped += count_lines(lines);
             return;
         }
-        state.waiting.extend_from_slice(lines);
+        state.pending.extend_from_slice(lines);
         self.changed.notify_all();
     }
 
-    /// Waits for lines and writes them. When that works again, `tell` hears how many were dropped since it last heard,
-    /// and how many ever.
-    fn write_some(&self, mut to: impl Write, tell: impl Fn(u64, u64)) {
-        let waits = |state: &mut State| state.waiting.is_empty();
+    /// Waits for lines and writes them. Once a write succeeds after lines were dropped, calls `report` with the number
+    /// of lines dropped since its last call and since the start.
+    fn write_pending(&self, mut to: impl Write, report: impl Fn(u64, u64)) {
+        let waits = |state: &mut State| state.pending.is_empty();
         let mut state = self.changed.wait_while(self.lock(), waits).unwrap_or_else(PoisonError::into_inner);
-        let lines = std::mem::take(&mut state.waiting);
-        (state.taken, state.busy) = (lines.len(), true);
-        let torn = state.torn;
+        let lines = std::mem::take(&mut state.pending);
+        (state.in_flight, state.busy) = (lines.len(), true);
+        let partial = state.partial;
         drop(state);
-        // What comes after a part of a line is not to be taken for the rest of it.
-        let written = if torn && write_all(&mut to, b"\n") == 0 { 0 } else { write_all(&mut to, &lines) };
+        // After a partial line, a line break keeps the next line from looking like the rest of it.
+        let written = if partial && write_prefix(&mut to, b"\n") == 0 { 0 } else { write_prefix(&mut to, &lines) };
         let (done, lost) = lines.split_at(written);
         let mut state = self.lock();
-        state.torn = done.last().map_or(torn, |last| *last != b'\n');
-        state.taken = 0;
-        state.dropped += count(lost);
-        let untold = state.dropped - state.told;
-        if lost.is_empty() && untold > 0 {
-            let ever = state.dropped;
-            state.told = ever;
+        state.partial = done.last().map_or(partial, |last| *last != b'\n');
+        state.in_flight = 0;
+        state.dropped += count_lines(lost);
+        let unreported = state.dropped - state.reported;
+        if lost.is_empty() && unreported > 0 {
+            let total = state.dropped;
+            state.reported = total;
             drop(state);
-            tell(untold, ever);
+            report(unreported, total);
             state = self.lock();
         }
         state.busy = false;
@@ -173,19 +174,19 @@ impl Lines {
     }
 
     fn flush(&self, deadline: Duration) {
-        let unwritten = |state: &mut State| state.busy || !state.waiting.is_empty();
+        let unwritten = |state: &mut State| state.busy || !state.pending.is_empty();
         drop(self.changed.wait_timeout_while(self.lock(), deadline, unwritten));
     }
 }
 
-/// How many lines these are; half of one is one.
-fn count(lines: &[u8]) -> u64 {
+/// The number of lines; a partial line counts as one.
+fn count_lines(lines: &[u8]) -> u64 {
     let ends = lines.iter().filter(|byte| **byte == b'\n').count();
     (ends + usize::from(lines.last().is_some_and(|last| *last != b'\n'))) as u64
 }
 
-/// Writes what can be written, and tells how much that was.
-fn write_all(to: &mut impl Write, lines: &[u8]) -> usize {
+/// Writes until an error, and returns the number of bytes written.
+fn write_prefix(to: &mut impl Write, lines: &[u8]) -> usize {
     let mut written = 0;
     while let Some(rest) = lines.get(written..).filter(|rest| !rest.is_empty()) {
         match to.write(rest) {
@@ -198,7 +199,7 @@ fn write_all(to: &mut impl Write, lines: &[u8]) -> usize {
     written
 }
 
-/// Hands lines over; each event of the log is written at once.
+/// Adds log lines to `STDERR`. `tracing` writes each event by one call.
 struct Writer;
 
 impl Write for Writer {
@@ -212,15 +213,15 @@ impl Write for Writer {
     }
 }
 
-/// stderr without the lock of the standard library's: it would be held for as long as a write may take.
-struct Unlocked;
+/// stderr without the standard library's lock, which would be held as long as a write takes.
+struct UnlockedStderr;
 
-impl Write for Unlocked {
+impl Write for UnlockedStderr {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let stderr = io::stderr();
         loop {
             match nix::unistd::write(&stderr, bytes) {
-                // Whoever we share it with has made it so.
+                // Another process that shares stderr with us has made it non-blocking.
                 Err(nix::Error::EAGAIN) => {
                     let mut ready = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
                     poll(&mut ready, PollTimeout::NONE)?;
@@ -241,7 +242,7 @@ mod tests {
 
     use super::*;
 
-    /// A disk with so much room.
+    /// A disk with a limited number of free bytes.
     struct Disk {
         room: usize,
         has: Vec<u8>,
@@ -265,13 +266,13 @@ mod tests {
 
     #[test]
     fn lines_that_a_full_disk_does_not_take_are_counted_and_told_of_once_it_does() {
-        let (lines, told) = (Lines::new(), Cell::new(None));
+        let (lines, reported) = (Lines::new(), Cell::new(None));
         let mut disk = Disk { room: 10, has: Vec::new() };
         let mut write = |line: &str, more: usize| {
             disk.room += more;
             lines.push(line.as_bytes());
-            lines.write_some(&mut disk, |untold, ever| told.set(Some((untold, ever))));
-            told.take()
+            lines.write_pending(&mut disk, |unreported, total| reported.set(Some((unreported, total))));
+            reported.take()
         };
         assert_eq!(write("one\n", 0), None);
         assert_eq!(write("long\nand longer\n", 0), None, "it does not work yet");
@@ -283,19 +284,19 @@ mod tests {
 
     #[test]
     fn lines_wait_within_a_bound_of_bytes_and_none_is_cut() {
-        let (lines, told) = (Lines::new(), Cell::new(None));
+        let (lines, reported) = (Lines::new(), Cell::new(None));
         let line = [&[b'x'; 999][..], b"\n"].concat();
-        for _ in 0..2 * MOST / line.len() {
+        for _ in 0..2 * MAX_PENDING / line.len() {
             lines.push(&line);
         }
         let dropped = lines.lock().dropped;
         assert!(dropped >= 1000, "{dropped}");
         let mut disk = Disk { room: usize::MAX, has: Vec::new() };
-        lines.write_some(&mut disk, |untold, ever| told.set(Some((untold, ever))));
-        assert_eq!(told.take(), Some((dropped, dropped)));
-        assert!(disk.has.len() <= MOST && disk.has.len() > MOST - line.len());
+        lines.write_pending(&mut disk, |unreported, total| reported.set(Some((unreported, total))));
+        assert_eq!(reported.take(), Some((dropped, dropped)));
+        assert!(disk.has.len() <= MAX_PENDING && disk.has.len() > MAX_PENDING - line.len());
         assert!(disk.has.chunks(line.len()).all(|one| one == line));
-        lines.push(&vec![b'y'; MOST + 1]);
+        lines.push(&vec![b'y'; MAX_PENDING + 1]);
         assert_eq!(lines.lock().dropped, dropped + 1, "one that is longer than all that may wait");
         lines.flush(Duration::from_secs(60));
     }

@@ -1,6 +1,6 @@
-//! What the machine gives: cgroups, processes, signals, systemd, directories, the log.
+//! Interfaces to the host: cgroups, processes, signals, systemd, the runtime directory, the log.
 
-pub mod aside;
+pub mod blocking;
 pub mod cgroup;
 pub mod instance;
 pub mod log;
@@ -12,7 +12,7 @@ pub mod systemd;
 use std::fmt::Display;
 use std::io;
 
-/// An error that names what it is of.
+/// Prefixes the error with the path or object that it is about.
 pub fn at<T, E: Into<io::Error>>(what: impl Display, result: Result<T, E>) -> io::Result<T> {
     result.map_err(|error| {
         let error = error.into();

@@ -1,43 +1,43 @@
-//! What verbs print on stdout, which may be a pipe whose reader has left, or a full disk.
+//! Output of verbs on stdout and stderr, which may be a pipe whose reader has closed it, or a full disk.
 
 use std::io::{self, Write};
 
-/// Exit code where the reader of our output has left: what a shell tells of a program that SIGPIPE ended.
-pub const CODE_UNREAD: u8 = 128 + 13;
+/// Exit code if the reader has closed our output: the code that shells report for a program killed by SIGPIPE.
+pub const CODE_BROKEN_PIPE: u8 = 128 + 13;
 
-/// Output cannot be written.
+/// Writing to stdout or stderr failed.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write {stream}: {error}")]
-pub struct Unprinted {
+pub struct PrintError {
     stream: &'static str,
     error: io::Error,
 }
 
-impl Unprinted {
-    /// For what somebody else has printed.
-    pub fn on_stdout(error: io::Error) -> Unprinted {
-        Unprinted { stream: "to stdout", error }
+impl PrintError {
+    /// The error of a write to stdout by other code.
+    pub fn on_stdout(error: io::Error) -> PrintError {
+        PrintError { stream: "to stdout", error }
     }
 
-    /// Whether nobody reads it any more. That is no failure: as with other programs it is the end.
-    pub fn is_unread(&self) -> bool {
+    /// Whether the reader has closed the pipe. Like other programs, a verb then ends without a message.
+    pub fn is_broken_pipe(&self) -> bool {
         self.error.kind() == io::ErrorKind::BrokenPipe
     }
 }
 
 /// Prints to stdout.
-pub fn stdout(bytes: impl AsRef<[u8]>) -> Result<(), Unprinted> {
-    write(io::stdout().lock(), bytes.as_ref()).map_err(Unprinted::on_stdout)
+pub fn stdout(bytes: impl AsRef<[u8]>) -> Result<(), PrintError> {
+    write(io::stdout().lock(), bytes.as_ref()).map_err(PrintError::on_stdout)
 }
 
-/// Prints to stderr what is not ours, as what a program prints there; for our own words there is `log::say`.
-pub fn stderr(bytes: impl AsRef<[u8]>) -> Result<(), Unprinted> {
-    write(io::stderr().lock(), bytes.as_ref()).map_err(|error| Unprinted { stream: "to stderr", error })
+/// Prints the output of a program to stderr. Messages of this process go through [`log::print`](super::log::print).
+pub fn stderr(bytes: impl AsRef<[u8]>) -> Result<(), PrintError> {
+    write(io::stderr().lock(), bytes.as_ref()).map_err(|error| PrintError { stream: "to stderr", error })
 }
 
-/// Says something on stderr where there is no log: in the agent, in init, before the log has begun. Nobody may hear it.
-pub fn complain(words: &str) {
-    let _ = writeln!(io::stderr(), "{words}");
+/// Prints a line to stderr where there is no log: in the agent, in init, before the log has started. Ignores errors.
+pub fn stderr_line(line: &str) {
+    let _ = writeln!(io::stderr(), "{line}");
 }
 
 fn write(mut to: impl Write, bytes: &[u8]) -> io::Result<()> {

@@ -13,68 +13,68 @@ use nix::unistd::Pid;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{Child, Command};
 
-/// Most that is kept of an output stream of a host process, in bytes: `podman ps` of a thousand containers fits.
+/// Largest kept output of each stream of a host process, in bytes: `podman ps` of a thousand containers fits.
 const OUTPUT_CAP: usize = 4 * 1024 * 1024;
 
-/// Most that is kept of the messages of a long-running child, in bytes.
+/// How much is kept of the end of a long-running child's stderr, in bytes.
 const TAIL_CAP: usize = 4 * 1024;
 
-/// How long pipes may stay open after the process itself has ended: a grandchild may hold them.
+/// How long to read from pipes after the process itself has ended: a grandchild may hold them open.
 const PIPE_GRACE: Duration = Duration::from_millis(500);
 
-/// The directory for this user's sockets and locks; where a service has no variable for it, that of logind.
+/// The directory for this user's sockets and locks: `XDG_RUNTIME_DIR`, or logind's if a service does not have it set.
 pub fn xdg_runtime_dir() -> PathBuf {
     let of_logind = || format!("/run/user/{}", nix::unistd::getuid()).into();
     std::env::var_os("XDG_RUNTIME_DIR").map_or_else(of_logind, PathBuf::from)
 }
 
-/// Variables that would tell a child something about us that is not meant for it.
+/// Variables from systemd that are for this process alone.
 const NOT_INHERITED: [&str; 6] =
     ["NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"];
 
-/// Why a host process did not do what it was started for.
+/// Why a host process could not be started, or did not succeed.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessError {
-    /// It is not there or may not be executed.
+    /// The program does not exist or may not be executed.
     #[error("cannot start {program}: {source}; is it installed and on PATH?")]
     NotStarted {
-        /// What was to be started.
+        /// The program.
         program: String,
-        /// Why it was not.
+        /// The error of the kernel.
         source: std::io::Error,
     },
-    /// It took longer than it may and was killed.
+    /// The command exceeded its deadline and was killed.
     #[error("{command} did not end within {}: killed", humantime::format_duration(*.deadline))]
     TimedOut {
         /// The command's first words.
         command: String,
-        /// What it was given.
+        /// The time that it had.
         deadline: Duration,
     },
-    /// It failed.
+    /// The command failed.
     #[error("{command} failed ({status}): {message}")]
     Failed {
         /// The command's first words.
         command: String,
         /// Exit code or signal.
         status: ExitStatus,
-        /// The end of what it said on stderr.
+        /// The end of its stderr.
         message: String,
     },
-    /// The host could not provide what running it takes.
+    /// A system call around the command failed.
     #[error("{command}: {source}")]
     Io {
         /// The command's first words.
         command: String,
-        /// What the kernel said.
+        /// The error of the kernel.
         source: std::io::Error,
     },
 }
 
 impl ProcessError {
-    /// Whether the command failed and said this.
-    pub fn tells(&self, what: &str) -> bool {
-        matches!(self, ProcessError::Failed { message, .. } if message.contains(what))
+    /// Whether the command failed with a message that contains this text.
+    pub fn message_contains(&self, text: &str) -> bool {
+        matches!(self, ProcessError::Failed { message, .. } if message.contains(text))
     }
 }
 
@@ -86,12 +86,12 @@ pub struct Cmd {
 }
 
 impl Cmd {
-    /// A command with its arguments.
+    /// Makes a command from a program and its arguments.
     pub fn new(program: &Path, args: impl IntoIterator<Item = impl Into<OsString>>) -> Cmd {
         Cmd { program: program.to_owned(), args: args.into_iter().map(Into::into).collect() }
     }
 
-    /// Program and verb, for messages: the rest may be long.
+    /// The program and its verb, for messages: further arguments may be long.
     fn name(&self) -> String {
         let verbs = self.args.iter().map(|arg| arg.to_string_lossy()).take_while(|arg| !arg.starts_with('-'));
         std::iter::once(self.program.to_string_lossy()).chain(verbs.take(2)).collect::<Vec<_>>().join(" ")
@@ -104,11 +104,12 @@ impl Cmd {
             command.env_remove(name);
         }
         command.env("XDG_RUNTIME_DIR", xdg_runtime_dir());
-        // Ours may be one that podman's other ids cannot enter, and then it refuses to work.
+        // podman refuses to work in a directory that its subordinate ids cannot enter.
         if std::env::current_dir().is_ok_and(|here| here != Path::new("/")) {
             command.current_dir("/");
         }
-        // A group of its own: Ctrl-C is for us, and a kill reaches podman's second process too.
+        // In a process group of its own, so that Ctrl-C reaches only us, and a kill reaches podman's second process
+        // too.
         command.process_group(0).stdin(Stdio::null());
         command
     }
@@ -119,13 +120,13 @@ impl Cmd {
             .map_err(|source| ProcessError::NotStarted { program: self.program.display().to_string(), source })
     }
 
-    /// Runs to the end and returns stdout. A code other than 0 is an error with the end of stderr; after
-    /// `deadline`, or when the future is dropped, the whole process group is killed.
+    /// Runs the command to its end and returns its stdout. An exit code other than 0 is an error with the end of
+    /// stderr. After `deadline`, or if the future is dropped, the whole process group is killed.
     pub async fn output(&self, deadline: Duration) -> Result<Vec<u8>, ProcessError> {
         self.output_with(deadline, |_| {}).await
     }
 
-    /// Like [`Cmd::output`], and hands over each line of stderr as it comes.
+    /// Like [`Cmd::output`], and calls `on_line` with each line of stderr as it arrives.
     pub async fn output_with(&self, deadline: Duration, on_line: impl Fn(&str)) -> Result<Vec<u8>, ProcessError> {
         let mut command = self.command();
         let mut child = Group(self.start(command.stdout(Stdio::piped()).stderr(Stdio::piped()))?);
@@ -163,7 +164,7 @@ impl Cmd {
         Err(ProcessError::Failed { command: self.name(), status, message: tail(&stderr) })
     }
 
-    /// Starts a child that lives on, with a descriptor of ours; stdout is thrown away.
+    /// Starts a long-running child and passes a descriptor to it; discards its stdout.
     pub fn spawn(&self, passed: Passed) -> Result<Running, ProcessError> {
         let mut command = self.command();
         command.stdout(Stdio::null()).stderr(Stdio::piped());
@@ -192,7 +193,7 @@ impl Cmd {
     }
 }
 
-/// A descriptor that a child gets besides stdout and stderr.
+/// A descriptor that is passed to a child.
 pub enum Passed {
     /// As its stdin.
     Stdin(OwnedFd),
@@ -200,7 +201,7 @@ pub enum Passed {
     Third(OwnedFd),
 }
 
-/// A child that lives on; when dropped, its process group is killed.
+/// A long-running child. Dropping it kills its process group.
 pub struct Running {
     child: Group,
     messages: Arc<Mutex<Vec<u8>>>,
@@ -208,15 +209,15 @@ pub struct Running {
 }
 
 impl Running {
-    /// Waits for its end; an error is the end of what it said on stderr, and its status.
+    /// Waits until it exits. The error is the end of its stderr and its status.
     pub async fn end(&mut self) -> Result<(), String> {
         let status = self.child.0.wait().await;
         let _ = tokio::time::timeout(PIPE_GRACE, &mut self.reader).await;
-        let said = tail(&self.messages.lock().unwrap_or_else(PoisonError::into_inner));
+        let message = tail(&self.messages.lock().unwrap_or_else(PoisonError::into_inner));
         match status {
             Ok(status) if status.success() => Ok(()),
-            Ok(status) => Err(format!("{said} ({status})")),
-            Err(error) => Err(format!("{said} ({error})")),
+            Ok(status) => Err(format!("{message} ({status})")),
+            Err(error) => Err(format!("{message} ({error})")),
         }
     }
 }
@@ -227,12 +228,12 @@ impl Drop for Running {
     }
 }
 
-/// A child that takes its process group with it when it is given up.
+/// A child whose process group is killed on drop, unless the child has exited.
 struct Group(Child);
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // `id` is None once it was reaped: the number may be another's by then. tokio reaps the leader.
+        // `id` is None once tokio has reaped the leader: another process may have its number by then.
         if let Some(id) = self.0.id() {
             let _ = killpg(Pid::from_raw(id.cast_signed()), Signal::SIGKILL);
         }
@@ -247,14 +248,14 @@ async fn read_capped(
 ) {
     let Some(mut pipe) = pipe else { return };
     let mut chunk = [0; 8192];
-    // A read error is the end of what can be had.
+    // A read error counts as the end of the stream.
     while let Ok(length @ 1..) = pipe.read(&mut chunk).await {
         on_chunk(&chunk[..length]);
         kept.extend_from_slice(&chunk[..length.min(cap.saturating_sub(kept.len()))]);
     }
 }
 
-/// The last lines, in one line: what goes into an error message.
+/// The last lines, joined to one line for an error message.
 fn tail(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(TAIL_CAP)..]).into_owned();
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();

@@ -1,4 +1,4 @@
-//! Signals, as the phases that they stand for; and panics, which end what would be half alive after them.
+//! Signals and panics, as requests to shut down: after a panic the server would be only partly alive.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,42 +11,43 @@ use tokio_util::sync::CancellationToken;
 
 use crate::host::log;
 
-/// What signals have asked for so far.
+/// The phases of the shutdown that signals have requested so far.
 #[derive(Debug, Clone, Default)]
-pub struct Phases {
-    /// SIGTERM, SIGINT, or SIGHUP where that asks for no reload: stop accepting and let what runs come to its end.
+pub struct Shutdown {
+    /// Stop accepting requests and wait for running ones: the first SIGTERM or SIGINT, or SIGHUP if that does not
+    /// reload.
     pub stop: CancellationToken,
-    /// The same again: do not wait for what runs.
-    pub cut: CancellationToken,
+    /// Cancel running requests: the second such signal.
+    pub skip_drain: CancellationToken,
 }
 
-/// Those of this process, for panics.
-static PHASES: OnceLock<Phases> = OnceLock::new();
-/// Whether a task panicked that others need.
+/// The shutdown of this process, for the panic hook.
+static SHUTDOWN: OnceLock<Shutdown> = OnceLock::new();
+/// Whether a panic has requested the shutdown.
 static PANICKED: AtomicBool = AtomicBool::new(false);
 
 tokio::task_local! {
-    static APART: ();
+    static ISOLATED: ();
 }
 
-/// Does something that nothing but itself needs, as what a request asks for: a panic in it is the end of it alone.
-pub async fn apart<F: Future>(work: F) -> F::Output {
-    APART.scope((), work).await
+/// Runs work on which nothing else depends, such as a request: a panic in it ends this work alone.
+pub async fn isolate_panics<F: Future>(work: F) -> F::Output {
+    ISOLATED.scope((), work).await
 }
 
-/// Of a panic in any other task the process comes to its end, in order: nobody knows what does not work without it.
-/// Called by the hook of panics, where they happen.
-pub fn panicked() {
-    if APART.try_with(|()| ()).is_err()
-        && let Some(phases) = PHASES.get()
+/// Shuts the process down in order, unless the panic is in [`isolate_panics`]: other parts of the server may depend on
+/// the task that panicked. The panic hook calls this in that task.
+pub fn on_panic() {
+    if ISOLATED.try_with(|()| ()).is_err()
+        && let Some(shutdown) = SHUTDOWN.get()
     {
         PANICKED.store(true, Ordering::SeqCst);
-        phases.stop.cancel();
+        shutdown.stop.cancel();
     }
 }
 
-/// Whether a panic ended it.
-pub fn by_panic() -> bool {
+/// Whether a panic has requested the shutdown.
+pub fn stopped_by_panic() -> bool {
     PANICKED.load(Ordering::SeqCst)
 }
 
@@ -61,25 +62,26 @@ impl Drop for Listener {
     }
 }
 
-/// Starts to listen. Each SIGHUP is told on `reload`; without one, the terminal was closed, which is an end as SIGTERM is,
-/// unless whoever started us had it ignored, as `nohup` does. A third SIGTERM ends the process at once.
-pub fn listen(phases: Phases, reload: Option<mpsc::Sender<()>>) -> std::io::Result<Listener> {
+/// Starts listening for signals. Sends to `reload` at each SIGHUP. Without `reload`, SIGHUP means that the terminal was
+/// closed and counts like SIGTERM, unless the parent process made it ignored, as `nohup` does. A third SIGTERM ends the
+/// process at once.
+pub fn listen(shutdown: Shutdown, reload: Option<mpsc::Sender<()>>) -> std::io::Result<Listener> {
     let hangup = (reload.is_some() || !is_ignored(SIGHUP)?).then_some(SIGHUP);
     let mut signals = Signals::new([SIGTERM, SIGINT].into_iter().chain(hangup))?;
     let handle = signals.handle();
-    let _ = PHASES.set(phases.clone());
+    let _ = SHUTDOWN.set(shutdown.clone());
     tokio::spawn(async move {
         while let Some(signal) = signals.next().await {
             match (signal, &reload) {
-                // A reload that waits already serves this one too.
+                // The channel is full if a reload is pending already, which covers this one too.
                 (SIGHUP, Some(reload)) => drop(reload.try_send(())),
-                _ if !phases.stop.is_cancelled() => {
+                _ if !shutdown.stop.is_cancelled() => {
                     tracing::info!("stopping: waiting for running requests");
-                    phases.stop.cancel();
+                    shutdown.stop.cancel();
                 }
-                _ if !phases.cut.is_cancelled() => {
+                _ if !shutdown.skip_drain.is_cancelled() => {
                     tracing::info!("stopping now: cancelling running requests");
-                    phases.cut.cancel();
+                    shutdown.skip_drain.cancel();
                 }
                 _ => {
                     tracing::warn!("exited without clean-up; the next start cleans up");
@@ -105,11 +107,11 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_ends_the_process_in_order_but_for_one_in_work_apart() {
-        let phases = Phases::default();
-        let _listener = listen(phases.clone(), Some(mpsc::channel(1).0)).unwrap();
-        tokio::spawn(apart(async { panicked() })).await.unwrap();
-        assert!(!phases.stop.is_cancelled() && !by_panic());
-        tokio::spawn(async { panicked() }).await.unwrap();
-        assert!(phases.stop.is_cancelled() && by_panic());
+        let shutdown = Shutdown::default();
+        let _listener = listen(shutdown.clone(), Some(mpsc::channel(1).0)).unwrap();
+        tokio::spawn(isolate_panics(async { on_panic() })).await.unwrap();
+        assert!(!shutdown.stop.is_cancelled() && !stopped_by_panic());
+        tokio::spawn(async { on_panic() }).await.unwrap();
+        assert!(shutdown.stop.is_cancelled() && stopped_by_panic());
     }
 }

@@ -41,7 +41,7 @@ impl Call {
     /// Does something for this request beside the task that answers it: its log lines are the request's, and a panic
     /// ends it alone.
     pub fn spawn<F: Future<Output = ()> + Send + 'static>(self, work: impl FnOnce(Call) -> F) {
-        tokio::spawn(signals::apart(work(self)).in_current_span());
+        tokio::spawn(signals::isolate_panics(work(self)).in_current_span());
     }
 
     /// Answers with what becomes of a job: as it happens, where that is wished, else when it is over. `form` makes the answer.

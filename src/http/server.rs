@@ -97,7 +97,7 @@ pub async fn serve(
             .serve_connection(TokioIo::new(Socket::new(stream, ends)), service)
             .with_upgrades();
         let closing = closing.clone();
-        connections.spawn(signals::apart(async move {
+        connections.spawn(signals::isolate_panics(async move {
             let mut connection = std::pin::pin!(connection);
             let ended = tokio::select! {
                 ended = connection.as_mut() => ended,

@@ -147,7 +147,7 @@ impl Runner {
             publisher.publish(result);
         };
         // Its log lines are those of the request that began it.
-        self.tasks.running.spawn(signals::apart(flying).in_current_span());
+        self.tasks.running.spawn(signals::isolate_panics(flying).in_current_span());
     }
 
     /// Runs a job for a client that watches it: never from the memo, never shared. Dropping the future ends the run.
@@ -196,7 +196,7 @@ impl Runner {
 
     /// Does something beside the runs, to its end, whether or not the caller waits for it, or until the server ends.
     pub fn spawn<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> JoinHandle<Option<T>> {
-        self.tasks.running.spawn(signals::apart(self.tasks.stop.clone().run_until_cancelled_owned(work)))
+        self.tasks.running.spawn(signals::isolate_panics(self.tasks.stop.clone().run_until_cancelled_owned(work)))
     }
 }
 

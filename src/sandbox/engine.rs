@@ -6,7 +6,7 @@ use std::sync::Arc;
 use futures_util::future::BoxFuture;
 use tokio::sync::OnceCell;
 
-use crate::host::aside::aside;
+use crate::host::blocking::run_blocking;
 use crate::host::cgroup::Delegated;
 use crate::model::language::Language;
 use crate::sandbox::direct::DirectEngine;
@@ -78,7 +78,7 @@ impl SelectedEngine {
         let cgroup = self.cgroup.as_ref().ok().cloned();
         let limited = cgroup.is_some();
         let (podman_command, settings) = (self.podman.clone(), self.settings.clone());
-        let direct = aside(move || DirectEngine::new(podman_command, settings, cgroup)).await;
+        let direct = run_blocking(move || DirectEngine::new(podman_command, settings, cgroup)).await;
         let direct = direct.map_err(SandboxError::io("cannot clear the cgroups of an earlier server"))?;
         let objection = match (direct.preflight(&first.language, &first.image).await?, &self.cgroup) {
             (Some(reason), _) => Some(reason),

@@ -13,7 +13,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::host::aside::aside;
+use crate::host::blocking::run_blocking;
 use crate::host::cgroup::OwnCgroup;
 use crate::model::language::Language;
 use crate::sandbox::Observer;
@@ -128,7 +128,7 @@ impl EngineSettings {
             let _slot = slot;
             let owned = owned;
             await_end(ended, remove, &on_release, &reason_slot, set_gone, observer).await;
-            if let Err(error) = aside(move || drop(owned)).await {
+            if let Err(error) = run_blocking(move || drop(owned)).await {
                 tracing::warn!(%error, "the job directory or the cgroup of a sandbox may be left behind");
             }
         });

@@ -1,5 +1,5 @@
-//! The image and the language of a trial. The image is empty: this executable, which is mounted into each sandbox, is its
-//! only program.
+//! The image and the language of a trial. The image has no programs: the probes are part of this executable, which is
+//! mounted into each sandbox.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use tar::{Builder, Header};
 use tempfile::NamedTempFile;
 
 use crate::cli::doctor::probe::VERB;
-use crate::cli::workshop::Workshop;
+use crate::cli::session::EngineSession;
 use crate::host::instance::Instance;
 use crate::images::names::tag_of;
 use crate::model::language::{Language, LanguageSettings};
@@ -17,19 +17,19 @@ use crate::model::rootfs::INIT;
 use crate::sandbox::SandboxError;
 use crate::sandbox::podman::Podman;
 
-/// Makes the image, to be removed by [`remove`], and returns its content id.
-pub(super) async fn make(workshop: &Workshop) -> Result<String, SandboxError> {
-    let (podman, name) = (&workshop.podman, image_name(&workshop.instance.name));
-    // One that is there was left by a doctor that was killed.
+/// Makes the image and returns its content id. The caller has to call [`remove`].
+pub(super) async fn make(session: &EngineSession) -> Result<String, SandboxError> {
+    let (podman, name) = (&session.podman, image_name(&session.instance.name));
+    // If it exists, a killed doctor has left it behind.
     if podman.image_id(&name).await?.is_none() {
-        let archive = archive(&workshop.instance);
+        let archive = archive(&session.instance);
         let archive = archive.map_err(|error| not_made(format!("cannot write an archive: {error}")))?;
         podman.import(archive.path(), &name).await?;
     }
     podman.image_id(&name).await?.ok_or_else(|| not_made(format!("no image {name}")))
 }
 
-/// Removes the image that a trial has made for an instance, if there is one. Its sandboxes have to be gone.
+/// Removes the image of an instance's trial, if there is one. The trial's sandboxes must have been removed.
 pub(super) async fn remove(podman: &Podman, instance: &str) {
     let name = image_name(instance);
     let removed = match podman.image_id(&name).await {
@@ -37,17 +37,17 @@ pub(super) async fn remove(podman: &Podman, instance: &str) {
         other => other.map(drop),
     };
     if let Err(error) = removed {
-        tracing::warn!(image = name, %error, "cannot remove the image that limits are tried with");
+        tracing::warn!(image = name, %error, "cannot remove the image of the limit checks");
     }
 }
 
-/// The name of the image of an instance.
+/// The image name for an instance.
 fn image_name(instance: &str) -> String {
     format!("localhost/coderunner-probe:{}", tag_of(instance))
 }
 
-/// A tar archive of an empty file with the name of the instance. If the images of two instances had the same layer, podman
-/// would fail on one while the other makes or deletes its own.
+/// A tar archive of an empty file that has the name of the instance. If the images of two instances shared a layer,
+/// podman would fail on one while the other makes or deletes its image.
 fn archive(instance: &Instance) -> std::io::Result<NamedTempFile> {
     let archive = NamedTempFile::new_in(instance.jobs())?;
     let mut header = Header::new_ustar();
@@ -67,7 +67,7 @@ pub(super) fn language() -> Result<Language, SandboxError> {
     Language::new(VERB, entry, limits()).map_err(|error| not_made(error.to_string()))
 }
 
-/// Small limits, which are reached quickly.
+/// Small limits, which probes reach quickly.
 fn limits() -> Limits {
     let time = Duration::from_secs(30);
     Limits {

@@ -1,5 +1,5 @@
-//! Settings of the kernel by which a program may have work done, or memory held, that no limit of its sandbox counts. No
-//! server can change them: an operator can.
+//! Checks of kernel settings that let a program use CPU time or memory that no limit of its sandbox counts. Only an
+//! operator can change them.
 
 use std::fs;
 use std::path::Path;
@@ -7,71 +7,73 @@ use std::path::Path;
 use crate::cli::doctor::host;
 use crate::cli::doctor::report::Check;
 
-/// The first Linux that looks for no module when it is to execute a file of a kind that it does not know (commit
+/// The first Linux that does not look for a kernel module when it executes a file of an unknown format (commit
 /// fa1bdca98d74).
-const NO_MODULES_OF_BINARIES: (u32, u32) = (6, 14);
+const NO_MODULES_FOR_EXEC: (u32, u32) = (6, 14);
 
-/// Looks at them all. What this user may not read is left out.
+/// Checks all settings, except those that this user may not read.
 pub(super) fn checks() -> Vec<Check> {
     let drop_in = host::shipped("no-module-loading.conf", "packaging/sysctl.d/no-module-loading.conf");
-    of(&|name| fs::read_to_string(Path::new("/proc/sys").join(name)).ok(), &drop_in)
+    checks_with(&|name| fs::read_to_string(Path::new("/proc/sys").join(name)).ok(), &drop_in)
 }
 
-/// The checks of settings that are read like this; `drop_in` is the file that turns the loading of modules off.
-fn of(read: &dyn Fn(&str) -> Option<String>, drop_in: &Path) -> Vec<Check> {
+/// The checks of the settings that `read` returns. `drop_in` is the sysctl file that turns module loading off.
+fn checks_with(read: &dyn Fn(&str) -> Option<String>, drop_in: &Path) -> Vec<Check> {
     let setting = |name: &str| read(name).map(|text| text.trim().to_owned());
     let number = |name: &str| setting(name)?.parse::<u64>().ok();
     let release = setting("kernel/osrelease").unwrap_or_else(|| "of an unknown release".into());
-    let mut checks = vec![modules(setting("kernel/modprobe").as_deref(), &release, drop_in)];
-    let mut note = |name: &str, expected: &str, seen: String, well: bool, mend: &str| {
-        checks.push(Check::new(name, expected, seen).or(well, mend).noted());
+    let mut checks = vec![module_loading(setting("kernel/modprobe").as_deref(), &release, drop_in)];
+    let mut note = |name: &str, expected: &str, seen: String, ok: bool, fix: &str| {
+        checks.push(Check::new(name, expected, seen).fail_unless(ok, fix).downgrade_to_note());
     };
 
     let pages = [number("vm/nr_hugepages"), number("vm/nr_overcommit_hugepages")];
     if let [Some(reserved), Some(more)] = pages {
         let seen = format!("{reserved} reserved, {more} more on demand");
-        let mend = "cgroups do not count them as memory; if nothing else here needs them: \
+        let fix = "cgroups do not count them as memory; if nothing else here needs them: \
                     sudo sysctl -w vm.nr_hugepages=0 vm.nr_overcommit_hugepages=0";
-        note("huge pages", "none", seen, reserved + more == 0, mend);
+        note("huge pages", "none", seen, reserved + more == 0, fix);
     }
     if let Some(disabled) = number("kernel/unprivileged_bpf_disabled") {
         let limit =
             number("net/core/bpf_jit_limit").map_or_else(String::new, |limit| format!(", {limit} bytes in all"));
         let who = if disabled == 0 { "anybody" } else { "root" };
-        let mend = "sudo sysctl -w kernel.unprivileged_bpf_disabled=1";
-        note("bpf", "for root alone", format!("for {who}{limit}"), disabled != 0, mend);
+        let fix = "sudo sysctl -w kernel.unprivileged_bpf_disabled=1";
+        note("bpf", "for root alone", format!("for {who}{limit}"), disabled != 0, fix);
     }
     if let Some(panics) = number("vm/panic_on_oom") {
         let seen = if panics == 0 { "killed".into() } else { format!("vm.panic_on_oom is {panics}") };
-        let mend = "sudo sysctl -w vm.panic_on_oom=0";
-        // From 2 on for the limit of a cgroup too: any program could end the machine.
-        let check = Check::new("out of memory", "programs are killed", seen).or(panics == 0, mend);
-        checks.push(if panics < 2 { check.noted() } else { check });
+        let fix = "sudo sysctl -w vm.panic_on_oom=0";
+        // With 2, reaching the limit of a cgroup panics too: any program could crash the machine.
+        let check = Check::new("out of memory", "programs are killed", seen).fail_unless(panics == 0, fix);
+        checks.push(if panics < 2 { check.downgrade_to_note() } else { check });
     }
     if let Some(lines) = number("debug/exception-trace") {
         let seen = if lines == 0 { "are not" } else { "are, in the kernel's log" };
         checks.push(
             Check::new("crashes", "are not logged", seen)
-                .or(lines == 0, "to keep that log free of them: sudo sysctl -w debug.exception-trace=0")
-                .noted(),
+                .fail_unless(lines == 0, "to keep crashes out of that log: sudo sysctl -w debug.exception-trace=0")
+                .downgrade_to_note(),
         );
     }
     checks
 }
 
-/// Whether programs can have the kernel start modprobe, which it does as root and outside of all cgroups of ours.
-/// `kernel.modules_disabled` does not keep it from that: modprobe is started, and fails.
-fn modules(modprobe: Option<&str>, release: &str, drop_in: &Path) -> Check {
+/// Whether programs can make the kernel start modprobe, which runs as root and outside of our cgroups.
+/// `kernel.modules_disabled` does not prevent that: the kernel starts modprobe, which then fails.
+fn module_loading(modprobe: Option<&str>, release: &str, drop_in: &Path) -> Check {
     let mut numbers = release.split(['.', '-']).map(|part| part.parse::<u32>().unwrap_or(0));
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    let (well, why) = match modprobe {
+    let (ok, why) = match modprobe {
         None => (true, "it has no modules".to_owned()),
         Some("") => (true, "it loads none by itself".to_owned()),
-        Some(_) if version >= NO_MODULES_OF_BINARIES => (true, "it starts none for what is executed".to_owned()),
+        Some(_) if version >= NO_MODULES_FOR_EXEC => (true, "it starts none for what is executed".to_owned()),
         Some(path) => (false, format!("it starts {path} for what is executed")),
     };
-    let mend = format!("sudo cp {} /etc/sysctl.d/ && sudo sysctl --system", drop_in.display());
-    Check::new("module loading", "none by programs", format!("Linux {release}: {why}")).or(well, mend).noted()
+    let fix = format!("sudo cp {} /etc/sysctl.d/ && sudo sysctl --system", drop_in.display());
+    Check::new("module loading", "none by programs", format!("Linux {release}: {why}"))
+        .fail_unless(ok, fix)
+        .downgrade_to_note()
 }
 
 #[cfg(test)]
@@ -83,7 +85,8 @@ mod tests {
 
     fn checked(settings: &[(&str, &str)]) -> BTreeMap<String, Check> {
         let settings: BTreeMap<&str, &str> = settings.iter().copied().collect();
-        let checks = of(&|name| settings.get(name).map(|value| format!("{value}\n")), Path::new("/lib/drop-in"));
+        let checks =
+            checks_with(&|name| settings.get(name).map(|value| format!("{value}\n")), Path::new("/lib/drop-in"));
         checks.into_iter().map(|check| (check.name.clone(), check)).collect()
     }
 
@@ -104,15 +107,15 @@ mod tests {
             let check = &checked(&settings)["module loading"];
             assert_eq!(check.status, status, "{check:?}");
             assert!(check.seen.contains(release), "{check:?}");
-            let mend = (status != Status::Ok).then_some("sudo cp /lib/drop-in /etc/sysctl.d/ && sudo sysctl --system");
-            assert_eq!(check.mend.as_deref(), mend);
+            let fix = (status != Status::Ok).then_some("sudo cp /lib/drop-in /etc/sysctl.d/ && sudo sysctl --system");
+            assert_eq!(check.fix.as_deref(), fix);
         }
     }
 
     #[test]
     fn what_cannot_be_read_is_left_out_and_what_is_not_well_can_be_mended() {
         assert_eq!(checked(&[]).into_keys().collect::<Vec<_>>(), ["module loading"]);
-        let mended = [
+        let fixed = [
             ("vm/nr_hugepages", "0"),
             ("vm/nr_overcommit_hugepages", "0"),
             ("kernel/unprivileged_bpf_disabled", "2"),
@@ -120,8 +123,8 @@ mod tests {
             ("debug/exception-trace", "0"),
         ];
         let names = ["bpf", "crashes", "huge pages", "module loading", "out of memory"];
-        assert_eq!(checked(&mended).keys().collect::<Vec<_>>(), names);
-        assert!(checked(&mended).values().all(|check| check.status == Status::Ok));
+        assert_eq!(checked(&fixed).keys().collect::<Vec<_>>(), names);
+        assert!(checked(&fixed).values().all(|check| check.status == Status::Ok));
         for (setting, value, name, status) in [
             ("vm/nr_hugepages", "32", "huge pages", Status::Note),
             ("vm/nr_overcommit_hugepages", "1", "huge pages", Status::Note),
@@ -130,11 +133,11 @@ mod tests {
             ("vm/panic_on_oom", "2", "out of memory", Status::Fail),
             ("debug/exception-trace", "1", "crashes", Status::Note),
         ] {
-            let all: Vec<_> = mended.into_iter().filter(|(one, _)| *one != setting).chain([(setting, value)]).collect();
+            let all: Vec<_> = fixed.into_iter().filter(|(one, _)| *one != setting).chain([(setting, value)]).collect();
             let checks = checked(&all);
             assert_eq!(checks[name].status, status, "{:?}", checks[name]);
             let key = setting.replace('/', ".");
-            assert!(checks[name].mend.as_ref().unwrap().contains(&key), "{:?}", checks[name]);
+            assert!(checks[name].fix.as_ref().unwrap().contains(&key), "{:?}", checks[name]);
             assert!(checks.values().all(|check| check.name == name || check.status == Status::Ok), "{checks:?}");
         }
     }

@@ -1,5 +1,5 @@
-//! `coderunner doctor`: whether this host can do what coderunner promises, and how to mend what it cannot. Each
-//! limit and wall is tried, in sandboxes of either engine.
+//! `coderunner doctor`: checks that this host can enforce the limits and isolation that coderunner promises, and says
+//! how to fix what fails. It tests each limit and wall in sandboxes of either engine.
 
 mod host;
 mod image;
@@ -14,10 +14,10 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::time::timeout;
 
-use crate::cli::workshop::Workshop;
+use crate::cli::session::EngineSession;
 use crate::config::Settings;
 use crate::host::print;
-use crate::host::signals::{self, Phases};
+use crate::host::signals::{self, Shutdown};
 use crate::images::names;
 use crate::sandbox::Enforced;
 use crate::sandbox::SandboxError;
@@ -26,32 +26,33 @@ use crate::sandbox::health::Checks;
 use crate::sandbox::podman::Info;
 use report::{Check, Report, Status};
 use trial::Trial;
-use wall::{Tried, Wall};
+use wall::{Wall, WallResult};
 
-/// The engines, the one first that needs a cgroup of its own: that can only be taken before this process has children.
+/// The engines. The direct engine is first: it takes the delegated cgroup, which works only before this process has
+/// children.
 const ENGINES: [EngineKind; 2] = [EngineKind::Direct, EngineKind::Podman];
 
-/// How long removing the image of a trial may take at the end. Together with closing the workshop it has to be less than
-/// the time that systemd gives a service to stop.
-const IMAGE_TIME: Duration = Duration::from_secs(10);
+/// How long removing the image of a trial may take at the end. Together with closing the session it has to take less
+/// than the unit's `TimeoutStopSec`.
+const IMAGE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How to mend what no setting of the host can cause.
+/// The fix of a failure that no known setting of the host causes.
 const OUR_FAULT: &str =
-    "nothing of this host's is known to cause it: please report it, with `coderunner doctor --json`";
+    "no setting of this host is known to cause this: please report it, with the output of `coderunner doctor --json`";
 
-/// Checks everything and prints the report, as a table or as JSON. Returns whether all is well.
+/// Makes all checks and prints the report, as a table or as JSON. Returns whether no check failed.
 pub(super) async fn run(settings: &Settings, json: bool) -> anyhow::Result<bool> {
-    let phases = Phases::default();
-    let _signals = signals::listen(phases.clone(), None).context("cannot listen for signals")?;
+    let shutdown = Shutdown::default();
+    let _signals = signals::listen(shutdown.clone(), None).context("cannot listen for signals")?;
     let mut report = Report { ok: true, checks: Vec::new() };
-    // Before podman is asked anything: see ENGINES.
-    let workshops = ENGINES.map(|engine| (engine, workshop(settings, engine)));
+    // Before any podman command: see ENGINES.
+    let sessions = ENGINES.map(|engine| (engine, open_session(settings, engine)));
     let interrupted = tokio::select! {
-        () = examine(settings, &workshops, &mut report) => false,
-        () = phases.stop.cancelled() => true,
+        () = examine(settings, &sessions, &mut report) => false,
+        () = shutdown.stop.cancelled() => true,
     };
-    for workshop in workshops.into_iter().filter_map(|(_, workshop)| workshop.ok()) {
-        close(workshop).await;
+    for session in sessions.into_iter().filter_map(|(_, session)| session.ok()) {
+        close(session).await;
     }
     anyhow::ensure!(!interrupted, "interrupted");
     print::stdout(match json {
@@ -61,94 +62,96 @@ pub(super) async fn run(settings: &Settings, json: bool) -> anyhow::Result<bool>
     Ok(report.ok)
 }
 
-/// Refuses a host where the kernel does not enforce the limits of sandboxes: makes one and asks its init. If the future is
-/// dropped, [`close`] removes what it leaves.
-pub(super) async fn require_limits(workshop: &Workshop) -> Result<(), SandboxError> {
-    let tried = async { Trial::begin(workshop).await?.enforced().await };
-    let enforced = tried.await;
-    workshop.engine.release(None).await;
-    image::remove(&workshop.podman, &workshop.instance.name).await;
+/// Fails if the kernel does not enforce the limits of sandboxes: makes a sandbox and asks its init. If the future is
+/// dropped, [`close`] cleans up.
+pub(super) async fn require_limits(session: &EngineSession) -> Result<(), SandboxError> {
+    let asking = async { Trial::begin(session).await?.enforced().await };
+    let enforced = asking.await;
+    session.engine.release(None).await;
+    image::remove(&session.podman, &session.instance.name).await;
     enforced.map(drop)
 }
 
-/// Waits until all containers have gone, and removes the image of a trial.
-pub(super) async fn close(workshop: Workshop) {
-    let (podman, instance) = (workshop.podman.clone(), workshop.instance.name.clone());
-    workshop.close().await;
-    if timeout(IMAGE_TIME, image::remove(&podman, &instance)).await.is_err() {
-        tracing::warn!("the image that limits are tried with may be left: podman does not answer");
+/// Closes the session and removes the image of its trial.
+pub(super) async fn close(session: EngineSession) {
+    let (podman, instance) = (session.podman.clone(), session.instance.name.clone());
+    session.close().await;
+    if timeout(IMAGE_TIMEOUT, image::remove(&podman, &instance)).await.is_err() {
+        tracing::warn!("the image of the limit checks may be left behind: podman does not answer");
     }
 }
 
-/// A workshop for trials: with a name of its own, since a server may run, and without `require_limits`, since that is what
-/// is tried.
-fn workshop(settings: &Settings, engine: EngineKind) -> anyhow::Result<Workshop> {
+/// Opens a session for a trial: with an instance name of its own, since a server may run, and without `require_limits`,
+/// since the trial tests the limits.
+fn open_session(settings: &Settings, engine: EngineKind) -> anyhow::Result<EngineSession> {
     let mut settings = settings.clone();
     settings.instance = format!("{}-doctor-{engine}", settings.instance);
     (settings.engine, settings.require_limits) = (engine, false);
-    Workshop::open(&settings)
+    EngineSession::open(&settings)
 }
 
 /// Makes all checks.
-async fn examine(settings: &Settings, workshops: &[(EngineKind, anyhow::Result<Workshop>)], report: &mut Report) {
+async fn examine(settings: &Settings, sessions: &[(EngineKind, anyhow::Result<EngineSession>)], report: &mut Report) {
     let info = host::check(settings, report).await;
     kernel::checks().into_iter().for_each(|check| report.add(check));
     let Some(info) = info else { return };
-    // Without limits there are sandboxes all the same; without anything else there are none.
+    // Without cgroups, sandboxes can be made but not limited. Any other failure prevents making sandboxes.
     if report.checks.iter().any(|check| check.status == Status::Fail && check.name != host::CGROUPS) {
         return;
     }
     let mut in_use = settings.engine;
-    for (engine, workshop) in workshops {
-        let (checks, enforced) = match workshop {
-            Ok(workshop) => engine_checks(workshop, *engine, &info).await,
+    for (engine, session) in sessions {
+        let (checks, enforced) = match session {
+            Ok(session) => engine_checks(session, *engine, &info).await,
             Err(error) => {
-                let mend = "wait until the other one has ended, or give this one another name by `instance`";
-                (vec![Check::new("instance", "a name of its own", crate::cli::told(error)).or(false, mend)], None)
+                let fix = "wait until the other instance has ended, or set another name as `instance`";
+                let check = Check::new("instance", "a name of its own", crate::cli::error_text(error));
+                (vec![check.fail_unless(false, fix)], None)
             }
         };
         if in_use == EngineKind::Auto {
-            // The first one where it works, unless the other alone can limit.
+            // The direct engine if it works, unless only the podman engine can limit.
             let can_limit = |enforced: Enforced| enforced.missing().is_empty();
-            let taken = enforced.is_some_and(|enforced| can_limit(enforced) || !info.missing_controllers().is_empty());
-            in_use = if taken { EngineKind::Direct } else { EngineKind::Podman };
+            let direct = enforced.is_some_and(|enforced| can_limit(enforced) || !info.missing_controllers().is_empty());
+            in_use = if direct { EngineKind::Direct } else { EngineKind::Podman };
         }
         for check in checks {
-            report.add(if *engine == in_use { check } else { check.noted() }.of(*engine));
+            report.add(if *engine == in_use { check } else { check.downgrade_to_note() }.for_engine(*engine));
         }
     }
-    let workshop = workshops.iter().find(|(engine, _)| *engine == in_use);
-    if let Some((_, Ok(workshop))) = workshop {
-        languages(settings, workshop, report).await;
+    let session = sessions.iter().find(|(engine, _)| *engine == in_use);
+    if let Some((_, Ok(session))) = session {
+        languages(settings, session, report).await;
     }
 }
 
-/// Tries everything with one engine. Returns the checks, and which limits its sandboxes have if one could be made.
-async fn engine_checks(workshop: &Workshop, engine: EngineKind, info: &Info) -> (Vec<Check>, Option<Enforced>) {
-    let works = |seen: String| Check::new("sandbox", "one can be made", seen);
+/// Tests all walls with one engine. Returns the checks, and the limits that the kernel enforces for its sandboxes, if
+/// one could be made.
+async fn engine_checks(session: &EngineSession, engine: EngineKind, info: &Info) -> (Vec<Check>, Option<Enforced>) {
+    let sandbox = |seen: String| Check::new("sandbox", "can be made", seen);
     let begun = async {
-        let trial = Trial::begin(workshop).await?;
+        let trial = Trial::begin(session).await?;
         let enforced = trial.enforced().await?;
         Ok::<_, SandboxError>((trial, enforced))
     };
     match begun.await {
         Ok((trial, enforced)) => {
-            let tried = trial.run(enforced).await.into_iter().map(|tried| of_wall(tried, engine, info));
-            (std::iter::once(works("made".into())).chain(tried).collect(), Some(enforced))
+            let walls = trial.run(enforced).await.into_iter().map(|result| wall_check(result, engine, info));
+            (std::iter::once(sandbox("made".into())).chain(walls).collect(), Some(enforced))
         }
-        Err(error) => (vec![works(error.to_string()).or(false, "podman info; podman system migrate")], None),
+        Err(error) => (vec![sandbox(error.to_string()).fail_unless(false, "podman info; podman system migrate")], None),
     }
 }
 
-/// The check of a wall, with how to mend it.
-fn of_wall(Tried { wall, holds, expected, seen }: Tried, engine: EngineKind, info: &Info) -> Check {
+/// The check of a wall, with how to fix it.
+fn wall_check(WallResult { wall, holds, expected, seen }: WallResult, engine: EngineKind, info: &Info) -> Check {
     let host_limits = info.missing_controllers().is_empty();
-    let mend = match wall {
+    let fix = match wall {
         Wall::Memory | Wall::Processes | Wall::Cpu if engine == EngineKind::Direct && host_limits => {
-            "start it with a cgroup of its own: by the packaged unit, or \
+            "start coderunner in a cgroup of its own: by the packaged unit, or \
              `systemd-run --user --scope --property=Delegate=yes coderunner …`"
         }
-        Wall::Memory | Wall::Processes | Wall::Cpu => host::limits_mend(info),
+        Wall::Memory | Wall::Processes | Wall::Cpu => host::limits_fix(info),
         Wall::Seccomp => "apt-get install --reinstall golang-github-containers-common, for podman's profile",
         Wall::Landlock => {
             "a kernel from 5.13 on with landlock among its security modules: add lsm=landlock,… to its command line"
@@ -160,7 +163,7 @@ fn of_wall(Tried { wall, holds, expected, seen }: Tried, engine: EngineKind, inf
         | Wall::NoNewPrivileges
         | Wall::ReadOnlyRoot
         | Wall::MaskedPaths
-        | Wall::Devices => "apt-get install --only-upgrade podman crun; and look for what containers.conf adds",
+        | Wall::Devices => "apt-get install --only-upgrade podman crun; and check what containers.conf adds",
         Wall::Time
         | Wall::CpuTime
         | Wall::Output
@@ -170,40 +173,45 @@ fn of_wall(Tried { wall, holds, expected, seen }: Tried, engine: EngineKind, inf
         | Wall::Neighbour
         | Wall::Leftovers => OUR_FAULT,
     };
-    let check = Check::new(wall.name(), expected, seen).or(holds, mend);
-    // It is a second wall behind others, and older kernels do not have it.
-    if wall == Wall::Landlock { check.noted() } else { check }
+    let check = Check::new(wall.name(), expected, seen).fail_unless(holds, fix);
+    // Landlock is a second wall behind others, and older kernels do not have it.
+    if wall == Wall::Landlock { check.downgrade_to_note() } else { check }
 }
 
-/// Runs the health program of each language that is served.
-async fn languages(settings: &Settings, workshop: &Workshop, report: &mut Report) {
+/// Runs the health program of each enabled language.
+async fn languages(settings: &Settings, session: &EngineSession, report: &mut Report) {
     let languages = match settings.enabled() {
         Ok(languages) => languages,
         Err(error) => {
-            return report.add(Check::new("languages", "some", error.to_string()).or(false, "mend the configuration"));
+            return report
+                .add(Check::new("languages", "some", error.to_string()).fail_unless(false, "fix the configuration"));
         }
     };
     for language in languages {
         let check = |seen: String| Check::new(format!("language {}", language.name), "its health program runs", seen);
-        let image = workshop.podman.image_id(&language.image).await;
+        let image = session.podman.image_id(&language.image).await;
         report.add(match image {
             Ok(Some(image)) => {
-                let checked = Checks::default().check(&*workshop.engine, &language, &image).await;
+                let checked = Checks::default().check(&*session.engine, &language, &image).await;
                 match checked.unwrap_or_else(|error| Some(error.to_string())) {
-                    None => check("it does".into()),
-                    Some(why) => check(why).or(false, format!("podman pull {}, or another image", language.image)),
+                    None => check("runs".into()),
+                    Some(why) => {
+                        check(why).fail_unless(false, format!("podman pull {}, or another image", language.image))
+                    }
                 }
             }
             Ok(None) if names::is_local(&language.image) => {
-                let mend =
-                    format!("build it: a name under localhost/ is never pulled: podman build -t {} …", language.image);
-                check(format!("no image {}", language.image)).or(false, mend)
+                let fix = format!(
+                    "build it, since names under localhost/ are never pulled: podman build -t {} …",
+                    language.image
+                );
+                check(format!("no image {}", language.image)).fail_unless(false, fix)
             }
-            // The server does at its start.
+            // Only a note: the server pulls it when it starts.
             Ok(None) => check(format!("no image {} yet", language.image))
-                .or(false, format!("podman pull {}", language.image))
-                .noted(),
-            Err(error) => check(error.to_string()).or(false, "podman image ls"),
+                .fail_unless(false, format!("podman pull {}", language.image))
+                .downgrade_to_note(),
+            Err(error) => check(error.to_string()).fail_unless(false, "podman image ls"),
         });
     }
 }

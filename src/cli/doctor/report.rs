@@ -1,4 +1,4 @@
-//! The report of `doctor`: its checks, and the table that people read.
+//! The report of `doctor`: its checks, and their table for people.
 
 use serde::Serialize;
 
@@ -10,27 +10,28 @@ use crate::sandbox::engine::EngineKind;
 pub(super) enum Status {
     /// As expected.
     Ok,
-    /// Not as expected, which the configuration can do without.
+    /// Not as expected, but the configuration does not depend on it.
     Note,
-    /// Not as expected, which the configuration cannot do without.
+    /// Not as expected, and the configuration depends on it.
     Fail,
 }
 
 /// One check: a line of the table.
 #[derive(Debug, Serialize)]
 pub(super) struct Check {
-    /// The engine that was tried; none where the host was.
+    /// The engine that was tested; none for checks of the host.
     pub(super) engine: Option<EngineKind>,
     pub(super) name: String,
     pub(super) status: Status,
     pub(super) expected: String,
     pub(super) seen: String,
-    /// How to mend it; none where nothing is wrong.
-    pub(super) mend: Option<String>,
+    /// How to fix it; none if the status is [`Status::Ok`].
+    #[serde(rename = "mend")]
+    pub(super) fix: Option<String>,
 }
 
 impl Check {
-    /// A check whose result is as expected.
+    /// A check with status [`Status::Ok`], until [`Check::fail_unless`] changes it.
     pub(super) fn new(name: impl Into<String>, expected: impl Into<String>, seen: impl Into<String>) -> Check {
         Check {
             engine: None,
@@ -38,20 +39,20 @@ impl Check {
             status: Status::Ok,
             expected: expected.into(),
             seen: seen.into(),
-            mend: None,
+            fix: None,
         }
     }
 
-    /// Makes it a failure, with how to mend it, unless all is `well`.
-    pub(super) fn or(mut self, well: bool, mend: impl Into<String>) -> Check {
-        if !well {
-            (self.status, self.mend) = (Status::Fail, Some(mend.into()));
+    /// Makes it a failure with this fix, unless it is `ok`.
+    pub(super) fn fail_unless(mut self, ok: bool, fix: impl Into<String>) -> Check {
+        if !ok {
+            (self.status, self.fix) = (Status::Fail, Some(fix.into()));
         }
         self
     }
 
     /// Makes a failure a note.
-    pub(super) fn noted(mut self) -> Check {
+    pub(super) fn downgrade_to_note(mut self) -> Check {
         if self.status == Status::Fail {
             self.status = Status::Note;
         }
@@ -59,7 +60,7 @@ impl Check {
     }
 
     /// Makes it a check of this engine.
-    pub(super) fn of(mut self, engine: EngineKind) -> Check {
+    pub(super) fn for_engine(mut self, engine: EngineKind) -> Check {
         self.engine = Some(engine);
         self
     }
@@ -99,8 +100,8 @@ impl Report {
                 Status::Fail => "FAIL",
             };
             table += &format!("{mark:4}  {:name$}  {:expected$}  {}\n", check.name, check.expected, check.seen);
-            if let Some(mend) = &check.mend {
-                table += &format!("      {:name$}  -> {mend}\n", "");
+            if let Some(fix) = &check.fix {
+                table += &format!("      {:name$}  -> {fix}\n", "");
             }
         }
         table

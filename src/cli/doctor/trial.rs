@@ -1,4 +1,4 @@
-//! A trial: tries every limit and wall in sandboxes of one engine.
+//! A trial: tests every limit and wall in sandboxes of one engine.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,57 +13,57 @@ use tokio::time::timeout;
 
 use crate::cli::doctor::image;
 use crate::cli::doctor::probe::Probe;
-use crate::cli::doctor::wall::{Tried, Wall};
-use crate::cli::workshop::Workshop;
+use crate::cli::doctor::wall::{Wall, WallResult};
+use crate::cli::session::EngineSession;
 use crate::model::job::{Job, Streams};
 use crate::model::language::Language;
 use crate::model::outcome::{Ended, Outcome, StageOutcome, Usage, Verdict};
 use crate::sandbox::Enforced;
 use crate::sandbox::{Event, HEALTH_SLOT, Live, Sandbox, SandboxError, SandboxSpec, Slot};
 
-/// The slots of the sandboxes: there may be two at once.
+/// The slots of the sandboxes: a trial runs at most two at once.
 const SLOTS: [u32; 2] = [HEALTH_SLOT - 1, HEALTH_SLOT];
 
-/// How long a container may take to be gone after its job.
-const GONE_TIME: Duration = Duration::from_secs(60);
+/// How long the removal of a container, and the end of its processes, may take after its job.
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Time between two looks for processes that should have gone.
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// Time between two checks for remaining processes.
+const RECHECK_PAUSE: Duration = Duration::from_millis(100);
 
-/// How much more CPU than allowed may be measured: the kernel counts in periods of a tenth of a second.
+/// Factor by which the measured CPU share may exceed the limit: the kernel counts in periods of a tenth of a second.
 const CPU_TOLERANCE: f64 = 1.5;
 
-/// The results of a probe, or why there are none.
-type Told = Result<Vec<Tried>, String>;
+/// The results of a probe, or the reason that there are none.
+type ProbeResults = Result<Vec<WallResult>, String>;
 
-/// Makes sandboxes with one engine, in which probes run.
+/// Runs probes in sandboxes of one engine.
 pub(super) struct Trial<'a> {
-    workshop: &'a Workshop,
+    session: &'a EngineSession,
     language: Arc<Language>,
     image: String,
 }
 
 impl Trial<'_> {
-    /// Makes the image, to be removed by [`image::remove`].
-    pub async fn begin(workshop: &Workshop) -> Result<Trial<'_>, SandboxError> {
+    /// Makes the image. The caller has to call [`image::remove`].
+    pub async fn begin(session: &EngineSession) -> Result<Trial<'_>, SandboxError> {
         let language = Arc::new(image::language()?);
-        let image = image::make(workshop).await?;
-        Ok(Trial { workshop, language, image })
+        let image = image::make(session).await?;
+        Ok(Trial { session, language, image })
     }
 
-    /// Tells which limits the kernel enforces for a sandbox; nothing runs in it.
+    /// Makes a sandbox, and returns the limits that the kernel enforces for it.
     pub async fn enforced(&self) -> Result<Enforced, SandboxError> {
-        let (sandbox, gone) = self.sandbox(SLOTS[0]).await?;
+        let (sandbox, removal) = self.sandbox(SLOTS[0]).await?;
         let enforced = sandbox.enforced;
         drop(sandbox);
-        // A container that is late to go is reported by the trials of `run`.
-        let _ = gone.wait().await;
+        // Ignores a timeout: the tests of `run` report late containers.
+        let _ = removal.wait().await;
         Ok(enforced)
     }
 
-    /// Tries everything, one thing after the other.
-    pub async fn run(&self, enforced: Enforced) -> Vec<Tried> {
-        let trials: [(&[Wall], BoxFuture<'_, Told>); 8] = [
+    /// Tests all walls, one after the other.
+    pub async fn run(&self, enforced: Enforced) -> Vec<WallResult> {
+        let tests: [(&[Wall], BoxFuture<'_, ProbeResults>); 8] = [
             (&[Wall::Memory], self.memory().boxed()),
             (&[Wall::Processes], self.processes().boxed()),
             (&[Wall::Cpu, Wall::CpuTime], self.cpu(enforced).boxed()),
@@ -74,42 +74,50 @@ impl Trial<'_> {
             (&[Wall::Leftovers], self.leftovers().boxed()),
         ];
         let mut all = Vec::new();
-        for (walls, trial) in trials {
-            let untried = |reason: &str| {
-                let tried = |wall: &Wall| Tried::new(*wall, false, "that it can be tried", reason.to_owned());
-                walls.iter().map(tried).collect::<Vec<_>>()
+        for (walls, test) in tests {
+            let untested = |reason: &str| {
+                let result = |wall: &Wall| WallResult::new(*wall, false, "can be tested", reason.to_owned());
+                walls.iter().map(result).collect::<Vec<_>>()
             };
-            let mut tried = trial.await.unwrap_or_else(|reason| untried(&reason));
-            let missing = untried("its probe told nothing of it");
-            tried.extend(
-                missing.into_iter().filter(|one| tried.iter().all(|other| other.wall != one.wall)).collect::<Vec<_>>(),
+            let mut results = test.await.unwrap_or_else(|reason| untested(&reason));
+            let missing = untested("its probe printed no result");
+            results.extend(
+                missing
+                    .into_iter()
+                    .filter(|one| results.iter().all(|other| other.wall != one.wall))
+                    .collect::<Vec<_>>(),
             );
-            all.extend(tried);
+            all.extend(results);
         }
         all
     }
 
-    async fn memory(&self) -> Told {
+    async fn memory(&self) -> ProbeResults {
         let memory = self.language.limits.memory;
         let run = self.probe(Probe::Memory, &(2 * memory.as_u64()).to_string()).await?;
         let seen = match run.verdict() {
             Verdict::MemoryLimit => format!("killed with {}", ByteSize(run.usage.memory)),
-            _ => format!("{}, used {}", ended(&run), run.output.text().trim()),
+            _ => format!("{}, used {}", end_text(&run), run.output.text().trim()),
         };
         let holds = run.verdict() == Verdict::MemoryLimit && run.usage.memory <= memory.as_u64() + (4 << 20);
-        Ok(vec![Tried::new(Wall::Memory, holds, format!("killed with {memory}"), seen)])
+        Ok(vec![WallResult::new(Wall::Memory, holds, format!("killed with {memory}"), seen)])
     }
 
-    async fn processes(&self) -> Told {
+    async fn processes(&self) -> ProbeResults {
         let processes = self.language.limits.processes;
         let run = self.probe(Probe::Threads, &(2 * processes).to_string()).await?;
         let seen = format!("{} at once, {} refusals counted", run.output.text().trim(), run.usage.forks_refused);
         let holds = run.verdict() == Verdict::ProcessLimit;
-        Ok(vec![Tried::new(Wall::Processes, holds, format!("{processes} at once, more refused and counted"), seen)])
+        Ok(vec![WallResult::new(
+            Wall::Processes,
+            holds,
+            format!("{processes} at once, more refused and counted"),
+            seen,
+        )])
     }
 
-    /// The share of the CPUs and the time on them: a program that spins is slowed down, and then killed.
-    async fn cpu(&self, enforced: Enforced) -> Told {
+    /// Tests the limits of CPUs and of CPU time: a busy loop has to be throttled, and then killed.
+    async fn cpu(&self, enforced: Enforced) -> ProbeResults {
         let mut job = self.job(Probe::Spin, "");
         job.limits.run_cpu_time = Duration::from_millis(500);
         let run = self.run_job(job.clone(), &mut Live::default(), SLOTS[0]).await?;
@@ -118,100 +126,107 @@ impl Trial<'_> {
         let kernel = if enforced.cpu { "" } else { ", not limited by the kernel" };
         let limit = humantime::format_duration(job.limits.run_cpu_time);
         Ok(vec![
-            // Measured alone it could be the work of a busy machine.
-            Tried::new(
+            // A low share alone could be due to a busy machine, so the limit must also be enforced.
+            WallResult::new(
                 Wall::Cpu,
                 enforced.cpu && share <= most * CPU_TOLERANCE,
                 format!("{most} CPUs"),
                 format!("{share:.2} CPUs{kernel}"),
             ),
-            Tried::new(Wall::CpuTime, run.ended == Ended::CpuTime, format!("killed after {limit}"), ended(&run)),
+            WallResult::new(
+                Wall::CpuTime,
+                run.ended == Ended::CpuTime,
+                format!("killed after {limit}"),
+                end_text(&run),
+            ),
         ])
     }
 
-    async fn wall_time(&self) -> Told {
+    async fn wall_time(&self) -> ProbeResults {
         let mut job = self.job(Probe::Sleep, "");
         job.limits.run_time = Duration::from_secs(1);
         let run = self.run_job(job, &mut Live::default(), SLOTS[0]).await?;
-        Ok(vec![Tried::new(Wall::Time, run.ended == Ended::WallTime, "killed after 1s", ended(&run))])
+        Ok(vec![WallResult::new(Wall::Time, run.ended == Ended::WallTime, "killed after 1s", end_text(&run))])
     }
 
-    async fn output(&self) -> Told {
+    async fn output(&self) -> ProbeResults {
         let limits = &self.language.limits;
         let run = self.probe(Probe::Print, "").await?;
         let kept = ByteSize(run.output.kept() as u64);
         let holds = run.verdict() == Verdict::OutputLimit && kept == limits.output;
         let expected = format!("killed after {}, {} kept", limits.output_total, limits.output);
-        let seen = format!("{} after {}, {kept} kept", ended(&run), ByteSize(run.output.total_both()));
-        Ok(vec![Tried::new(Wall::Output, holds, expected, seen)])
+        let seen = format!("{} after {}, {kept} kept", end_text(&run), ByteSize(run.output.total_both()));
+        Ok(vec![WallResult::new(Wall::Output, holds, expected, seen)])
     }
 
-    async fn inside(&self) -> Told {
+    async fn inside(&self) -> ProbeResults {
         let limits = serde_json::to_string(&self.language.limits).map_err(|error| error.to_string())?;
-        told(&self.probe(Probe::Walls, &limits).await?)
+        parse_results(&self.probe(Probe::Walls, &limits).await?)
     }
 
-    /// Whether one of two sandboxes that run at the same time sees the marks of the other.
-    async fn neighbour(&self) -> Told {
-        let mark = &self.workshop.instance.name;
-        let (events, mut shown) = mpsc::unbounded_channel();
-        let (typed, stdin) = mpsc::channel(1);
+    /// Tests whether one of two concurrent sandboxes can find the marks of the other.
+    async fn neighbour(&self) -> ProbeResults {
+        let mark = &self.session.instance.name;
+        let (events, mut received) = mpsc::unbounded_channel();
+        let (open_stdin, stdin) = mpsc::channel(1);
         let mut live = Live { events: Some(events), stdin: Some(stdin), ..Live::default() };
         let showing = async {
             let run = self.run_job(self.job(Probe::Show, mark), &mut live, SLOTS[1]).await;
-            // So that the other one does not wait for its output any longer.
+            // Closes the channel of events, so that `looking` stops waiting for output.
             live.events = None;
             run
         };
         let looking = async {
-            while let Some(event) = shown.recv().await {
+            while let Some(event) = received.recv().await {
                 if matches!(event, Event::Output(..)) {
                     let looked = self.probe(Probe::Look, mark).await;
-                    drop(typed);
+                    // The other probe exits at the end of its input.
+                    drop(open_stdin);
                     return looked;
                 }
             }
-            Err("it put nothing up".to_owned())
+            Err("the probe that leaves marks printed nothing".to_owned())
         };
         let (shown, looked) = tokio::join!(showing, looking);
         match shown? {
-            run if run.verdict() == Verdict::Ok => told(&looked?),
-            run => Err(format!("the one to be seen {}: {}", ended(&run), run.output.text().trim())),
+            run if run.verdict() == Verdict::Ok => parse_results(&looked?),
+            run => Err(format!("the probe that leaves marks {}: {}", end_text(&run), run.output.text().trim())),
         }
     }
 
-    /// Whether anything is left of a run: the next one in the same slot looks for it, and so does this process.
-    async fn leftovers(&self) -> Told {
-        let instance = &self.workshop.instance;
+    /// Tests whether a run leaves anything behind: the next sandbox in the same slot looks for it, and so does this
+    /// process on the host.
+    async fn leftovers(&self) -> ProbeResults {
+        let instance = &self.session.instance;
         let left = self.probe(Probe::Leave, &instance.name).await?;
         if left.verdict() != Verdict::Ok {
-            return Err(format!("the one to leave something {}: {}", ended(&left), left.output.text().trim()));
+            return Err(format!("the probe that leaves marks {}: {}", end_text(&left), left.output.text().trim()));
         }
-        let mut tried = told(&self.probe(Probe::Look, &instance.name).await?)?;
-        self.workshop.engine.release(Some(&self.image)).await;
-        let containers = self.workshop.podman.list(&instance.name).await.map_err(|error| error.to_string())?;
+        let mut results = parse_results(&self.probe(Probe::Look, &instance.name).await?)?;
+        self.session.engine.release(Some(&self.image)).await;
+        let containers = self.session.podman.list(&instance.name).await.map_err(|error| error.to_string())?;
         let directories = names(&instance.jobs()).map_err(|error| format!("{}: {error}", instance.jobs().display()))?;
-        let looked = Instant::now();
+        let start = Instant::now();
         let processes = loop {
             let found = processes(&instance.name).map_err(|error| format!("/proc: {error}"))?;
-            // podman's own clean-up after a container that it no longer lists takes a moment.
-            if found.is_empty() || looked.elapsed() > GONE_TIME {
+            // podman's clean-up processes may outlive the container in podman's list for a moment.
+            if found.is_empty() || start.elapsed() > REMOVAL_TIMEOUT {
                 break found;
             }
-            tokio::time::sleep(LOOK_AGAIN).await;
+            tokio::time::sleep(RECHECK_PAUSE).await;
         };
-        for one in &mut tried {
-            one.wall = Wall::Leftovers;
+        for result in &mut results {
+            result.wall = Wall::Leftovers;
             let on_host = [("containers", &containers), ("directories", &directories), ("processes", &processes)];
             for (kind, found) in on_host.into_iter().filter(|(_, found)| !found.is_empty()) {
-                (one.holds, one.seen) = (false, format!("{kind} {}", found.join(" ")));
+                (result.holds, result.seen) = (false, format!("{kind} {}", found.join(" ")));
             }
-            one.expected = "nothing is left of a run".into();
-            if one.holds {
-                one.seen.clone_from(&one.expected);
+            result.expected = "nothing is left of a run".into();
+            if result.holds {
+                result.seen.clone_from(&result.expected);
             }
         }
-        Ok(tried)
+        Ok(results)
     }
 
     fn job(&self, probe: Probe, word: &str) -> Job {
@@ -224,48 +239,48 @@ impl Trial<'_> {
         self.run_job(self.job(probe, word), &mut Live::default(), SLOTS[0]).await
     }
 
-    /// Runs a job, and waits until its container is gone.
+    /// Runs a job, and waits until its container is removed.
     async fn run_job(&self, job: Job, live: &mut Live, slot: u32) -> Result<StageOutcome, String> {
-        let (sandbox, gone) = self.sandbox(slot).await.map_err(|error| error.to_string())?;
+        let (sandbox, removal) = self.sandbox(slot).await.map_err(|error| error.to_string())?;
         let outcome = sandbox.run(&self.language, &job, live).await;
-        gone.wait().await?;
+        removal.wait().await?;
         let Outcome { run, .. } = outcome.map_err(|error| error.to_string())?;
-        run.ok_or_else(|| "it was not run".into())
+        run.ok_or_else(|| "the probe was not run".into())
     }
 
-    async fn sandbox(&self, slot: u32) -> Result<(Sandbox, Gone), SandboxError> {
+    async fn sandbox(&self, slot: u32) -> Result<(Sandbox, Removal), SandboxError> {
         let (free, freed) = mpsc::unbounded_channel();
         let spec = SandboxSpec {
             language: Arc::clone(&self.language),
             image: self.image.clone(),
             slot: Slot::new(slot, free),
         };
-        Ok((self.workshop.engine.start(spec).await?, Gone(freed)))
+        Ok((self.session.engine.start(spec).await?, Removal(freed)))
     }
 }
 
-/// Waits for the end of a container.
-struct Gone(mpsc::UnboundedReceiver<u32>);
+/// Receives the slot of a container once the container is removed.
+struct Removal(mpsc::UnboundedReceiver<u32>);
 
-impl Gone {
+impl Removal {
     async fn wait(mut self) -> Result<(), String> {
-        let late = || format!("its container was not gone within {}", humantime::format_duration(GONE_TIME));
-        timeout(GONE_TIME, self.0.recv()).await.map(drop).map_err(|_| late())
+        let late = || format!("its container was not removed within {}", humantime::format_duration(REMOVAL_TIMEOUT));
+        timeout(REMOVAL_TIMEOUT, self.0.recv()).await.map(drop).map_err(|_| late())
     }
 }
 
-/// Reads what a probe printed of the walls that it tried.
-fn told(run: &StageOutcome) -> Told {
+/// Parses the results that a probe printed.
+fn parse_results(run: &StageOutcome) -> ProbeResults {
     let text = run.output.text();
-    let tried: Result<Vec<Tried>, _> = text.lines().map(serde_json::from_str).collect();
-    match tried {
-        Ok(tried) if run.verdict() == Verdict::Ok => Ok(tried),
-        _ => Err(format!("{}: {}", ended(run), text.trim())),
+    let results: Result<Vec<WallResult>, _> = text.lines().map(serde_json::from_str).collect();
+    match results {
+        Ok(results) if run.verdict() == Verdict::Ok => Ok(results),
+        _ => Err(format!("{}: {}", end_text(run), text.trim())),
     }
 }
 
 /// How a run ended, in words.
-fn ended(run: &StageOutcome) -> String {
+fn end_text(run: &StageOutcome) -> String {
     let after = |us: u64| humantime::format_duration(Duration::from_millis(us / 1000)).to_string();
     match &run.ended {
         Ended::Exited(0) => "ended by itself".into(),
@@ -273,21 +288,21 @@ fn ended(run: &StageOutcome) -> String {
         Ended::Signalled(signal) => format!("ended by signal {signal}"),
         Ended::WallTime => format!("killed after {}", after(run.usage.wall_us)),
         Ended::CpuTime => format!("killed after {}", after(run.usage.cpu_us)),
-        Ended::Memory => "killed for its memory".into(),
+        Ended::Memory => "killed at the memory limit".into(),
         Ended::Killed => "killed".into(),
         Ended::NotStarted(reason) => reason.clone(),
     }
 }
 
-/// The names in a directory.
+/// The names of the entries of a directory.
 fn names(directory: &Path) -> std::io::Result<Vec<String>> {
     std::fs::read_dir(directory)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
 }
 
-/// Processes of the host whose command line contains this mark.
+/// The ids of the host's processes whose command line contains this mark.
 fn processes(mark: &str) -> std::io::Result<Vec<String>> {
     let marked = |process: &String| {
-        // A process that has gone meanwhile is not left.
+        // A process that ends meanwhile does not count.
         std::fs::read(format!("/proc/{process}/cmdline"))
             .is_ok_and(|line| String::from_utf8_lossy(&line).contains(mark))
     };

@@ -1,8 +1,8 @@
-//! The limits and walls around a program, and the result of trying one.
+//! The limits and isolation walls around a program, and the result of testing one.
 
 use serde::{Deserialize, Serialize};
 
-/// A limit of a program, or a wall around it.
+/// A limit of a program, or an isolation wall around it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[allow(missing_docs)]
@@ -31,7 +31,7 @@ pub(super) enum Wall {
 }
 
 impl Wall {
-    /// Those that a probe tries from inside.
+    /// The walls that [`Probe::Walls`](super::probe::Probe::Walls) tests from inside a sandbox.
     pub const INSIDE: [Wall; 13] = [
         Wall::Disk,
         Wall::Inodes,
@@ -76,28 +76,28 @@ impl Wall {
     }
 }
 
-/// The result of trying a wall.
+/// The result of testing a wall.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Tried {
-    /// Which wall.
+pub(super) struct WallResult {
+    /// The wall.
     pub wall: Wall,
     /// Whether it holds.
     pub holds: bool,
-    /// What should have been seen.
+    /// The expected observation.
     pub expected: String,
-    /// What was seen.
+    /// The observation.
     pub seen: String,
 }
 
-impl Tried {
-    /// A result, in words.
-    pub fn new(wall: Wall, holds: bool, expected: impl Into<String>, seen: impl Into<String>) -> Tried {
-        Tried { wall, holds, expected: expected.into(), seen: seen.into() }
+impl WallResult {
+    /// A result with its observations in words.
+    pub fn new(wall: Wall, holds: bool, expected: impl Into<String>, seen: impl Into<String>) -> WallResult {
+        WallResult { wall, holds, expected: expected.into(), seen: seen.into() }
     }
 
-    /// A result by the holes that were found: the wall holds if there are none.
-    pub(super) fn without(wall: Wall, expected: &str, holes: &[String]) -> Tried {
+    /// A result from the holes that were found: the wall holds if there are none.
+    pub(super) fn from_holes(wall: Wall, expected: &str, holes: &[String]) -> WallResult {
         let seen = if holes.is_empty() { expected.to_owned() } else { holes.join(", ") };
-        Tried::new(wall, holes.is_empty(), expected, seen)
+        WallResult::new(wall, holes.is_empty(), expected, seen)
     }
 }

@@ -1,4 +1,4 @@
-//! Builds what answers requests: the part of the server that a reload replaces.
+//! Builds the application that answers requests. A reload replaces it.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use crate::run::readiness::Readiness;
 use crate::run::{Runner, Tasks};
 use crate::scheduler::Pool;
 
-/// Builds the application from settings. What it holds is the server's, over all reloads.
+/// Builds the application from settings. Its fields belong to the server and survive reloads.
 #[derive(Clone)]
 pub(super) struct AppBuilder {
     /// The address of the listener, which systemd may have opened.
@@ -31,7 +31,7 @@ pub(super) struct AppBuilder {
 }
 
 impl AppBuilder {
-    /// The application of these settings and languages.
+    /// Builds the application for these settings and languages.
     pub(super) fn build(&self, settings: &Settings, languages: &[Arc<Language>]) -> anyhow::Result<Arc<App>> {
         let memo = MemoCache::new(settings.cache).context("cannot make the cache")?;
         let (pool, tasks) = (Arc::clone(&self.pool), self.tasks.clone());

@@ -1,4 +1,4 @@
-//! The tasks that run beside the connections: updates of images, sweeps, metrics, the control socket.
+//! The background tasks of the server: image updates, sweeps, metrics, the control socket.
 
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
@@ -11,8 +11,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::cli::serve::host;
+use crate::cli::session::EngineSession;
 use crate::cli::update::updater;
-use crate::cli::workshop::Workshop;
 use crate::config::Settings;
 use crate::host::instance::Instance;
 use crate::images::{Order, Wanted, control};
@@ -22,11 +22,11 @@ use crate::sandbox::podman::Podman;
 use crate::sandbox::sweep;
 use crate::scheduler::{Image, Pool};
 
-/// How many orders such as `update` may wait until the updater takes them.
-const ORDERS: usize = 4;
+/// How many requests from the control socket may wait for the updater.
+const MAX_ORDERS: usize = 4;
 
-/// How long the tasks may take to end after they were told to.
-const END_TIME: Duration = Duration::from_secs(15);
+/// How long the tasks may take to end after they were cancelled.
+const END_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Tasks that run until the server stops.
 pub(super) struct Background {
@@ -38,33 +38,33 @@ impl Background {
     /// Starts the tasks, to run until `stop`.
     pub(super) fn start(
         stop: CancellationToken,
-        workshop: &Workshop,
+        session: &EngineSession,
         settings: &Settings,
         languages: Vec<Arc<Language>>,
         pool: &Arc<Pool>,
         wants: watch::Receiver<Wanted>,
         metrics: &Export,
     ) -> anyhow::Result<Background> {
-        let (orders, taken) = mpsc::channel::<Order>(ORDERS);
+        let (orders, taken) = mpsc::channel::<Order>(MAX_ORDERS);
         let (announced, asked) = (Arc::clone(pool), Arc::clone(pool));
-        let podman = workshop.podman.clone();
+        let podman = session.podman.clone();
         let announce = move |language: &str, image| {
             if let Image::Ready(id) = &image
                 && announced.image(language).ok().as_ref() != Some(id)
             {
-                tokio::spawn(note_age(podman.clone(), language.to_owned(), id.clone()));
+                tokio::spawn(record_age(podman.clone(), language.to_owned(), id.clone()));
             }
             announced.set_image(language, image);
         };
         let ails = move |language: &str| asked.status(language).problem.is_some();
-        let updater = updater(workshop, settings, languages, announce, ails)?;
+        let updater = updater(session, settings, languages, announce, ails)?;
         let background = Background { tasks: TaskTracker::new(), stop };
         if !settings.require_limits {
-            // In the background, so that clients are answered while podman hangs.
-            let (podman, delegated) = (workshop.podman.clone(), workshop.delegated);
+            // In the background, so that the server answers clients even if podman hangs.
+            let (podman, delegated) = (session.podman.clone(), session.delegated);
             background.spawn(|stop| async move {
                 tokio::select! {
-                    _ = host::report(&podman, delegated, false) => {}
+                    _ = host::check_podman(&podman, delegated, false) => {}
                     () = stop.cancelled() => {}
                 }
             });
@@ -72,38 +72,38 @@ impl Background {
         background.spawn(|stop| updater.run(taken, wants, stop));
         background.spawn(|stop| {
             sweep::run(
-                workshop.podman.clone(),
-                workshop.instance.name.clone(),
-                workshop.supervised.clone(),
+                session.podman.clone(),
+                session.instance.name.clone(),
+                session.supervised.clone(),
                 Arc::new(Counted),
                 stop,
             )
         });
         background.spawn(|stop| metrics.clone().keep_up(stop));
-        let control_socket = control_socket(&workshop.instance)?;
+        let control_socket = control_socket(&session.instance)?;
         background.spawn(|stop| control::serve(control_socket, orders, stop));
         Ok(background)
     }
 
-    /// Starts a task, to run until the token that it is given is cancelled.
+    /// Starts a task that runs until its token is cancelled.
     pub(super) fn spawn<T: Future<Output = ()> + Send + 'static>(&self, task: impl FnOnce(CancellationToken) -> T) {
         self.tasks.spawn(task(self.stop.clone()));
     }
 
-    /// Waits until all tasks have ended, but not for ever.
+    /// Waits until all tasks have ended, at most for [`END_TIMEOUT`].
     pub(super) async fn end(self) {
         self.tasks.close();
-        if tokio::time::timeout(END_TIME, self.tasks.wait()).await.is_err() {
+        if tokio::time::timeout(END_TIMEOUT, self.tasks.wait()).await.is_err() {
             tracing::warn!("background tasks did not end in time");
         }
     }
 }
 
-/// Records the age of an image, which is only a metric.
-async fn note_age(podman: Podman, language: String, image: String) {
+/// Records when an image was created, for a metric. Only logs a failure.
+async fn record_age(podman: Podman, language: String, image: String) {
     match podman.image_created(&image).await {
         Ok(created) => metrics::image_created(&language, created),
-        Err(error) => tracing::debug!(language, %error, "cannot tell the age of an image"),
+        Err(error) => tracing::debug!(language, %error, "cannot determine the age of an image"),
     }
 }
 

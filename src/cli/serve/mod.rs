@@ -15,9 +15,9 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 
 use crate::cli::doctor;
-use crate::cli::workshop::Workshop;
+use crate::cli::session::EngineSession;
 use crate::config::{Overrides, Settings};
-use crate::host::signals::{self, Phases};
+use crate::host::signals::{self, Shutdown};
 use crate::host::systemd;
 use crate::http;
 use crate::metrics::Export;
@@ -25,44 +25,44 @@ use crate::run::Tasks;
 use crate::scheduler::{Pool, Status};
 use app::AppBuilder;
 use background::Background;
-use host::Limits;
+use host::LimitCheck;
 use reload::Reloader;
 
-/// Serves until a signal ends it.
+/// Serves until a signal or a panic ends it.
 pub(super) async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow::Result<()> {
-    // Start: take what there can be only one of, and make sure that the host can limit.
+    // Start: take the exclusive resources (sockets, instance name), and check that the host can enforce limits.
     let settings = Settings::load(file.as_deref(), &overrides)?;
-    let phases = Phases::default();
+    let shutdown = Shutdown::default();
     let (reload, reloads) = mpsc::channel(1);
-    let _signals = signals::listen(phases.clone(), Some(reload)).context("cannot listen for signals")?;
+    let _signals = signals::listen(shutdown.clone(), Some(reload)).context("cannot listen for signals")?;
     let passed = systemd::passed_listener().context("cannot use the socket that systemd passed")?;
-    let workshop = Workshop::open(&settings)?;
+    let session = EngineSession::open(&settings)?;
     let listener = match passed {
         Some(listener) => listener,
         None => {
             TcpListener::bind(settings.listen).await.with_context(|| format!("cannot listen on {}", settings.listen))?
         }
     };
-    let address = listener.local_addr().context("cannot tell the address")?;
+    let address = listener.local_addr().context("cannot read the address of the listener")?;
     if settings.require_limits {
-        match host::require_limits(&workshop, &phases.stop).await? {
-            Limits::NotRefused => {}
-            Limits::Unlimited(refusal) => {
-                workshop.close().await;
+        match host::require_limits(&session, &shutdown.stop).await? {
+            LimitCheck::MayStart => {}
+            LimitCheck::NotEnforced(refusal) => {
+                session.close().await;
                 return Err(refusal.into());
             }
-            Limits::Interrupted => {
+            LimitCheck::Interrupted => {
                 systemd::stopping();
-                doctor::close(workshop).await;
+                doctor::close(session).await;
                 tracing::info!("stopped");
                 return Ok(());
             }
         }
     }
 
-    // Build what answers requests, and what runs beside it.
+    // Build the application, and start the background tasks.
     let languages = settings.enabled()?;
-    let pool = Arc::new(Pool::new(Arc::clone(&workshop.engine), slots(&settings), settings.queue, &languages));
+    let pool = Arc::new(Pool::new(Arc::clone(&session.engine), slots(&settings), settings.queue, &languages));
     let tasks = Tasks::default();
     let metrics = Export::install()?;
     let builder = AppBuilder {
@@ -74,34 +74,34 @@ pub(super) async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow
     };
     let (app, current_app) = watch::channel(builder.build(&settings, &languages)?);
     let (wanted, wants) = watch::channel((languages.clone(), settings.update));
-    let stop_background = phases.stop.child_token();
-    let background = Background::start(stop_background, &workshop, &settings, languages, &pool, wants, &metrics)?;
+    let stop_background = shutdown.stop.child_token();
+    let background = Background::start(stop_background, &session, &settings, languages, &pool, wants, &metrics)?;
     let reloader = Reloader { file, overrides, builder, app, wanted };
     background.spawn(|stop| reloader.run(reloads, settings.clone(), stop));
-    let (reported, running) = (Arc::clone(&pool), tasks.clone());
-    let _report = systemd::report(move || status(address, &reported, &running));
+    let (status_pool, status_tasks) = (Arc::clone(&pool), tasks.clone());
+    let _report = systemd::report(move || status(address, &status_pool, &status_tasks));
     systemd::ready();
     tracing::info!(%address, languages = settings.languages.join(" "), "listening");
 
     // Serve until the first signal.
-    let closing = http::server::serve(listener, current_app, phases.stop.clone()).await;
+    let closing = http::server::serve(listener, current_app, shutdown.stop.clone()).await;
 
-    // Shut down: let the requests end, then the connections, the sandboxes that wait, the rest.
+    // Shut down, in order: requests, connections, idle sandboxes, background tasks, the session.
     systemd::stopping();
     tokio::select! {
         () = tasks.shut_down(settings.shutdown.drain) => {}
-        () = phases.cut.cancelled() => tasks.shut_down(Duration::ZERO).await,
+        () = shutdown.skip_drain.cancelled() => tasks.shut_down(Duration::ZERO).await,
     }
     closing.await;
     pool.drain();
     background.end().await;
-    workshop.close().await;
+    session.close().await;
     tracing::info!("stopped");
-    anyhow::ensure!(!signals::by_panic(), "ended by a panic, of which the log tells");
+    anyhow::ensure!(!signals::stopped_by_panic(), "ended by a panic; see the log");
     Ok(())
 }
 
-/// What `systemctl status` shows: a word on each language.
+/// The status line of `systemctl status`: the address, the running jobs, and the state of each language.
 fn status(address: SocketAddr, pool: &Pool, tasks: &Tasks) -> String {
     let lanes = pool.statuses();
     let lane = |(name, status): &(String, Status)| match (&status.problem, status.enforced) {
@@ -113,7 +113,7 @@ fn status(address: SocketAddr, pool: &Pool, tasks: &Tasks) -> String {
     format!("{address}; {} running; {}", tasks.running(), lanes.join("; "))
 }
 
-/// How many containers there may be at once.
+/// The most containers at once.
 fn slots(settings: &Settings) -> u32 {
     u32::try_from(settings.containers).unwrap_or(u32::MAX)
 }

@@ -1,4 +1,4 @@
-//! Reloads of the configuration.
+//! Reloads the configuration.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::host::systemd;
 use crate::http::middleware::App;
 use crate::images::Wanted;
 
-/// Loads and applies the configuration at each SIGHUP.
+/// Reloads and applies the configuration at each SIGHUP.
 pub(super) struct Reloader {
     pub(super) file: Option<PathBuf>,
     pub(super) overrides: Overrides,
@@ -23,7 +23,7 @@ pub(super) struct Reloader {
 }
 
 impl Reloader {
-    /// Waits for signals and applies what the file says then, until `stop`. `settings` are those in effect.
+    /// Applies the configuration at each message of `reloads`, until `stop`. `settings` are those in effect.
     pub(super) async fn run(self, mut reloads: mpsc::Receiver<()>, mut settings: Settings, stop: CancellationToken) {
         loop {
             tokio::select! {
@@ -37,15 +37,15 @@ impl Reloader {
                         tracing::info!(languages = new.languages.join(" "), "configuration reloaded");
                         settings = new;
                     }
-                    Err(error) => tracing::error!(error = crate::cli::told(&error), "configuration not changed"),
+                    Err(error) => tracing::error!(error = crate::cli::error_text(&error), "configuration not changed"),
                 },
-                Err(error) => tracing::error!(error = crate::cli::told(&error), "configuration not changed"),
+                Err(error) => tracing::error!(error = crate::cli::error_text(&error), "configuration not changed"),
             }
             systemd::ready();
         }
     }
 
-    /// Changes from the old settings to the new ones, or changes nothing and returns an error.
+    /// Replaces the old settings by the new ones, or returns an error and changes nothing.
     fn apply(&self, old: &Settings, new: &Settings) -> anyhow::Result<()> {
         let fixed = |s: &Settings| {
             (s.listen, s.instance.clone(), s.engine, s.podman.clone(), s.require_limits, s.shutdown.drain)

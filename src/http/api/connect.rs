@@ -150,7 +150,7 @@ fn open(upgrade: Ws, context: Context, connection: Option<Place>, api: Arc<Api>)
         drop((place, connection));
     };
     // Its state is large, and would be copied from one wrapper into the next on the stack.
-    let serving = signals::apart(Box::pin(serving)).in_current_span();
+    let serving = signals::isolate_panics(Box::pin(serving)).in_current_span();
     let upgraded = upgrade.on_upgrade(move |socket| {
         let _ = hand_over.send(socket);
         serving

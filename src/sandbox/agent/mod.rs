@@ -60,7 +60,7 @@ pub fn main() -> ExitCode {
 }
 
 fn failed(error: &std::io::Error) -> ExitCode {
-    print::complain(&format!("coderunner agent: {error}; it is started by the server, not by hand"));
+    print::stderr_line(&format!("coderunner agent: {error}; it is started by the server, not by hand"));
     ExitCode::FAILURE
 }
 

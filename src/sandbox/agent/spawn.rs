@@ -65,7 +65,7 @@ impl Child {
                 let ended = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err(io::Error::other("a panic")));
                 let code = ended.map_or_else(
                     |error| {
-                        print::complain(&error.to_string());
+                        print::stderr_line(&error.to_string());
                         libc::EXIT_FAILURE
                     },
                     |()| libc::EXIT_SUCCESS,

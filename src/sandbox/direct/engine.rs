@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures_util::future::{BoxFuture, join_all};
 
-use crate::host::aside::aside;
+use crate::host::blocking::run_blocking;
 use crate::host::cgroup::Delegated;
 use crate::model::language::Language;
 use crate::sandbox::channel::Channel;
@@ -68,7 +68,7 @@ impl DirectEngine {
             Some(parent) => {
                 let (name, limits) = (self.name("box"), template.limits.0.clone());
                 let create = move || parent.make(&name, &limits).and_then(|own| Ok((own.open()?, Arc::new(own))));
-                let created = aside(create).await.and_then(|created| created);
+                let created = run_blocking(create).await.and_then(|created| created);
                 let (cgroup_dir, own) = created.map_err(SandboxError::io("cannot make a cgroup"))?;
                 (Some(own), Some(cgroup_dir))
             }

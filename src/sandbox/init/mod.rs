@@ -54,7 +54,7 @@ pub fn main() -> ExitCode {
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            print::complain(&format!("coderunner init: {error}; it is started by the server, not by hand"));
+            print::stderr_line(&format!("coderunner init: {error}; it is started by the server, not by hand"));
             ExitCode::FAILURE
         }
     }

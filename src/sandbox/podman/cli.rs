@@ -60,8 +60,9 @@ impl Podman {
         args: impl IntoIterator<Item = impl Into<OsString>>,
     ) -> Result<Vec<u8>, ProcessError> {
         let cmd = self.cmd(args);
-        let is_lost =
-            |result: &Result<_, ProcessError>| result.as_ref().is_err_and(|error| error.tells(NAMESPACE_LOST));
+        let is_lost = |result: &Result<_, ProcessError>| {
+            result.as_ref().is_err_and(|error| error.message_contains(NAMESPACE_LOST))
+        };
         let first = run_with_retries(&cmd).await;
         if !is_lost(&first) {
             return first;
@@ -106,7 +107,7 @@ impl Podman {
 async fn run_with_retries(cmd: &Cmd) -> Result<Vec<u8>, ProcessError> {
     for _ in 1..IMAGE_CHANGING_TRIES {
         match cmd.output(VERB_TIME).await {
-            Err(error) if IMAGE_CHANGING.iter().any(|words| error.tells(words)) => {
+            Err(error) if IMAGE_CHANGING.iter().any(|words| error.message_contains(words)) => {
                 tokio::time::sleep(IMAGE_CHANGING_PAUSE).await
             }
             other => return other,

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use crate::host::aside::aside;
+use crate::host::blocking::run_blocking;
 use crate::host::process::ProcessError;
 use crate::sandbox::podman::Podman;
 use crate::sandbox::{LABEL, LABEL_INSTANCE, orphans};
@@ -56,5 +56,5 @@ impl Podman {
 /// Scans `/proc` in a thread of its own, because that takes long on a host with many processes.
 async fn scan_proc<T: Send + 'static>(scan: impl FnOnce() -> T + Send + 'static) -> Result<T, ProcessError> {
     let failed = |source| ProcessError::Io { command: "looking for containers that podman lost".into(), source };
-    aside(scan).await.map_err(failed)
+    run_blocking(scan).await.map_err(failed)
 }

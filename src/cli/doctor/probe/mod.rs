@@ -1,5 +1,5 @@
-//! Probes: the programs by which `doctor` tries limits and walls from inside a sandbox. They are part of this executable,
-//! so that no image needs any tool for them; the limits come as an argument.
+//! Probes: the programs with which `doctor` tests limits and walls from inside a sandbox. They are part of this
+//! executable, so that they need no tools from an image. They get the limits as an argument.
 
 mod files;
 mod neighbour;
@@ -16,45 +16,46 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use nix::unistd::Uid;
 
-use crate::cli::doctor::wall::Tried;
+use crate::cli::doctor::wall::WallResult;
 use crate::host::print;
 use crate::model::limits::Limits;
 use neighbour::{look, show};
 
-/// The hidden verb that becomes a probe.
+/// The hidden verb that runs a probe.
 pub(super) const VERB: &str = "probe";
 
-/// Threads that keep CPUs busy: more than a sandbox of a trial may.
-const BUSY: usize = 2;
+/// Number of busy threads: more than the CPUs of a trial's sandbox.
+const SPINNING_THREADS: usize = 2;
 
-/// How long a process sleeps that is to be killed.
-const STAY: Duration = Duration::from_secs(60);
+/// How long a probe sleeps that is expected to be killed.
+const SLEEP: Duration = Duration::from_secs(60);
 
-/// What a program tries.
+/// The probes. Each takes one argument.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(in crate::cli) enum Probe {
-    /// Every wall that can be tried from inside; prints a `Tried` a line. Its word: the limits, as JSON.
+    /// Tests every wall that can be tested from inside, and prints a `WallResult` per line. The argument is the limits
+    /// as JSON.
     Walls,
-    /// To use this many bytes of memory.
+    /// Uses this many bytes of memory.
     Memory,
-    /// To have this many threads; fails where one is refused.
+    /// Starts this many threads; fails if one is refused.
     Threads,
-    /// To keep CPUs busy for ever.
+    /// Keeps CPUs busy until killed.
     Spin,
-    /// To stay for long.
+    /// Sleeps for [`SLEEP`].
     Sleep,
-    /// To print for ever.
+    /// Prints until killed.
     Print,
-    /// Puts something up wherever it can under this mark, prints its uid and stays until its input ends.
+    /// Leaves marks of this name wherever it can, prints its uid, and keeps the marks until its input ends.
     Show,
-    /// Puts the same up and leaves a process behind that holds its output.
+    /// Leaves the same marks, and a process that holds its output open.
     Leave,
-    /// Looks for what was put up under this mark; prints a `Tried` of `Wall::Neighbour`.
+    /// Looks for the marks of this name, and prints a `WallResult` of `Wall::Neighbour`.
     Look,
 }
 
 impl Probe {
-    /// Its word on the command line.
+    /// Its name on the command line.
     pub fn word(self) -> String {
         use clap::ValueEnum;
         self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
@@ -66,7 +67,7 @@ pub(in crate::cli) fn main(probe: Probe, word: &str) -> ExitCode {
     match run(probe, word) {
         Ok(code) => code,
         Err(error) => {
-            print::complain(&format!("coderunner probe: {error}; it is run by coderunner doctor, not by hand"));
+            print::stderr_line(&format!("coderunner probe: {error}; it is run by coderunner doctor, not by hand"));
             ExitCode::FAILURE
         }
     }
@@ -77,14 +78,14 @@ fn run(probe: Probe, word: &str) -> io::Result<ExitCode> {
     match probe {
         Probe::Walls => {
             let limits: Limits = serde_json::from_str(word)?;
-            for tried in walls(&limits)? {
-                tell(&tried)?;
+            for result in walls(&limits)? {
+                print_result(&result)?;
             }
         }
         Probe::Memory => {
             const BLOCK: usize = 1 << 20;
             let blocks: Vec<Vec<u8>> = (0..number()? / BLOCK).map(|_| vec![1; BLOCK]).collect();
-            // Read after all were made, so that the compiler does not leave them out.
+            // Reads the blocks after all were made, so that the compiler cannot optimize them away.
             writeln!(
                 io::stdout(),
                 "{}",
@@ -93,7 +94,7 @@ fn run(probe: Probe, word: &str) -> io::Result<ExitCode> {
         }
         Probe::Threads => {
             for made in 1..number()? {
-                if std::thread::Builder::new().spawn(|| std::thread::sleep(STAY)).is_err() {
+                if std::thread::Builder::new().spawn(|| std::thread::sleep(SLEEP)).is_err() {
                     writeln!(io::stdout(), "{made}")?;
                     return Ok(ExitCode::FAILURE);
                 }
@@ -104,35 +105,35 @@ fn run(probe: Probe, word: &str) -> io::Result<ExitCode> {
             let spin = || loop {
                 std::hint::spin_loop();
             };
-            (1..BUSY).for_each(|_| drop(std::thread::spawn(spin)));
+            (1..SPINNING_THREADS).for_each(|_| drop(std::thread::spawn(spin)));
             spin();
         }
-        Probe::Sleep => std::thread::sleep(STAY),
+        Probe::Sleep => std::thread::sleep(SLEEP),
         Probe::Print => loop {
             io::stdout().write_all(&[b'x'; 4096])?;
         },
         Probe::Show => {
-            let _shown = show(word)?;
+            let _marks = show(word)?;
             writeln!(io::stdout(), "{}", Uid::current())?;
             io::stdin().read_to_end(&mut Vec::new())?;
         }
         Probe::Leave => {
             show(word)?;
-            // In a process group of its own, and with our output.
+            // In a process group of its own, with the inherited output.
             Command::new("/proc/self/exe").args([VERB, &Probe::Sleep.word(), word]).process_group(0).spawn()?;
         }
-        Probe::Look => tell(&look(word)?)?,
+        Probe::Look => print_result(&look(word)?)?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Prints a result, for the trial to read.
-fn tell(tried: &Tried) -> io::Result<()> {
-    writeln!(io::stdout(), "{}", serde_json::to_string(tried)?)
+/// Prints a result as a JSON line, which the trial parses.
+fn print_result(result: &WallResult) -> io::Result<()> {
+    writeln!(io::stdout(), "{}", serde_json::to_string(result)?)
 }
 
-/// Tries every wall that can be tried from inside.
-fn walls(limits: &Limits) -> io::Result<Vec<Tried>> {
+/// Tests every wall that can be tested from inside.
+fn walls(limits: &Limits) -> io::Result<Vec<WallResult>> {
     Ok(vec![
         space::disk(limits.directory_size()),
         space::inodes(limits.inodes),

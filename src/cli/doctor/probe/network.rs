@@ -1,18 +1,18 @@
-//! Tries to reach a network.
+//! Tests whether a program can reach a network.
 
 use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-use crate::cli::doctor::wall::{Tried, Wall};
+use crate::cli::doctor::wall::{Wall, WallResult};
 
-/// Addresses that no sandbox may reach: the host as user-mode networks show it, a cloud's metadata, the Internet.
+/// Addresses that no sandbox may reach: the host in user-mode networks, a cloud's metadata service, the Internet.
 const ADDRESSES: [&str; 5] =
     ["10.0.2.2:80", "169.254.169.254:80", "1.1.1.1:53", "[fd00:ec2::254]:80", "[2606:4700:4700::1111]:53"];
 
-/// Looks for interfaces, and connects to addresses outside.
-pub(super) fn network() -> io::Result<Tried> {
+/// Looks for network interfaces, and tries to connect to outside addresses.
+pub(super) fn network() -> io::Result<WallResult> {
     let interfaces = fs::read_to_string("/proc/net/dev")?;
     let names = interfaces.lines().filter_map(|line| line.split_once(':')).map(|(name, _)| name.trim());
     let mut holes: Vec<String> = names.filter(|name| *name != "lo").map(|name| format!("interface {name}")).collect();
@@ -21,5 +21,5 @@ pub(super) fn network() -> io::Result<Tried> {
             holes.push(format!("reached {address}"));
         }
     }
-    Ok(Tried::without(Wall::Network, "nothing but an own loopback", &holes))
+    Ok(WallResult::from_holes(Wall::Network, "only a private loopback", &holes))
 }

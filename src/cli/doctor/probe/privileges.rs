@@ -1,14 +1,14 @@
-//! Looks at the privileges of a program: its user, capabilities and no-new-privileges.
+//! Checks the privileges of a program: its ids, capabilities and no-new-privileges.
 
 use std::fs;
 use std::io;
 
 use nix::unistd::{Uid, getgroups, getresgid, getresuid, setuid};
 
-use crate::cli::doctor::wall::{Tried, Wall};
+use crate::cli::doctor::wall::{Wall, WallResult};
 
-/// Looks at the ids of this process, and tries to become root.
-pub(super) fn uid() -> io::Result<Tried> {
+/// Checks the ids of this process, and tries to become root.
+pub(super) fn uid() -> io::Result<WallResult> {
     let (uids, gids) = (getresuid()?, getresgid()?);
     let ids = [uids.real, uids.effective, uids.saved].map(Uid::as_raw);
     let groups = [gids.real, gids.effective, gids.saved].map(|gid| gid.as_raw());
@@ -19,11 +19,11 @@ pub(super) fn uid() -> io::Result<Tried> {
     if !stays {
         seen += ", became root";
     }
-    Ok(Tried::new(Wall::Uid, own && stays, "an own uid and gid, no groups, no way to root", seen))
+    Ok(WallResult::new(Wall::Uid, own && stays, "a uid and gid of its own, no groups, no way to root", seen))
 }
 
-/// Looks for capabilities of this process.
-pub(super) fn capabilities() -> io::Result<Tried> {
+/// Checks that this process has no capabilities.
+pub(super) fn capabilities() -> io::Result<WallResult> {
     let mut holes = Vec::new();
     for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
         let value = status(set)?;
@@ -31,14 +31,14 @@ pub(super) fn capabilities() -> io::Result<Tried> {
             holes.push(format!("{set} {value}"));
         }
     }
-    Ok(Tried::without(Wall::Capabilities, "none", &holes))
+    Ok(WallResult::from_holes(Wall::Capabilities, "none", &holes))
 }
 
-/// Looks whether programs can gain privileges by execve.
-pub(super) fn no_new_privileges() -> io::Result<Tried> {
+/// Checks that programs cannot gain privileges by execve.
+pub(super) fn no_new_privileges() -> io::Result<WallResult> {
     let value = status("NoNewPrivs")?;
     let seen = if value == "1" { "set".into() } else { format!("NoNewPrivs {value}") };
-    Ok(Tried::new(Wall::NoNewPrivileges, value == "1", "set", seen))
+    Ok(WallResult::new(Wall::NoNewPrivileges, value == "1", "set", seen))
 }
 
 /// A field of `/proc/self/status`.
@@ -46,5 +46,5 @@ pub(super) fn status(field: &str) -> io::Result<String> {
     let status = fs::read_to_string("/proc/self/status")?;
     let mut lines = status.lines().filter_map(|line| line.split_once(':'));
     let value = lines.find(|(name, _)| *name == field).map(|(_, value)| value.trim().to_owned());
-    Ok(value.unwrap_or_else(|| "not told".into()))
+    Ok(value.unwrap_or_else(|| "missing".into()))
 }

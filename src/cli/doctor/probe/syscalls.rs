@@ -1,4 +1,4 @@
-//! Tries system calls that the filter has to refuse.
+//! Tests whether the seccomp filter refuses system calls.
 
 use std::io;
 
@@ -7,9 +7,9 @@ use nix::libc;
 use nix::mount::{MsFlags, mount};
 
 use crate::cli::doctor::probe::privileges::status;
-use crate::cli::doctor::wall::{Tried, Wall};
+use crate::cli::doctor::wall::{Wall, WallResult};
 
-/// Calls that must be refused, with arguments for which none of them does anything.
+/// Calls that must be refused, with arguments with which none of them has an effect.
 const CALLS: [(&str, libc::c_long, [usize; 3]); 13] = [
     ("unshare", libc::SYS_unshare, [libc::CLONE_NEWUSER as usize, 0, 0]),
     ("setns", libc::SYS_setns, [usize::MAX, 0, 0]),
@@ -26,8 +26,8 @@ const CALLS: [(&str, libc::c_long, [usize; 3]); 13] = [
     ("socket of AF_VSOCK", libc::SYS_socket, [libc::AF_VSOCK as usize, libc::SOCK_STREAM as usize, 0]),
 ];
 
-/// Makes calls that the filter has to refuse.
-pub(super) fn seccomp() -> io::Result<Tried> {
+/// Makes calls that the filter must refuse.
+pub(super) fn seccomp() -> io::Result<WallResult> {
     let mode = status("Seccomp")?;
     let mut holes: Vec<String> = if mode == "2" { Vec::new() } else { vec![format!("Seccomp {mode}")] };
     for (name, number, args) in CALLS {
@@ -42,17 +42,17 @@ pub(super) fn seccomp() -> io::Result<Tried> {
         Err(error) if is_refusal(error) => {}
         other => holes.push(format!("mount: {other:?}")),
     }
-    Ok(Tried::without(Wall::Seccomp, &format!("a filter, and {} calls refused", CALLS.len() + 1), &holes))
+    Ok(WallResult::from_holes(Wall::Seccomp, &format!("a filter, and {} calls refused", CALLS.len() + 1), &holes))
 }
 
-/// Calls the kernel by number.
+/// Makes a system call by number.
 pub(super) fn call(number: libc::c_long, [first, second, third]: [usize; 3]) -> Result<libc::c_long, Errno> {
-    // SAFETY: no pointer among the arguments of [`CALLS`] and of the calls for System V memory is other than null,
-    // so nothing of ours is read or written.
+    // SAFETY: all pointers among the arguments of [`CALLS`] and of the System V calls are null, so the kernel accesses
+    // no memory of this process.
     Errno::result(unsafe { libc::syscall(number, first, second, third, 0_usize, 0_usize) })
 }
 
-/// Whether the kernel refused the call, by whichever wall; with any other error it had begun to carry it out.
+/// Whether any wall refused the call. Any other error means that the kernel had started to execute it.
 fn is_refusal(error: Errno) -> bool {
     matches!(error, Errno::EPERM | Errno::EACCES | Errno::ENOSYS | Errno::EAFNOSUPPORT)
 }

@@ -1,4 +1,4 @@
-//! What the verbs share that make sandboxes.
+//! The engine session of a verb that makes sandboxes.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,37 +17,37 @@ use crate::sandbox::podman::Podman;
 use crate::sandbox::supervisor::{EngineSettings, Supervised};
 use crate::sandbox::sweep;
 
-/// How long containers may take to exit at the end, before those that are left are removed by force.
-const SUPERVISORS_TIME: Duration = Duration::from_secs(15);
+/// How long containers may take to exit when a session closes, before the remaining ones are removed by force.
+const SUPERVISORS_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// How long the removal by force may take. Both times together have to be longer than a command that hangs may take until it
-/// is killed, and with the drain shorter than the time that systemd gives a service to stop.
-const SWEEP_TIME: Duration = Duration::from_secs(30);
+/// How long the removal by force may take. The sum of both timeouts has to be longer than the deadline of any podman
+/// command. The sum of both and the drain has to be shorter than the unit's `TimeoutStopSec`.
+const SWEEP_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What the verbs that make sandboxes share: an instance of their own, podman, an engine, and the clean-up.
-pub(super) struct Workshop {
-    /// The name and its directory.
+/// The engine and all that sandboxes need: an instance name, podman, supervisors, and the clean-up at the end.
+pub(super) struct EngineSession {
+    /// The locked instance name and its directory.
     pub instance: Instance,
     /// The user's podman.
     pub podman: Podman,
-    /// Makes sandboxes.
+    /// The engine that makes sandboxes.
     pub engine: Arc<dyn Engine>,
-    /// Whether its containers can be limited without podman's help.
+    /// Whether the engine can limit containers without podman, in a delegated cgroup.
     pub(super) delegated: bool,
     supervisors: TaskTracker,
     /// The containers that have a supervisor; a sweep removes all others.
     pub(super) supervised: Supervised,
 }
 
-impl Workshop {
-    /// Takes the name of the instance and removes what an earlier process of this name left behind.
-    pub fn open(settings: &Settings) -> anyhow::Result<Workshop> {
+impl EngineSession {
+    /// Takes the instance name and removes the job directories that an earlier process of this name left behind.
+    pub fn open(settings: &Settings) -> anyhow::Result<EngineSession> {
         account::refuse_root()?;
         let instance = Instance::take(&settings.instance)?;
         let jobs = instance.jobs();
         sweep::empty(&jobs).with_context(|| format!("cannot make {}", jobs.display()))?;
         let executable = std::env::current_exe().context("cannot find the path of this executable")?;
-        instance::mountable(&executable)?;
+        instance::check_mountable(&executable)?;
         let podman = Podman::new(&settings.podman);
         let (supervisors, supervised) = (TaskTracker::new(), Supervised::default());
         let engine_settings = EngineSettings {
@@ -62,23 +62,23 @@ impl Workshop {
         let engine = SelectedEngine::new(settings.engine, podman.clone(), engine_settings);
         let delegated = engine.has_cgroup();
         let engine = Arc::new(Measured(Arc::new(engine)));
-        Ok(Workshop { instance, podman, engine, delegated, supervisors, supervised })
+        Ok(EngineSession { instance, podman, engine, delegated, supervisors, supervised })
     }
 
-    /// Waits until all containers have gone, then removes by label those that have not.
+    /// Waits until all containers have exited, then removes the remaining ones by label.
     pub async fn close(self) {
-        let going = async {
+        let exits = async {
             self.engine.release(None).await;
             self.supervisors.close();
             self.supervisors.wait().await;
         };
-        if tokio::time::timeout(SUPERVISORS_TIME, going).await.is_err() {
-            tracing::warn!(containers = self.supervisors.len(), "containers did not exit by themselves");
+        if tokio::time::timeout(SUPERVISORS_TIMEOUT, exits).await.is_err() {
+            tracing::warn!(containers = self.supervisors.len(), "containers did not exit in time");
         }
         let supervised = Supervised::default();
         let sweep = sweep::sweep(&self.podman, &self.instance.name, &supervised);
-        let late = |_| Err(ProcessError::TimedOut { command: "the sweep".into(), deadline: SWEEP_TIME });
-        match tokio::time::timeout(SWEEP_TIME, sweep).await.unwrap_or_else(late) {
+        let late = |_| Err(ProcessError::TimedOut { command: "the sweep".into(), deadline: SWEEP_TIMEOUT });
+        match tokio::time::timeout(SWEEP_TIMEOUT, sweep).await.unwrap_or_else(late) {
             Ok(0) => {}
             Ok(removed) => tracing::warn!(removed, "containers had to be removed by force"),
             Err(error) => tracing::error!(%error, "containers may be left; the next start removes them"),
