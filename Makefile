@@ -9,7 +9,7 @@ RUNS = 10000
 SECONDS = 600
 export LISTEN
 
-# Under sudo cargo may not be on the PATH: take that of the user who called it.
+# Under sudo cargo may not be on the PATH: use the cargo of the user who called sudo.
 ifeq ($(shell command -v cargo),)
 ifneq ($(SUDO_USER),)
 CALLER := $(shell getent passwd "$$SUDO_USER" | cut -d: -f6)
@@ -20,7 +20,7 @@ endif
 
 HOST := $(or $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p'),$(shell uname -m)-unknown-linux-gnu)
 TARGET := $(or $(CARGO_TARGET_DIR),target)
-# Cargo's directory of the profile dev has another name.
+# Cargo names the directory of the profile dev differently.
 EXECUTABLE = $(TARGET)/$(HOST)/$(PROFILE:dev=debug)/coderunner
 
 .PHONY: all help build run test fuzz libfuzzer soak test-web test-vm bench lint web images install uninstall deb tarball clean setup
@@ -36,9 +36,9 @@ build: ## build the executable; PROFILE=release
 setup: ## install what building, running and testing need
 	@packaging/dev/setup
 
-# Optimizing the whole program takes minutes: that is for what is installed.
+# Full optimization takes minutes and is only for installed executables.
 run: PROFILE = quick
-# The last line without a shell between: its parent is make, and ends it.
+# A single command, so that make starts it without a shell and pdeathsig refers to make.
 run: setup build ## start a server and post a hello program; LANGUAGE=c, LISTEN=127.0.0.1:8080
 	@setpriv --pdeathsig TERM packaging/dev/run $(EXECUTABLE) $(LANGUAGE)
 
@@ -46,10 +46,10 @@ test: setup ## run every test, with both engines
 	@packaging/images/build c python bash toolchains
 	@packaging/dev/clients
 	@packaging/dev/cargo test --locked
-	@echo 'what differs with the engine, with the other one:'
+	@echo 'running the tests that depend on the engine with the other engine:'
 	@packaging/dev/cargo test --locked --profile podman
 
-# The page's packages are those of its lock file, and are asked for again only when that changes.
+# Installs the packages of the lock file, again only when that changes.
 web/node_modules: web/package-lock.json
 	cd web && npm ci --ignore-scripts --no-audit --no-fund
 	@touch $@
@@ -70,7 +70,7 @@ test-web: ## test the playground page in a browser
 fuzz: setup ## try malformed input; CASES=100000 of each kind
 	@PROPTEST_CASES=$(CASES) packaging/dev/cargo test --locked --lib fuzz::
 
-# The flags are those of cargo-fuzz but for its sanitizers, which need another compiler. What reaches new code is kept.
+# The flags of cargo-fuzz without its sanitizers, which need another compiler. Inputs that reach new code are kept.
 FUZZ = $(TARGET)/fuzz
 COVERAGE = -Cpasses=sancov-module -Ccodegen-units=1 -Cdebug-assertions $(addprefix -Cllvm-args=-sanitizer-coverage-,\
 	level=4 inline-8bit-counters pc-table trace-compares)
@@ -101,12 +101,12 @@ lint: setup ## check the form of the code
 images: setup ## build the local images of c, python, bash and gcc
 	@packaging/images/build c python bash gcc
 
-# Of bash, zsh and fish, where Debian's look below this prefix.
+# Completions of bash, zsh and fish, in the directories below the prefix where Debian's shells look.
 completions = bash-completion/completions/coderunner fish/vendor_completions.d/coderunner.fish \
 	zsh/$(if $(filter /usr,$(1)),vendor-completions,site-functions)/_coderunner
 
-# Everything but the account and the configuration, which `account` puts in its place where there is none; the package is
-# made of the same.
+# Installs everything except the account and the configuration: packaging/account makes these if they are missing. The
+# Debian package has the same files.
 define lay_out
 	install -d $(addprefix $(1)/lib/,systemd/system systemd/user sysusers.d tmpfiles.d coderunner) $(1)/share/man/man1 \
 		$(addprefix $(1)/share/,$(dir $(call completions,$(2))))
