@@ -1,4 +1,4 @@
-// Builds web/dist/ from web/src/. With --check it writes nothing, and fails if dist/ is not what the sources make.
+// Builds web/dist/ from web/src/. With --check writes nothing, and fails if dist/ differs from the build.
 import { build } from "esbuild";
 import { createHash } from "node:crypto";
 import { mkdir, readFile, readdir, rm, writeFile } from "node:fs/promises";
@@ -18,7 +18,7 @@ const TYPES = {
 
 const common = { bundle: true, minify: true, write: false, legalComments: "none", charset: "utf8", target: "es2022" };
 
-// Style sheets that a script carries, their imports and all.
+// Bundles the style sheet of embed.js, with its imports, as text into the script.
 const sheets = {
   name: "sheets",
   setup({ onLoad }) {
@@ -29,7 +29,7 @@ const sheets = {
   },
 };
 
-// Names with a hash never change their content, and are kept by browsers for good.
+// The content of a file with a hash in its name never changes, so browsers may cache it forever.
 const page = await build({
   ...common,
   entryPoints: { playground: "src/main.js", style: "src/playground.css" },
@@ -56,7 +56,7 @@ const html = (await readFile("src/index.html", "utf8"))
   .replace('<script src="playground.js"', `${chunks.join("\n")}\n<script src="${script}"`);
 assets.set("playground.html", Buffer.from(html));
 
-// The list that the server includes.
+// The list of assets, as Rust source that the server includes.
 const names = [...assets.keys()].sort();
 const rust = names.map((name) => {
   const kept = /-[A-Z0-9]{8}\.\w+$/.test(name);
@@ -71,7 +71,7 @@ const rust = names.map((name) => {
 });
 const list = `// Made by web/build.mjs.\n&[\n${rust.join("")}]\n`;
 
-// By these sums `make lint` sees, without Node, that dist/ is older than the sources.
+// With these checksums `make lint` detects, without Node, that dist/ is older than the sources.
 const files = (await readdir("src", { recursive: true })).filter((name) => extname(name)).sort();
 const sum = async (name) => createHash("sha256").update(await readFile(name)).digest("hex");
 let sums = "";
@@ -83,7 +83,7 @@ for (const name of names) {
   wanted.set(`${name}.gz`, gzipSync(assets.get(name), { level: 9 }));
 }
 
-// Compressed bytes differ between versions of zlib: what they hold counts.
+// Compares uncompressed contents, since compressed bytes differ between versions of zlib.
 const same = (name, a, b) => (name.endsWith(".gz") ? gunzipSync(a).equals(gunzipSync(b)) : a.equals(b));
 await mkdir("dist", { recursive: true });
 const stale = (await readdir("dist")).filter((name) => !wanted.has(name));
@@ -95,7 +95,7 @@ for (const [name, bytes] of wanted) {
   if (!check) await writeFile(`dist/${name}`, bytes);
 }
 if (check && stale.length) {
-  console.error(`web/dist is not what web/src makes (${stale.join(", ")}): run make web, and commit what it makes`);
+  console.error(`web/dist differs from the build of web/src (${stale.join(", ")}): run make web, and commit web/dist`);
   process.exit(1);
 }
 if (!check) for (const name of names) console.log(`${name.padEnd(28)} ${wanted.get(`${name}.gz`).length} bytes compressed`);

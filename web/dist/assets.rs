@@ -43,11 +43,11 @@
         gzip: include_bytes!("javascript-Z3XWVCAW.js.gz"),
     },
     Asset {
-        name: "playground-66RYYSJS.js",
+        name: "playground-P5W4IO6S.js",
         content_type: "text/javascript; charset=utf-8",
         immutable: true,
-        plain: include_bytes!("playground-66RYYSJS.js"),
-        gzip: include_bytes!("playground-66RYYSJS.js.gz"),
+        plain: include_bytes!("playground-P5W4IO6S.js"),
+        gzip: include_bytes!("playground-P5W4IO6S.js.gz"),
     },
     Asset {
         name: "playground.html",

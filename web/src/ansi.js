@@ -1,11 +1,11 @@
-// What a program printed, as text nodes and spans. Colours and styles (SGR) take effect; every other escape
-// sequence is dropped, other control characters are shown as pictures. Nothing is ever parsed as HTML.
+// Shows the output of a program as text nodes and spans. Applies colours and styles (SGR), drops every other escape
+// sequence, and shows other control characters as symbols. Never parses output as HTML.
 
-/** Characters that are kept of one output; the rest is counted. */
+/** Most characters shown of one output. Further ones are only counted. */
 const MAX_TEXT = 1 << 20;
-/** Changes of style that are kept; text beyond them is plain. */
+/** Most changes of style. Further text is plain. */
 const MAX_SPANS = 4000;
-/** Parameters of a control sequence, and text of an unterminated string (OSC, DCS …), in characters. */
+/** Longest parameters of a control sequence, and longest unterminated string (OSC, DCS …), in characters. */
 const MAX_SEQUENCE = 64;
 const MAX_STRING = 4096;
 
@@ -13,7 +13,7 @@ const ESC = 0x1b, BEL = 0x07;
 const PLAIN = () => ({ fg: null, bg: null, bold: false, dim: false, italic: false, underline: false, strike: false, inverse: false });
 
 export class Output {
-  /** @param {HTMLElement} element what the text is appended to */
+  /** @param {HTMLElement} element the parent of the text */
   constructor(element) {
     this.element = element;
     this.clear();
@@ -37,7 +37,7 @@ export class Output {
     this.style = PLAIN();
   }
 
-  /** Begins a block of its own under a heading; later text goes there. */
+  /** Starts a section with a heading; later text goes there. */
   section(title) {
     const heading = document.createElement("div");
     heading.className = "section";
@@ -48,7 +48,7 @@ export class Output {
     this.#reset();
   }
 
-  /** A line of ours, not the program's. */
+  /** Adds a message of the page, not of the program. */
   note(text) {
     const line = document.createElement("div");
     line.className = "note";
@@ -81,7 +81,7 @@ export class Output {
         case "text":
           if (this.carriage) {
             this.carriage = false;
-            // A line that is drawn anew becomes the next line.
+            // A program that redraws a line after a carriage return starts a new line here.
             if (code !== 0x0a) plain += "\n";
           }
           if (code === ESC) this.state = "escape";
@@ -111,7 +111,7 @@ export class Output {
           } else this.sequence += char;
           break;
         case "string":
-          // An unterminated one must not swallow what follows.
+          // An unterminated string must not swallow the following output.
           if (code === BEL || code === 0x9c || this.sequence.length >= MAX_STRING) this.state = "text";
           else if (code === ESC) this.state = "escape";
           else if (code === 0x0a) {
@@ -139,7 +139,7 @@ export class Output {
     const span = document.createElement("span");
     if (this.spans < MAX_SPANS) {
       span.className = look.classes;
-      // Through the object model: a style attribute would be against the page's policy.
+      // Through the object model, since the page's content security policy forbids style attributes.
       if (look.color) span.style.color = look.color;
       if (look.background) span.style.backgroundColor = look.background;
     }
@@ -188,7 +188,7 @@ export class Output {
   }
 }
 
-/** A character as it is shown: control characters as pictures, those that turn text around by their number. */
+/** The text shown for a character: a symbol for control characters, the code point for those that change the direction. */
 function visible(char, code) {
   if (code === 0x0a || code === 0x09) return char;
   if (code < 0x20) return String.fromCharCode(0x2400 + code);
@@ -200,7 +200,7 @@ function visible(char, code) {
   return char;
 }
 
-/** A colour of the 256, as a number below 16 or as CSS, or a true colour; null if it is none. */
+/** A colour of the 256-colour palette, as a number below 16 or as CSS, or a true colour; null if it is invalid. */
 function extended(mode, parts) {
   const values = parts.map((part) => Number(part || 0));
   if (values.some((value) => !(value >= 0 && value <= 255))) return null;

@@ -1,17 +1,17 @@
-// Talks to a server: a program whose output comes as it is printed, by server-sent events, which also bring answers
-// that the server has kept; or by a WebSocket, where it can be typed to.
+// The client of the server's API. Runs a program by server-sent events, which also deliver cached results, or by a
+// WebSocket, over which the user can send input.
 
-/** What went wrong with a request, in words for the person before the page. */
+/** A request failed; the message is for the user. */
 export class ServerError extends Error {}
 
-/** The languages that are served: `[{language, version, aliases, runtime}]`, the default one first. */
+/** The languages of the server: `[{language, version, aliases, runtime}]`, the default one first. */
 export async function runtimes(base) {
   const response = await fetch(new URL("api/v2/runtimes", base));
-  if (!response.ok) throw new ServerError(await refusal(response));
+  if (!response.ok) throw new ServerError(await errorMessage(response));
   return response.json();
 }
 
-/** There is no socket: perhaps a proxy lets none through. */
+/** The WebSocket cannot be opened; a proxy may block it. */
 export class NoSocket extends Error {}
 
 const request = ({ language, code, stdin = "", args = [] }) => ({ language, version: "*", files: [{ content: code }], stdin, args });
@@ -20,8 +20,8 @@ const request = ({ language, code, stdin = "", args = [] }) => ({ language, vers
  * Runs a program by `POST /api/v2/execute`.
  * @param base address of the server
  * @param program `{language, code, stdin, args}`
- * @param events `{data(stage, stream, text)}`, called with what it prints; `{queued(position), stage(name)}` if they are there
- * @param signal an AbortSignal: aborting leaves, and the server ends the run
+ * @param events callbacks: `{data(stage, stream, text)}` for output, and optionally `{queued(position), stage(name)}`
+ * @param signal an AbortSignal: aborting closes the connection, and the server ends the run
  * @returns the server's answer
  */
 export async function execute(base, program, events, signal) {
@@ -31,28 +31,28 @@ export async function execute(base, program, events, signal) {
     body: JSON.stringify(request(program)),
     signal,
   });
-  if (!response.ok) throw new ServerError(await refusal(response));
-  if (response.headers.get("Content-Type")?.startsWith("text/event-stream")) return follow(response.body, events);
-  // A server that does not tell what happens.
+  if (!response.ok) throw new ServerError(await errorMessage(response));
+  if (response.headers.get("Content-Type")?.startsWith("text/event-stream")) return readEvents(response.body, events);
+  // This server does not support server-sent events.
   const answer = await response.json();
   for (const stage of ["compile", "run"]) {
     const outcome = answer[stage];
     if (!outcome) continue;
-    // In the order of arrival where both streams were used, else under the name of the one.
+    // `output` has both streams in the order of arrival. If only stderr was used, it is shown as stderr.
     if (outcome.stderr && !outcome.stdout) events.data(stage, "stderr", outcome.stderr);
     else if (outcome.output) events.data(stage, "stdout", outcome.output);
   }
   return answer;
 }
 
-/** Hears server-sent events to their end; gives the result. */
-async function follow(body, events) {
-  const hear = listener(events);
+/** Reads server-sent events to their end and returns the result. */
+async function readEvents(body, events) {
+  const dispatch = dispatcher(events);
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
     const { done, value } = await reader.read();
-    if (done) throw new TypeError("the answer broke off");
+    if (done) throw new TypeError("the connection was closed before the result");
     const blocks = (text + value).split("\n\n");
     text = blocks.pop();
     for (const block of blocks) {
@@ -60,21 +60,21 @@ async function follow(body, events) {
       const data = field("data:");
       if (!data) continue;
       if (field("event:") === "result") return JSON.parse(data);
-      hear(JSON.parse(data));
+      dispatch(JSON.parse(data));
     }
   }
 }
 
 /**
- * Runs a program that can be typed to, by a WebSocket.
- * @returns `{done, type(text), end()}`: what became of it, in time; more of its input; the end of that
+ * Runs a program by a WebSocket, over which the user can send input.
+ * @returns `{done, type(text), end()}`: a promise of the result; a function to send input; a function to end the input
  */
-export function converse(base, program, events, signal) {
-  const hear = listener(events);
+export function connect(base, program, events, signal) {
+  const dispatch = dispatcher(events);
   const url = new URL("api/v2/connect", base);
   url.protocol = url.protocol.replace("http", "ws");
   let socket;
-  const say = (message) => {
+  const send = (message) => {
     if (socket?.readyState === WebSocket.OPEN) socket.send(JSON.stringify(message));
   };
   const done = new Promise((resolve, reject) => {
@@ -91,47 +91,48 @@ export function converse(base, program, events, signal) {
     });
     socket.onopen = () => {
       opened = true;
-      say({ type: "init", ...request(program) });
+      send({ type: "init", ...request(program) });
     };
     socket.onmessage = ({ data }) => {
-      const told = JSON.parse(data);
-      if (told.type === "exit") {
-        answer[told.stage] = told;
-        answer.truncated ||= told.truncated;
+      const message = JSON.parse(data);
+      if (message.type === "exit") {
+        answer[message.stage] = message;
+        answer.truncated ||= message.truncated;
       }
       try {
-        hear(told);
+        dispatch(message);
       } catch (error) {
         reject(error);
       }
     };
     socket.onclose = ({ code }) => {
       if (code === 4999) resolve(answer);
-      else reject(opened ? new TypeError("the conversation broke off") : new NoSocket());
+      else reject(opened ? new TypeError("the connection was closed before the result") : new NoSocket());
     };
   });
-  return { done, type: (data) => say({ type: "data", stream: "stdin", data }), end: () => say({ type: "eof" }) };
+  return { done, type: (data) => send({ type: "data", stream: "stdin", data }), end: () => send({ type: "eof" }) };
 }
 
-/** Passes on what the server tells of a run. */
-function listener(events) {
+/** Returns a function that calls the callback for each message of the server, and throws for an error message. */
+function dispatcher(events) {
   let stage = "run";
-  return (told) => {
-    if (told.type === "stage") events.stage?.((stage = told.stage));
-    else if (told.type === "data") events.data(stage, told.stream, told.data);
-    else if (told.type === "queued") events.queued?.(told.position);
-    else if (told.type === "error") throw new ServerError(sentence(told.message));
+  return (message) => {
+    if (message.type === "stage") events.stage?.((stage = message.stage));
+    else if (message.type === "data") events.data(stage, message.stream, message.data);
+    else if (message.type === "queued") events.queued?.(message.position);
+    else if (message.type === "error") throw new ServerError(sentence(message.message));
   };
 }
 
 const sentence = (message) => message[0].toUpperCase() + message.slice(1);
 
-async function refusal(response) {
+/** The message of an error response. */
+async function errorMessage(response) {
   const body = await response.json().catch(() => null);
   return sentence(body?.message ?? `The server answered ${response.status}.`);
 }
 
-/** One word for how it ended, and a sentence. */
+/** The verdict of a run, as a word and as a sentence. */
 export function verdict(answer) {
   const stage = answer.run ?? answer.compile ?? {};
   let word = answer.verdict ?? stage.verdict;
@@ -160,7 +161,7 @@ export function verdict(answer) {
   return { word, sentence: (sentences[word] ?? word) + compiling };
 }
 
-/** Time and memory of the stages, in words. */
+/** Time and memory of the stages, as texts. */
 export function usage(answer) {
   const parts = [];
   const stage = answer.run ?? answer.compile;

@@ -1,4 +1,5 @@
-// The editor: CodeMirror in a shadow tree, where its styles are adopted sheets and need no exception of the policy.
+// The editor: CodeMirror in a shadow tree, where its styles are adopted style sheets, which the content security policy
+// allows.
 import { EditorState, Compartment } from "@codemirror/state";
 import {
   EditorView, keymap, lineNumbers, highlightActiveLine, highlightActiveLineGutter, highlightSpecialChars, drawSelection,
@@ -9,7 +10,7 @@ import { shell } from "@codemirror/legacy-modes/mode/shell";
 import { tags } from "@lezer/highlight";
 import { pivot } from "./pivot.js";
 
-/** Grammars; the large ones are fetched when they are wanted. */
+/** Grammars. The large ones are loaded on demand. */
 const GRAMMARS = {
   bash: async () => StreamLanguage.define(shell),
   c: async () => (await import("./grammar/cpp.js")).cppLanguage,
@@ -50,7 +51,7 @@ const look = EditorView.theme({
   "&.cm-focused .cm-matchingBracket": { backgroundColor: "var(--selection)", outline: "none" },
 });
 
-/** Tab indents; after Escape it leaves, so that no keyboard is caught. */
+/** Tab indents. After Escape it moves the focus out of the editor, so that keyboard users are not trapped in it. */
 function tabs() {
   let leave = false;
   const unless = (command) => (view) => {
@@ -72,7 +73,7 @@ function tabs() {
   ];
 }
 
-/** Typing over a selection is ours: Chromium would carry its colours over in a style attribute, which the policy forbids. */
+/** Handles typing over a selection: Chromium would keep its colours in a style attribute, which the policy forbids. */
 const typing = EditorView.domEventHandlers({
   beforeinput(event, view) {
     if (event.inputType !== "insertText" || event.data == null || view.composing || view.state.selection.main.empty) return false;
@@ -83,8 +84,9 @@ const typing = EditorView.domEventHandlers({
 });
 
 /**
- * @param host the element that the editor is put into
- * @param on `{change(), run()}`
+ * Makes an editor.
+ * @param host the element that contains the editor
+ * @param on callbacks: `{change(), run()}`
  */
 export function editor(host, on) {
   const root = host.attachShadow({ mode: "open", delegatesFocus: true });
@@ -109,16 +111,16 @@ export function editor(host, on) {
     get code() {
       return view.state.doc.toString();
     },
-    /** Another program: with a history of its own. */
+    /** Loads another program, with an undo history of its own. */
     async load(code, name) {
       const state = EditorState.create({ doc: code, extensions });
       view.setState(state);
       const latest = ++loads;
-      // Without its grammar a program is plain text.
+      // If the grammar cannot be loaded, the program stays plain text.
       const grammar = await GRAMMARS[name]?.().catch(() => null);
       if (grammar && latest === loads) view.dispatch({ effects: language.reconfigure(grammar) });
     },
-    /** Another text for the same language, as if it had been typed. */
+    /** Replaces the text, as if the user had typed it. */
     replace(code) {
       view.dispatch({ changes: { from: 0, to: view.state.doc.length, insert: code }, selection: { anchor: 0 }, scrollIntoView: true });
     },

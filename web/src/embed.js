@@ -1,33 +1,33 @@
-// One script tag gives the code blocks of a page a Run button:
+// Adds a Run button to the code blocks of a page, by one script tag:
 //
 //     <script src="https://RUNNER/embed.js" defer></script>
 //
-// The blocks are those of mdBook, Docusaurus and plain HTML, <pre><code class="language-NAME">, whose language the
-// server has. A block with the class `norun`, `ignore`, `no_run` or `noplayground` is left alone.
+// Supports the code blocks of mdBook, Docusaurus and plain HTML, <pre><code class="language-NAME">, in the languages of
+// the server. Skips blocks with the class `norun`, `ignore`, `no_run` or `noplayground`.
 import { Output } from "./ansi.js";
 import { ServerError, execute, runtimes, usage, verdict } from "./client.js";
 import css from "./embed.css";
 
 const BASE = new URL(".", document.currentScript.src);
-const LEFT_ALONE = ["norun", "ignore", "no_run", "noplayground"];
+const SKIPPED = ["norun", "ignore", "no_run", "noplayground"];
 
-/** The language of a block: that of the nearest element that names one. */
+/** The language of a block, from the nearest element that names one; null if there is none or the block is skipped. */
 function languageOf(pre) {
   const elements = [pre.querySelector("code"), pre, pre.parentElement, pre.parentElement?.parentElement];
   for (const element of elements) {
     if (!element) continue;
-    if (LEFT_ALONE.some((name) => element.classList.contains(name))) return null;
+    if (SKIPPED.some((name) => element.classList.contains(name))) return null;
     const name = [...element.classList].find((name) => /^lang(uage)?-./.test(name));
-    // mdBook keeps words behind a comma: language-python,editable
+    // mdBook appends options after commas: language-python,editable
     if (name) {
       const [language, ...options] = name.replace(/^lang(uage)?-/, "").split(",");
-      return options.some((option) => LEFT_ALONE.includes(option)) ? null : language.toLowerCase();
+      return options.some((option) => SKIPPED.includes(option)) ? null : language.toLowerCase();
     }
   }
   return null;
 }
 
-/** The text of a block. Docusaurus breaks lines by elements alone. */
+/** The text of a block. Docusaurus breaks lines only by <br> elements. */
 function codeOf(pre) {
   const copy = (pre.querySelector("code") ?? pre).cloneNode(true);
   for (const line of copy.querySelectorAll("br")) line.replaceWith("\n");
@@ -106,7 +106,7 @@ async function start() {
     }
   };
   scan();
-  // Docusaurus changes pages without loading them.
+  // Docusaurus changes pages without reloading the document.
   let due = false;
   new MutationObserver(() => {
     if (due) return;

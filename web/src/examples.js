@@ -1,4 +1,4 @@
-// Programs to begin with. The first of a language is what an empty editor shows.
+// Example programs. The editor starts with the first one of a language.
 
 const input = "3 4 5\n12 30\n";
 

@@ -1,17 +1,17 @@
-// The playground: the page's elements, what they do, and what is remembered.
+// The playground: the behaviour of the page's elements, and the state that the browser stores.
 import { Output } from "./ansi.js";
-import { NoSocket, ServerError, converse, execute, runtimes, usage, verdict } from "./client.js";
+import { NoSocket, ServerError, connect, execute, runtimes, usage, verdict } from "./client.js";
 import { editor as makeEditor } from "./editor.js";
 import { EXAMPLES } from "./examples.js";
 import { pack, unpack } from "./share.js";
 
 const $ = (id) => document.getElementById(id);
 const BASE = document.baseURI;
-/** How much of the output is read out at the end, in characters. */
-const READ_OUT = 300;
+/** How much of the output screen readers announce after a run, in characters. */
+const MAX_ANNOUNCED = 300;
 const NAMES = { c: "C", cpp: "C++", javascript: "JavaScript", bash: "Bash", go: "Go", pivot: "pivot", python: "Python", rust: "Rust" };
 
-/** What the browser keeps; it may refuse. */
+/** The browser's local storage, which may be disabled. */
 const store = {
   get(key) {
     try {
@@ -24,7 +24,7 @@ const store = {
     try {
       localStorage.setItem(`coderunner.${key}`, JSON.stringify(value));
     } catch {
-      // Without it the page works, it only forgets.
+      // The page works without storage, but forgets its state.
     }
   },
 };
@@ -32,23 +32,23 @@ const store = {
 const output = new Output($("output"));
 const editor = makeEditor($("editor"), { change: changed, run });
 let language = "";
-/** The run that is going on: `{stop()}`, and `{type(text), end()}` while it can be typed to. */
+/** The current run: `{stop()}`, and `{type(text), end()}` while the user can send input. */
 let running = null;
 
 // ---- colours
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
-function paint() {
+function applyTheme() {
   const theme = store.get("theme") ?? (dark.matches ? "dark" : "light");
   document.documentElement.dataset.theme = theme;
   $("theme").setAttribute("aria-pressed", String(theme === "dark"));
 }
-dark.addEventListener("change", paint);
+dark.addEventListener("change", applyTheme);
 $("theme").onclick = () => {
   const other = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
-  // Back at the system's choice, it is followed again.
+  // If the choice equals the system's theme, the page follows the system again.
   store.set("theme", (other === "dark") === dark.matches ? null : other);
-  paint();
+  applyTheme();
 };
 
 // ---- the program
@@ -58,14 +58,14 @@ const program = () => ({ language, code: editor.code, stdin: $("stdin").value, a
 function changed() {
   store.set(`draft.${language}`, program());
   store.set("language", language);
-  // A link in the address bar would no longer be that of this program.
+  // A link in the address bar no longer belongs to the changed program.
   if (location.hash) history.replaceState(null, "", location.pathname + location.search);
   $("example").value = "";
   summarize();
 }
 
-/** What a program is given; unfolded where asked for and there is something. */
-function give({ stdin = "", args = "" }, unfold) {
+/** Sets the input and arguments. `unfold` opens their section if there are any. */
+function setInput({ stdin = "", args = "" }, unfold) {
   $("stdin").value = stdin;
   $("args").value = args;
   if (unfold && (stdin || args)) $("input").open = true;
@@ -75,7 +75,7 @@ function give({ stdin = "", args = "" }, unfold) {
 function load(next, unfold = false) {
   language = next.language;
   $("language").value = language;
-  give(next, unfold);
+  setInput(next, unfold);
   editor.load(next.code, language);
   const examples = (EXAMPLES[language] ?? []).map(({ title }, index) => new Option(title, String(index)));
   $("example").replaceChildren(new Option("Examples", ""), ...examples);
@@ -87,12 +87,12 @@ function open(name) {
   load({ ...(EXAMPLES[name]?.[0] ?? { code: "" }), ...store.get(`draft.${name}`), language: name });
 }
 
-/** What is folded away is told by its heading. */
+/** Lists in the section's heading which inputs are set, since the section may be folded. */
 function summarize() {
   const parts = [];
   if ($("args").value.trim()) parts.push("arguments");
   if ($("stdin").value) parts.push("standard input");
-  if ($("live").checked) parts.push("typed while it runs");
+  if ($("live").checked) parts.push("interactive input");
   $("summary").textContent = parts.join(", ");
 }
 
@@ -110,14 +110,14 @@ $("example").onchange = () => {
   const index = $("example").value;
   if (index === "") return;
   const example = EXAMPLES[language][Number(index)];
-  give(example, true);
-  // Undo brings back what was there.
+  setInput(example, true);
+  // As an edit, so that undo restores the previous program.
   editor.replace(example.code);
   changed();
   $("example").value = index;
 };
 
-/** Words of the arguments; quotes keep them together. */
+/** Splits the arguments into words, like a shell: quotes and backslashes are honoured. */
 function words(text) {
   const found = text.match(/(?:[^\s'"\\]|\\.|'[^']*'|"(?:[^"\\]|\\.)*"|['"\\])+/gs) ?? [];
   return found.map((word) =>
@@ -129,7 +129,7 @@ function words(text) {
 
 // ---- running
 
-/** What has arrived and is not drawn yet: once a frame is often enough. */
+/** Output that has arrived but is not drawn yet. It is drawn once per frame. */
 let pending = [];
 let shown = "";
 function draw() {
@@ -151,7 +151,8 @@ function print(stage, kind, text) {
   pending.push({ stage, kind, text });
 }
 
-function say(text) {
+/** Announces a text to screen readers. */
+function announce(text) {
   $("status").textContent = text;
 }
 
@@ -162,7 +163,7 @@ function state(look, text, details = "") {
 }
 
 function busy(on) {
-  // The focus is not lost with the button that it was on.
+  // Disabling a focused button would lose the focus, so moves it to the other button.
   const focus = on ? document.activeElement === $("run") && $("stop") : document.activeElement === $("stop") && $("run");
   $("run").disabled = on;
   $("stop").disabled = !on;
@@ -178,10 +179,10 @@ async function run() {
   clear();
   $("output").dataset.empty = "";
   state("busy", phase);
-  say(phase);
+  announce(phase);
   const now = { ...program(), args: words($("args").value) };
-  const leave = new AbortController();
-  running = { stop: () => leave.abort() };
+  const abort = new AbortController();
+  running = { stop: () => abort.abort() };
   busy(true);
   const events = {
     data: print,
@@ -190,7 +191,7 @@ async function run() {
   };
   let answer, failure;
   try {
-    answer = await ($("live").checked ? talk : execute)(BASE, now, events, leave.signal);
+    answer = await ($("live").checked ? runInteractively : execute)(BASE, now, events, abort.signal);
   } catch (error) {
     failure = error;
   }
@@ -200,26 +201,26 @@ async function run() {
   draw();
   if (failure?.name === "AbortError") {
     state("limit", "Stopped", seconds());
-    say("Stopped");
+    announce("Stopped");
   } else if (failure) {
     const text = failure instanceof ServerError ? failure.message : "The server cannot be reached.";
     state("bad", "Not run");
     output.note(text);
-    say(`Not run. ${text}`);
+    announce(`Not run. ${text}`);
   } else finish(answer);
   $("clear").disabled = false;
 }
 
-/** A run that is typed to; where there is no socket, a plain one. */
-async function talk(base, now, events, signal) {
-  const conversation = converse(base, now, events, signal);
-  Object.assign(running, conversation);
+/** Runs a program to which the user can send input; without input if there is no WebSocket. */
+async function runInteractively(base, now, events, signal) {
+  const connection = connect(base, now, events, signal);
+  Object.assign(running, connection);
   prompt(true);
   try {
-    return await conversation.done;
+    return await connection.done;
   } catch (error) {
     if (!(error instanceof NoSocket)) throw error;
-    output.note("Nothing can be typed: no WebSocket comes through to the server.");
+    output.note("Nothing can be typed: the WebSocket to the server cannot be opened.");
     return execute(base, now, events, signal);
   } finally {
     prompt(false);
@@ -263,8 +264,8 @@ function finish(answer) {
   if (answer.truncated) output.note("The output was too long: the rest was dropped.");
   if (output.dropped) output.note(`${output.dropped.toLocaleString("en")} more characters are not shown.`);
   const text = $("output").textContent.trim();
-  const read = text.length > READ_OUT ? `${text.slice(0, READ_OUT)} …` : text;
-  say(`${sentence}. ${details.join(", ")}. ${text ? `Output: ${read}` : "No output."}`);
+  const read = text.length > MAX_ANNOUNCED ? `${text.slice(0, MAX_ANNOUNCED)} …` : text;
+  announce(`${sentence}. ${details.join(", ")}. ${text ? `Output: ${read}` : "No output."}`);
   $("output").dataset.empty = "The program printed nothing.";
 }
 
@@ -297,47 +298,47 @@ $("share").onclick = async () => {
   let text = "The link is in the address bar.";
   try {
     await navigator.clipboard.writeText(location.href);
-    text = "Link copied. It holds the whole program.";
+    text = "Link copied. It contains the whole program.";
   } catch {
-    // Only secure pages may write to the clipboard.
+    // Browsers refuse access to the clipboard on pages without HTTPS.
   }
   toast(text);
 };
 
 let fading;
 function toast(text) {
-  say(text);
+  announce(text);
   $("toast").textContent = text;
   $("toast").classList.add("shown");
   clearTimeout(fading);
   fading = setTimeout(() => $("toast").classList.remove("shown"), 2500);
 }
 
-/** Shows the program of the address bar's link, if there is one. */
-async function follow() {
+/** Loads the program of the link in the address bar, if there is one. Returns whether it did. */
+async function loadLink() {
   let linked;
   try {
     linked = await unpack(location.hash);
   } catch {
-    toast("This link is damaged: it holds no program.");
+    toast("This link is damaged and contains no program.");
   }
   if (!linked) return false;
   if (![...$("language").options].some(({ value }) => value === linked.language)) {
-    toast(`${linked.language || "Its language"} is not served here.`);
+    toast(`This server does not support ${linked.language || "the language of this link"}.`);
     return false;
   }
   load(linked, true);
   return true;
 }
-addEventListener("hashchange", follow);
+addEventListener("hashchange", loadLink);
 
 // ---- start
 
 async function start() {
-  paint();
+  applyTheme();
   $("live").checked = store.get("live") === true;
   if (/Mac|iPhone|iPad/.test(navigator.platform)) $("shortcut").textContent = "⌘ ↵";
-  $("output").dataset.empty = "Run shows here what the program prints.";
+  $("output").dataset.empty = "The output of the program appears here.";
   let served;
   try {
     served = await runtimes(BASE);
@@ -345,13 +346,13 @@ async function start() {
     state("bad", "No server");
     const text = error instanceof ServerError ? error.message : "The server cannot be reached: reload the page to try again.";
     output.note(text);
-    say(text);
+    announce(text);
     return;
   }
   const names = [...new Set(served.map((runtime) => runtime.language))];
   $("language").replaceChildren(...names.map((name) => new Option(NAMES[name] ?? name, name)));
   $("language").disabled = names.length === 0;
-  if (!(await follow())) {
+  if (!(await loadLink())) {
     const last = store.get("language");
     open(names.includes(last) ? last : names[0]);
   }

@@ -1,4 +1,4 @@
-// pivot for the editor: enough of its grammar to colour it.
+// The pivot language for the editor: enough of its grammar for syntax highlighting.
 import { StreamLanguage } from "@codemirror/language";
 
 const words = (text) => new Set(text.split(" "));

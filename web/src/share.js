@@ -1,10 +1,10 @@
-// A program in a link: JSON, deflated, base64url, in the fragment, which no browser sends to a server.
+// Encodes a program in a link, as deflated JSON in base64url in the fragment, which browsers do not send to servers.
 
 const KEY = "#program=";
-/** Most that a link may unpack to, in bytes: a small link can be made to unpack to gigabytes. */
+/** Largest unpacked size of a link, in bytes: a malicious small link could unpack to gigabytes. */
 const MAX_PROGRAM = 1 << 20;
 
-/** @param program `{language, code, stdin, args}` */
+/** The fragment for a program. @param program `{language, code, stdin, args}` */
 export async function pack(program) {
   const bytes = new TextEncoder().encode(JSON.stringify(program));
   const packed = await collect(new Blob([bytes]).stream().pipeThrough(new CompressionStream("deflate-raw")), Infinity);
@@ -13,7 +13,7 @@ export async function pack(program) {
   return KEY + btoa(binary).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
 }
 
-/** The program of a fragment; null if it holds none. Throws on one that is damaged. */
+/** The program of a fragment, or null if it has none. Throws if the fragment is damaged. */
 export async function unpack(fragment) {
   if (!fragment.startsWith(KEY)) return null;
   const binary = atob(fragment.slice(KEY.length).replaceAll("-", "+").replaceAll("_", "/"));
