@@ -110,7 +110,7 @@ fn uses() -> BTreeMap<(&'static str, &'static str), BTreeSet<String>> {
 }
 
 #[test]
-fn parts_use_only_what_is_below_them() {
+fn parts_use_only_allowed_parts() {
     let allowed: BTreeMap<&str, Vec<&str>> =
         LAYERS.iter().map(|(name, below)| (*name, below.split_whitespace().collect())).collect();
     let wrong: Vec<String> = uses()
@@ -122,7 +122,7 @@ fn parts_use_only_what_is_below_them() {
 }
 
 #[test]
-fn no_part_leads_back_to_itself() {
+fn there_are_no_dependency_cycles() {
     let uses = uses();
     for (start, _) in LAYERS {
         let (mut reached, mut next) = (BTreeSet::new(), vec![*start]);

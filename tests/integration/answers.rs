@@ -91,7 +91,7 @@ fn read_slowly(server: &Server, clients: &mut [Slow], time: Duration) {
 }
 
 #[test]
-fn two_hundred_slow_readers_of_large_answers_take_bounded_memory() {
+fn slow_readers_of_large_answers_use_bounded_memory() {
     let server = serve(2);
     let body = program(LARGE);
     let whole = server.request("POST", "/api/v2/execute", &[JSON], body.to_string().as_bytes());
@@ -110,7 +110,7 @@ fn two_hundred_slow_readers_of_large_answers_take_bounded_memory() {
 }
 
 #[test]
-fn slow_watchers_of_runs_that_print_much_take_bounded_memory() {
+fn slow_event_stream_clients_use_bounded_memory() {
     let server = serve(4);
     let body = program(LARGE);
     // Some are told of a run of their own, the others what is remembered of one.
@@ -135,7 +135,7 @@ fn events(answer: &[u8]) -> Vec<(String, Value)> {
 }
 
 #[test]
-fn what_a_watcher_is_told_is_the_same_from_the_memo() {
+fn cached_runs_send_the_same_events_as_fresh_runs() {
     let server = serve(1);
     let body = program("printf 'a\\0b'; sleep 0.2; printf 'c\\xff' >&2; head -c 300000 /dev/zero").to_string();
     let watch = || events(&server.begin_request("POST", "/api/v2/execute", &[JSON, EVENTS], body.as_bytes()).all());
@@ -159,7 +159,7 @@ fn what_a_watcher_is_told_is_the_same_from_the_memo() {
 }
 
 #[test]
-fn the_results_of_a_batch_are_bounded_as_they_are_written() {
+fn batch_results_are_bounded_in_their_json_form() {
     let server = serve(4);
     let mut body = program(LARGE);
     body["inputs"] = (0..100).map(|n| json!({"stdin": n.to_string()})).collect();
@@ -186,7 +186,7 @@ fn the_results_of_a_batch_are_bounded_as_they_are_written() {
 
 /// As long as TCP_USER_TIMEOUT once cut off such a client, and half as long again.
 #[test]
-fn who_reads_slowly_but_steadily_gets_the_whole_answer() {
+fn slow_but_steady_readers_get_the_whole_answer() {
     let server = serve(1);
     let mut client = Slow::ask(&server, "/api/v2/execute", &[], &program(LARGE));
     for _ in 0..6 {
@@ -216,7 +216,7 @@ fn frame(stream: &mut TcpStream, kind: u8, length: usize, sent: usize) {
 }
 
 #[test]
-fn messages_that_are_never_complete_take_bounded_memory() {
+fn incomplete_websocket_messages_use_bounded_memory() {
     let server = serve(1);
     let before = memory(&server);
     let limit = 512 * 1024;
@@ -238,7 +238,7 @@ fn messages_that_are_never_complete_take_bounded_memory() {
 }
 
 #[test]
-fn arguments_of_a_batch_are_in_memory_once() {
+fn batch_arguments_are_held_in_memory_once() {
     let server = serve(1);
     let before = memory(&server);
     let body = |n| {

@@ -9,9 +9,9 @@ use crate::harness::{Options, Server, eventually, marked_seconds, wait_gone, wai
 use crate::leftovers::marked;
 
 on_each_engine! {
-    what_is_compiled_once_runs_in_a_sandbox_for_each_input
-    what_cannot_be_carried_is_compiled_for_each_input
-    a_program_cannot_tell_whether_it_was_compiled_elsewhere
+    batch_compiles_once_and_runs_each_input_in_its_own_sandbox
+    build_that_cannot_be_copied_is_compiled_for_each_input
+    copied_build_is_indistinguishable_from_a_local_one
 }
 
 const JSON: (&str, &str) = ("Content-Type", "application/json");
@@ -56,7 +56,7 @@ fn printed(answer: &Value) -> Vec<&str> {
     results.iter().map(|result| result["run"]["stdout"].as_str().unwrap_or_else(|| panic!("{result}"))).collect()
 }
 
-fn what_is_compiled_once_runs_in_a_sandbox_for_each_input(engine: &str) {
+fn batch_compiles_once_and_runs_each_input_in_its_own_sandbox(engine: &str) {
     let server = serve(engine, &["script"], 3);
     let code = r#"
         uuid=$(cat /proc/sys/kernel/random/uuid)
@@ -77,7 +77,7 @@ fn what_is_compiled_once_runs_in_a_sandbox_for_each_input(engine: &str) {
 }
 
 /// None of these may be followed, nor harm another sandbox; the program runs all the same.
-fn what_cannot_be_carried_is_compiled_for_each_input(engine: &str) {
+fn build_that_cannot_be_copied_is_compiled_for_each_input(engine: &str) {
     let server = serve(engine, &["script"], 2);
     let runs = |hostile: &str| {
         let code = format!(
@@ -240,7 +240,7 @@ const LEFT: &[(&str, usize)] = &[
     ("file('large', content=bytes(40_000_000)); file('/tmp/large', content=bytes(40_000_000))", 3),
 ];
 
-fn a_program_cannot_tell_whether_it_was_compiled_elsewhere(engine: &str) {
+fn copied_build_is_indistinguishable_from_a_local_one(engine: &str) {
     let config = format!("engine = {engine:?}\n{TELLING}");
     let server =
         Server::start(Options { languages: &["telling"], containers: 3, config: &config, ..Options::default() });
@@ -282,7 +282,7 @@ fn a_program_cannot_tell_whether_it_was_compiled_elsewhere(engine: &str) {
 }
 
 #[test]
-fn each_input_has_a_verdict_and_passes_or_not() {
+fn each_batch_input_has_its_own_verdict_and_passed_flag() {
     let server = serve("", &["c"], 2);
     let code = r#"
         #include <stdio.h>
@@ -333,7 +333,7 @@ fn each_input_has_a_verdict_and_passes_or_not() {
 }
 
 #[test]
-fn what_may_be_carried_is_a_setting() {
+fn batch_build_setting_limits_the_size_of_copied_builds() {
     let config = format!("batch = {{ build = \"1MiB\" }}\n{SCRIPT}");
     let server =
         Server::start(Options { languages: &["script"], containers: 2, config: &config, ..Options::default() });
@@ -348,7 +348,7 @@ fn what_may_be_carried_is_a_setting() {
 }
 
 #[test]
-fn results_come_in_lines_as_they_are_there() {
+fn batch_results_are_streamed_as_json_lines() {
     let server = serve("", &["bash"], 2);
     let inputs: Vec<Value> = (0..5).map(|n| json!({"args": [n.to_string()], "expected_output": "3"})).collect();
     let body = program("bash", "echo $1", json!(inputs)).to_string();
@@ -366,7 +366,7 @@ fn results_come_in_lines_as_they_are_there() {
 }
 
 #[test]
-fn what_is_printed_on_stderr_is_not_what_is_expected() {
+fn expected_output_is_compared_with_stdout_only() {
     let config = "[limits]\noutput = \"1KiB\"";
     let server = Server::start(Options { languages: &["bash"], config, ..Options::default() });
     let code = "echo out; head -c $1 /dev/zero >&2; head -c $2 /dev/zero | tr '\\0' x";
@@ -382,7 +382,7 @@ fn what_is_printed_on_stderr_is_not_what_is_expected() {
 }
 
 #[test]
-fn inputs_that_find_no_place_in_the_queue_take_no_outcome_from_others() {
+fn inputs_refused_by_a_full_queue_do_not_fail_the_other_inputs() {
     let config = "queue = { length = 1 }";
     let server = Server::start(Options { languages: &["bash"], containers: 1, config, ..Options::default() });
     for headers in [&[JSON][..], &[JSON, LINES]] {
@@ -397,7 +397,7 @@ fn inputs_that_find_no_place_in_the_queue_take_no_outcome_from_others() {
 }
 
 #[test]
-fn a_client_that_leaves_ends_its_batch() {
+fn client_disconnect_cancels_its_batch() {
     let server = serve("", &["bash"], 2);
     for headers in [&[JSON][..], &[JSON, LINES]] {
         let marks = [marked_seconds(60), marked_seconds(60), marked_seconds(60)];
@@ -414,7 +414,7 @@ fn a_client_that_leaves_ends_its_batch() {
 }
 
 #[test]
-fn a_batch_without_any_outcome_is_an_error() {
+fn batch_without_any_outcome_returns_an_error() {
     let server = Server::start(Options {
         languages: &["bash"],
         containers: 1,

@@ -63,7 +63,7 @@ fn stderr(output: &Output) -> String {
 }
 
 #[test]
-fn a_program_run_once_has_its_input_arguments_streams_and_exit_code() {
+fn run_command_passes_stdin_arguments_streams_and_exit_code() {
     let once = Once::new("");
     let code = "echo out \"$#\" \"$@\"; echo err >&2; cat; exit 3";
     let input = b"typed\0\xff\nwithout end";
@@ -73,7 +73,7 @@ fn a_program_run_once_has_its_input_arguments_streams_and_exit_code() {
 }
 
 #[test]
-fn the_exit_code_of_a_program_run_once_is_its_own() {
+fn run_command_exits_with_the_code_of_the_program() {
     let once = Once::new("");
     // 125, 126 and 127 are podman's own codes.
     for code in [0, 125, 126, 127, 255] {
@@ -87,7 +87,7 @@ fn the_exit_code_of_a_program_run_once_is_its_own() {
 }
 
 #[test]
-fn a_failed_compilation_or_a_limit_has_a_code_of_its_own() {
+fn run_command_exits_with_1_on_compile_error_and_124_on_timeout() {
     let once = Once::new("[limits]\nrun_time = \"2s\"");
     let output = once.run("main.c", "int main(void) { return missing; }\n", &[], b"");
     assert_eq!((output.stdout.as_slice(), output.status.code()), (&b""[..], Some(1)));
@@ -98,7 +98,7 @@ fn a_failed_compilation_or_a_limit_has_a_code_of_its_own() {
 }
 
 #[test]
-fn each_stream_of_a_program_run_once_is_cut_by_itself() {
+fn run_command_truncates_each_stream_separately() {
     let once = Once::new("[limits]\nrun_time = \"60s\"\nrun_cpu_time = \"60s\"");
     let code = "head -c 10485760 /dev/zero & head -c 10485760 /dev/zero >&2 & wait; exit 7";
     let output = once.run("main.sh", code, &[], b"");
@@ -111,7 +111,7 @@ fn each_stream_of_a_program_run_once_is_cut_by_itself() {
 }
 
 #[test]
-fn the_language_is_that_of_the_files_name_or_the_one_given() {
+fn run_command_takes_the_language_from_file_name_or_option() {
     let once = Once::new("");
     let output = once.run("main.py", "print('python')", &[], b"");
     assert_eq!(text(&output.stdout), "python\n");
@@ -130,7 +130,7 @@ fn the_language_is_that_of_the_files_name_or_the_one_given() {
 }
 
 #[test]
-fn a_run_once_may_have_files_input_and_limits_of_its_own() {
+fn run_command_accepts_extra_files_stdin_and_limits() {
     let once = Once::new("");
     let dir = once.files.dir();
     std::fs::create_dir(dir.join("lib")).unwrap();
@@ -165,7 +165,7 @@ fn a_run_once_may_have_files_input_and_limits_of_its_own() {
 }
 
 #[test]
-fn what_goes_on_is_shown_on_a_terminal_only() {
+fn run_command_shows_progress_only_on_a_terminal() {
     let once = Once::new("");
     let path = once.write(
         "main.c",
@@ -194,7 +194,7 @@ fn what_goes_on_is_shown_on_a_terminal_only() {
 }
 
 #[test]
-fn manuals_and_completions_tell_of_every_verb() {
+fn manual_pages_and_completions_cover_the_commands() {
     let dir = tempfile::tempdir().unwrap();
     let tell = |args: &[&str]| {
         let output = harness::output(std::process::Command::new(harness::executable()).args(args), b"");
@@ -214,7 +214,7 @@ fn manuals_and_completions_tell_of_every_verb() {
 }
 
 #[test]
-fn a_run_once_that_is_interrupted_leaves_nothing() {
+fn interrupted_run_command_leaves_nothing() {
     let once = Once::new("[limits]\nrun_time = \"120s\"");
     // The latter where the terminal was closed.
     for signal in [Signal::SIGINT, Signal::SIGHUP] {
@@ -233,7 +233,7 @@ fn a_run_once_that_is_interrupted_leaves_nothing() {
 }
 
 #[test]
-fn a_run_once_under_nohup_outlives_its_terminal() {
+fn run_command_under_nohup_survives_sighup() {
     let once = Once::new("");
     let path = once.write("main.sh", "echo ready; read line; echo $line");
     let command = once.files.command("run", &Once::options(""));
@@ -256,7 +256,7 @@ fn a_run_once_under_nohup_outlives_its_terminal() {
 }
 
 #[test]
-fn a_run_once_can_be_interrupted_while_its_image_is_pulled() {
+fn run_command_can_be_interrupted_during_an_image_pull() {
     let mark = marked_seconds(10_000);
     let hangs = StandIn::new(&format!("[ \"$1\" != pull ] || exec sleep {mark}"));
     let config = format!("{}[language.bash]\nimage = \"registry.invalid/bash:latest\"", hangs.config());
@@ -275,7 +275,7 @@ fn a_run_once_can_be_interrupted_while_its_image_is_pulled() {
 }
 
 #[test]
-fn the_settings_in_effect_are_a_configuration_again() {
+fn config_command_prints_a_valid_configuration_file() {
     let options = Options {
         languages: &["bash", "python"],
         config: "[limits]\nrun_time = \"3s\"\n[language.bash.env]\nGREETING = \"hello\"",
@@ -302,7 +302,7 @@ fn the_settings_in_effect_are_a_configuration_again() {
 }
 
 #[test]
-fn version_and_help_are_told_without_any_configuration() {
+fn version_and_help_need_no_configuration() {
     for (word, expected) in
         [("--version", concat!("coderunner ", env!("CARGO_PKG_VERSION"), "\n")), ("--help", "serve")]
     {
@@ -342,7 +342,7 @@ fn ends_as_others_do(words: &str, mut command: impl FnMut() -> std::process::Com
 }
 
 #[test]
-fn output_that_cannot_be_written_ends_a_verb_without_a_panic() {
+fn commands_exit_without_panic_when_output_cannot_be_written() {
     let options = Once::options("");
     let files = Files::new(&options);
     for words in ["config", "key", "completions bash", "--help", "run --help"] {
@@ -368,7 +368,7 @@ fn output_that_cannot_be_written_ends_a_verb_without_a_panic() {
 }
 
 #[test]
-fn a_run_whose_output_cannot_be_written_ends_and_leaves_nothing() {
+fn run_command_stops_when_its_output_cannot_be_written() {
     let once = Once::new("[limits]\nrun_time = \"120s\"\nrun_cpu_time = \"120s\"");
     let path = once.write("main.sh", "echo begun; while :; do sleep 0.1; echo more; done");
     let short = once.write("short.sh", "echo done");
@@ -385,7 +385,7 @@ fn a_run_whose_output_cannot_be_written_ends_and_leaves_nothing() {
 }
 
 #[test]
-fn an_update_whose_reader_has_left_ends() {
+fn update_command_exits_when_its_reader_is_gone() {
     let options = Options { languages: &["bash"], ..Options::default() };
     let server = Server::start(options.clone());
     ends_as_others_do("update", || server.files().command("update", &options));

@@ -63,7 +63,7 @@ impl Socket {
 }
 
 #[test]
-fn a_page_that_may_not_call_opens_no_socket() {
+fn websocket_from_a_disallowed_origin_returns_403() {
     for (config, foreign) in [("cors_origins = []", 403), ("cors_origins = [\"https://one.example\"]", 403), ("", 101)]
     {
         let server = serve(config);
@@ -88,7 +88,7 @@ fn printed(heard: &[Value], stream: &str) -> String {
 }
 
 #[test]
-fn a_conversation_with_a_program() {
+fn websocket_exchanges_input_and_output_with_a_program() {
     let server = serve("");
     let mut socket = Socket::begin(&server, "echo ready; read name; echo hello $name; echo wrong >&2; cat; exit 3");
     let (mut heard, mut typed) = (Vec::new(), false);
@@ -117,7 +117,7 @@ fn a_conversation_with_a_program() {
 }
 
 #[test]
-fn a_program_is_sent_signals() {
+fn websocket_forwards_signals_to_the_program() {
     let server = serve("");
     let mut socket = Socket::begin(&server, "trap 'echo caught; exit 5' USR1; echo ready; while :; do sleep 0.1; done");
     while socket.hear().unwrap()["data"] != "ready\n" {}
@@ -135,7 +135,7 @@ fn a_program_is_sent_signals() {
 }
 
 #[test]
-fn a_client_that_sends_signals_without_end_fails_no_run() {
+fn flood_of_signals_does_not_fail_the_run() {
     let server = serve("containers = 1");
     let mut socket = Socket::begin(&server, "echo ready; read line; echo $line");
     while socket.hear().unwrap()["data"] != "ready\n" {}
@@ -155,7 +155,7 @@ fn a_client_that_sends_signals_without_end_fails_no_run() {
 }
 
 #[test]
-fn what_piston_refuses_is_refused_with_its_codes() {
+fn websocket_protocol_errors_close_with_piston_codes() {
     let server = serve("");
     let closed = |messages: &[Value]| {
         let mut socket = Socket::open(&server);
@@ -181,7 +181,7 @@ fn what_piston_refuses_is_refused_with_its_codes() {
 }
 
 #[test]
-fn output_has_the_caps_of_a_plain_call() {
+fn websocket_output_has_the_usual_limits() {
     let server = serve("limits = { output = \"1KiB\", output_total = \"64KiB\" }");
     let mut socket = Socket::begin(&server, "while :; do echo 0123456789; done");
     let (heard, code) = socket.all();
@@ -192,7 +192,7 @@ fn output_has_the_caps_of_a_plain_call() {
 }
 
 #[test]
-fn a_client_that_leaves_frees_its_place() {
+fn websocket_disconnect_frees_the_container() {
     let server = serve("containers = 1\nlimits = { run_time = \"60s\" }");
     let mark = harness::marked_seconds(50);
     let socket = Socket::begin(&server, &format!("sleep {mark}"));
@@ -207,7 +207,7 @@ fn a_client_that_leaves_frees_its_place() {
 }
 
 #[test]
-fn a_socket_keeps_the_place_of_its_connection() {
+fn open_websockets_count_as_connections() {
     // Half of them are for connections.
     let options = Options { languages: &["bash"], containers: 1, descriptors: Some(300), ..Options::default() };
     let server = Server::start(options);
@@ -230,7 +230,7 @@ fn a_socket_keeps_the_place_of_its_connection() {
 }
 
 #[test]
-fn output_in_the_smallest_pieces_comes_in_few() {
+fn one_byte_writes_are_merged_into_fewer_events() {
     let server = serve("limits = { run_time = \"60s\", run_cpu_time = \"60s\" }");
     let trickle = "n=0; while [ $n -lt 60000 ]; do printf o; printf e >&2; n=$((n + 1)); done";
     let body = json!({"language": "bash", "version": "*", "files": [{"content": trickle}]}).to_string();
@@ -247,7 +247,7 @@ fn output_in_the_smallest_pieces_comes_in_few() {
 }
 
 #[test]
-fn a_plain_run_can_be_watched() {
+fn execute_sends_server_sent_events_on_request() {
     let server = serve("containers = 1");
     let watch = |path: &str, body: &Value| {
         let headers = [("Content-Type", "application/json"), ("Accept", "text/event-stream")];
@@ -285,7 +285,7 @@ fn a_plain_run_can_be_watched() {
 }
 
 #[test]
-fn what_fails_while_a_client_watches_is_in_the_log_under_its_request() {
+fn failures_of_streamed_runs_are_logged_once_with_the_request_id() {
     let server = Server::start(Options {
         languages: &["bash"],
         containers: 1,

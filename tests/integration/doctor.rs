@@ -105,11 +105,11 @@ fn assert_nothing_left(instance: &str, started: Instant) {
 }
 
 on_each_engine! {
-    everything_is_tried_and_what_fails_can_be_mended
-    walls_that_are_missing_are_told
+    doctor_tries_every_check_and_names_remedies
+    doctor_reports_missing_isolation
 }
 
-fn everything_is_tried_and_what_fails_can_be_mended(engine: &str) {
+fn doctor_tries_every_check_and_names_remedies(engine: &str) {
     let config = format!("engine = \"{engine}\"");
     let options = Options { languages: &["bash"], containers: 1, config: &config, ..Options::default() };
     // Which limits are kept here is the server's word, read from inside a sandbox.
@@ -138,7 +138,7 @@ fn everything_is_tried_and_what_fails_can_be_mended(engine: &str) {
     }
 }
 
-fn walls_that_are_missing_are_told(engine: &str) {
+fn doctor_reports_missing_isolation(engine: &str) {
     let holes = StandIn::replacing(&[
         ("--network=none", "--network=host"),
         ("--read-only", ""),
@@ -168,7 +168,7 @@ fn walls_that_are_missing_are_told(engine: &str) {
 }
 
 #[test]
-fn the_table_has_a_line_for_each_check_and_says_how_to_mend() {
+fn doctor_table_has_one_line_per_check_and_a_remedy() {
     let options = Options { languages: &["bash"], ..Options::default() };
     let output = doctor(&options, &["--engine", "podman"]);
     let table = std::str::from_utf8(&output.stdout).unwrap();
@@ -188,7 +188,7 @@ fn the_table_has_a_line_for_each_check_and_says_how_to_mend() {
 }
 
 #[test]
-fn a_podman_that_does_not_work_is_told_without_more() {
+fn doctor_reports_broken_podman_and_tries_no_engine() {
     let options = Options { config: "podman = \"/nonexistent/podman\"", ..Options::default() };
     let report = Report::of(&doctor(&options, &["--json"]));
     let check = report.check(None, "podman");
@@ -198,7 +198,7 @@ fn a_podman_that_does_not_work_is_told_without_more() {
 }
 
 #[test]
-fn ids_that_are_missing_are_given_by_the_script_that_sees_that_nobody_else_has_them() {
+fn doctor_recommends_the_subids_script_for_missing_ids() {
     let without = StandIn::replacing(&[("cat", "true")]);
     let report = Report::of(&doctor(&Options { config: &without.config(), ..Options::default() }, &["--json"]));
     let check = report.check(None, "subordinate ids");
@@ -208,7 +208,7 @@ fn ids_that_are_missing_are_given_by_the_script_that_sees_that_nobody_else_has_t
 }
 
 #[test]
-fn images_that_are_missing_are_told_with_a_way_to_get_them() {
+fn doctor_reports_missing_images_with_a_command_to_get_them() {
     let config = "language.bash.image = \"localhost/none\"\nlanguage.c.image = \"registry.invalid/none\"";
     let options = Options { languages: &["bash", "c", "python"], config, ..Options::default() };
     let report = Report::of(&doctor(&options, &["--json"]));
@@ -224,7 +224,7 @@ fn images_that_are_missing_are_told_with_a_way_to_get_them() {
 }
 
 #[test]
-fn a_doctor_that_is_interrupted_leaves_nothing() {
+fn interrupted_doctor_leaves_nothing() {
     // The latter where the terminal was closed.
     for signal in [Signal::SIGINT, Signal::SIGHUP] {
         let started = Instant::now();

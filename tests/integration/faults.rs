@@ -54,7 +54,7 @@ fn wait_refused(server: &Server, words: &str) {
 }
 
 #[test]
-fn a_podman_that_is_missing_is_told_in_the_log_and_to_clients() {
+fn missing_podman_is_logged_and_reported_to_clients() {
     let server = Server::launch(options("podman = \"/nonexistent/podman\""));
     server.wait_log(&["ERROR", "/nonexistent/podman", "is it installed"]);
     wait_refused(&server, "podman fails");
@@ -62,7 +62,7 @@ fn a_podman_that_is_missing_is_told_in_the_log_and_to_clients() {
 }
 
 #[test]
-fn a_podman_that_fails_is_told_in_the_log_and_to_clients() {
+fn failing_podman_is_logged_and_reported_to_clients() {
     let fails = StandIn::new("echo 'Error: out of luck' >&2; exit 125");
     let server = Server::launch(options(&fails.config()));
     server.wait_log(&["ERROR", "out of luck", "125"]);
@@ -71,7 +71,7 @@ fn a_podman_that_fails_is_told_in_the_log_and_to_clients() {
 }
 
 #[test]
-fn a_podman_that_comes_to_work_is_found_without_a_restart() {
+fn repaired_podman_is_used_without_a_restart() {
     let fails = StandIn::new("[ -e works ] || exit 125");
     let server = Server::launch(Options { path: Some(fails.dir()), ..options("") });
     wait_refused(&server, "podman fails");
@@ -82,7 +82,7 @@ fn a_podman_that_comes_to_work_is_found_without_a_restart() {
 }
 
 #[test]
-fn a_podman_that_stops_working_for_a_while_is_used_again_after() {
+fn server_recovers_from_a_temporary_podman_failure() {
     let fails = StandIn::new("[ ! -e broken ] || { echo 'Error: out of luck' >&2; exit 125; }");
     let server = Server::start(options(&fails.config()));
     assert_runs(&server, "before");
@@ -101,7 +101,7 @@ fn a_podman_that_stops_working_for_a_while_is_used_again_after() {
 }
 
 #[test]
-fn a_podman_that_cannot_tell_of_an_image_takes_none_away() {
+fn failed_image_lookup_keeps_the_image_in_use() {
     let fails = StandIn::new("[ ! -e broken ] || { echo 'Error: out of luck' >&2; exit 125; }");
     let server = Server::start(options(&fails.config()));
     fails.put("broken");
@@ -113,7 +113,7 @@ fn a_podman_that_cannot_tell_of_an_image_takes_none_away() {
 }
 
 #[test]
-fn a_podman_whose_processes_were_killed_is_made_to_begin_anew() {
+fn server_migrates_podman_once_after_its_processes_were_killed() {
     // What podman 4.3 says then, to every verb but this one.
     let lost = StandIn::new(
         "case \"$1 $2\" in
@@ -131,7 +131,7 @@ fn a_podman_whose_processes_were_killed_is_made_to_begin_anew() {
 }
 
 #[test]
-fn a_podman_that_comes_upon_half_made_images_is_asked_again() {
+fn podman_commands_are_retried_on_transient_image_errors() {
     // Each verb once, with what podman 4.3 says while another process makes or deletes an image.
     let stumbles = StandIn::new(
         "case $1 in image | images | tag | untag | rmi | create | init | container | ps | rm) ;; *) exit 0 ;; esac
@@ -150,7 +150,7 @@ fn a_podman_that_comes_upon_half_made_images_is_asked_again() {
 }
 
 #[test]
-fn what_podman_forgets_of_a_container_that_it_could_not_make_is_ended() {
+fn processes_orphaned_by_a_failed_podman_run_are_killed() {
     // As where its image is deleted meanwhile: no record, but a monitor that waits for a process in namespaces of its own.
     let forgets = StandIn::new(
         "[ \"$1\" = run ] && [ -e forgetful ] || exit 0
@@ -172,7 +172,7 @@ fn what_podman_forgets_of_a_container_that_it_could_not_make_is_ended() {
 }
 
 #[test]
-fn a_slow_podman_delays_answers_and_fails_none() {
+fn slow_podman_delays_answers_but_fails_none() {
     let slow = StandIn::new("sleep 2");
     let server = Server::start(options(&slow.config()));
     let pending: Vec<_> = (0..4).map(|number| server.begin(&format!("echo {number}"))).collect();
@@ -183,7 +183,7 @@ fn a_slow_podman_delays_answers_and_fails_none() {
 }
 
 #[test]
-fn a_podman_that_hangs_from_the_start_holds_up_neither_refusals_nor_the_end() {
+fn hanging_podman_delays_neither_refusals_nor_shutdown() {
     let mark = marked_seconds(10_000);
     let hangs = StandIn::new(&format!("exec sleep {mark}"));
     let server = Server::launch(options(&hangs.config()));
@@ -195,7 +195,7 @@ fn a_podman_that_hangs_from_the_start_holds_up_neither_refusals_nor_the_end() {
 }
 
 #[test]
-fn requests_do_not_wait_forever_for_a_podman_that_hangs() {
+fn requests_time_out_while_podman_hangs() {
     let hangs = StandIn::new("while [ -e hang ]; do sleep 0.05; done");
     let config = hangs.config() + "[queue]\nwait = \"1s\"";
     let server = Server::start(options(&config));
@@ -213,7 +213,7 @@ fn requests_do_not_wait_forever_for_a_podman_that_hangs() {
 }
 
 #[test]
-fn a_server_whose_podman_hangs_comes_to_its_end() {
+fn server_shuts_down_although_podman_hangs() {
     let mark = marked_seconds(10_000);
     let hangs = StandIn::new(&format!("[ ! -e hang ] || exec sleep {mark}"));
     let server = Server::start(options(&hangs.config()));
@@ -225,7 +225,7 @@ fn a_server_whose_podman_hangs_comes_to_its_end() {
 }
 
 #[test]
-fn templates_that_a_hanging_podman_does_not_remove_hold_up_no_end() {
+fn shutdown_ends_although_podman_cannot_remove_templates() {
     let mark = marked_seconds(10_000);
     let hangs = StandIn::new(&format!("[ ! -e hang ] || exec sleep {mark}"));
     let config = hangs.config();
@@ -250,7 +250,7 @@ fn templates_that_a_hanging_podman_does_not_remove_hold_up_no_end() {
 }
 
 #[test]
-fn an_agent_that_cannot_be_started_for_a_while_does_not_decide_the_engine() {
+fn temporary_agent_failure_does_not_switch_the_engine() {
     let fails = StandIn::new("[ \"$1\" != unshare ] || [ ! -e broken ] || { echo 'Error: out of ids' >&2; exit 125; }");
     fails.put("broken");
     let config = fails.config();
@@ -373,15 +373,15 @@ fn pid(text: &str) -> Pid {
 }
 
 on_each_engine! {
-    a_ready_container_that_is_killed_harms_no_request
-    a_container_that_is_killed_under_a_program_fails_that_request_alone
-    a_server_killed_at_any_moment_leaves_nothing_after_its_next_end
-    a_job_directory_that_cannot_be_made_is_made_when_it_can
-    a_podman_that_is_told_to_begin_anew_is_used_on
-    a_storage_that_is_read_only_for_a_while_is_used_again_after
+    killing_a_ready_container_fails_no_request
+    killing_a_busy_container_fails_only_its_request
+    repeatedly_killed_server_leaves_nothing_after_a_clean_stop
+    server_recovers_when_job_directories_can_be_made_again
+    server_survives_podman_system_migrate
+    server_recovers_from_temporarily_read_only_storage
 }
 
-fn a_ready_container_that_is_killed_harms_no_request(engine: &str) {
+fn killing_a_ready_container_fails_no_request(engine: &str) {
     let env = [("CODERUNNER_ENGINE", engine)];
     let config = "queue.wait = \"90s\"";
     let server = Server::start(Options { containers: 1, env: &env, ..options(config) });
@@ -398,7 +398,7 @@ fn a_ready_container_that_is_killed_harms_no_request(engine: &str) {
     server.stop();
 }
 
-fn a_container_that_is_killed_under_a_program_fails_that_request_alone(engine: &str) {
+fn killing_a_busy_container_fails_only_its_request(engine: &str) {
     let env = [("CODERUNNER_ENGINE", engine)];
     let config = "queue.wait = \"90s\"\n[limits]\nrun_time = \"1m\"";
     let server = Server::start(Options { containers: 1, env: &env, ..options(config) });
@@ -426,7 +426,7 @@ fn a_container_that_is_killed_under_a_program_fails_that_request_alone(engine: &
 }
 
 #[test]
-fn a_template_that_is_removed_by_hand_is_made_anew() {
+fn manually_removed_templates_are_recreated() {
     let env = [("CODERUNNER_ENGINE", "direct")];
     let server = Server::start(Options { env: &env, ..options("") });
     assert_runs(&server, "before");
@@ -440,7 +440,7 @@ fn a_template_that_is_removed_by_hand_is_made_anew() {
 }
 
 #[test]
-fn a_template_that_podman_takes_long_to_make_keeps_no_other_language_waiting() {
+fn slow_template_creation_does_not_delay_other_languages() {
     let slow = StandIn::new("case $* in create*language=python*) while [ -e slow ]; do sleep 0.05; done ;; esac");
     let env = [("CODERUNNER_ENGINE", "direct")];
     let config = slow.config() + "[queue]\nwait = \"10s\"";
@@ -473,7 +473,7 @@ fn kills() -> u32 {
     std::env::var("CODERUNNER_TEST_KILLS").map_or(6, |text| text.parse().expect("CODERUNNER_TEST_KILLS is a number"))
 }
 
-fn a_server_killed_at_any_moment_leaves_nothing_after_its_next_end(engine: &str) {
+fn repeatedly_killed_server_leaves_nothing_after_a_clean_stop(engine: &str) {
     let env = [("CODERUNNER_ENGINE", engine)];
     let options = Options { env: &env, ..options("") };
     let mut files = Files::new(&options);
@@ -494,7 +494,7 @@ fn a_server_killed_at_any_moment_leaves_nothing_after_its_next_end(engine: &str)
     server.stop();
 }
 
-fn a_job_directory_that_cannot_be_made_is_made_when_it_can(engine: &str) {
+fn server_recovers_when_job_directories_can_be_made_again(engine: &str) {
     let env = [("CODERUNNER_ENGINE", engine)];
     let server = Server::start(Options { containers: 1, env: &env, ..options("") });
     let jobs = leftovers::runtime_dir(&server.instance).join("jobs");
@@ -585,7 +585,7 @@ fn serve_in(storage: &Storage, engine: &str) -> Server {
     Server::start(Options { env: &env, ..options("") })
 }
 
-fn a_podman_that_is_told_to_begin_anew_is_used_on(engine: &str) {
+fn server_survives_podman_system_migrate(engine: &str) {
     let storage = Storage::new();
     let server = serve_in(&storage, engine);
     assert_runs(&server, "before");
@@ -600,7 +600,7 @@ fn a_podman_that_is_told_to_begin_anew_is_used_on(engine: &str) {
     assert_eq!(storage.podman(&["ps", "--all", "--quiet"]), "");
 }
 
-fn a_storage_that_is_read_only_for_a_while_is_used_again_after(engine: &str) {
+fn server_recovers_from_temporarily_read_only_storage(engine: &str) {
     let storage = Storage::new();
     let server = serve_in(&storage, engine);
     assert_runs(&server, "before");
@@ -625,7 +625,7 @@ fn a_storage_that_is_read_only_for_a_while_is_used_again_after(engine: &str) {
 }
 
 #[test]
-fn a_state_directory_that_cannot_be_made_is_no_reason_not_to_serve() {
+fn server_runs_without_a_state_directory() {
     let env = [ENGINE, ("XDG_STATE_HOME", "/proc/nothing")];
     let server = Server::start(Options { env: &env, ..options("") });
     server.wait_log(&["WARN", "/proc/nothing"]);
@@ -634,7 +634,7 @@ fn a_state_directory_that_cannot_be_made_is_no_reason_not_to_serve() {
 }
 
 #[test]
-fn a_runtime_directory_that_is_none_is_refused_with_a_way_out() {
+fn invalid_runtime_directory_is_refused_with_a_remedy() {
     for (dir, why) in [
         ("", "not set"),
         ("/nonexistent", "No such file"),
@@ -656,7 +656,7 @@ fn a_runtime_directory_that_is_none_is_refused_with_a_way_out() {
 }
 
 #[test]
-fn a_host_that_cannot_limit_is_refused_where_limits_are_required() {
+fn require_limits_refuses_a_host_that_cannot_enforce_them() {
     let server = Server::start(options(""));
     let kept = ["memory", "processes", "cpu"].map(|limit| server.enforces(limit));
     server.stop();

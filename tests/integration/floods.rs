@@ -47,7 +47,7 @@ fn assert_serves(server: &Server) {
 }
 
 #[test]
-fn ten_thousand_clients_that_end_nothing_are_closed_and_others_served() {
+fn ten_thousand_stalled_clients_are_closed_while_others_are_served() {
     allow_descriptors(CROWD + 1000);
     let server = Server::start(options("limits = { output = \"1MiB\" }"));
     let before = descriptors(&server);
@@ -77,7 +77,7 @@ fn ten_thousand_clients_that_end_nothing_are_closed_and_others_served() {
 }
 
 #[test]
-fn a_server_short_of_descriptors_keeps_enough_for_its_runs() {
+fn connections_leave_enough_descriptors_for_runs() {
     let server = Server::start(Options { descriptors: Some(300), ..options("") });
     let before = descriptors(&server);
     let mut first = Pending::send(server.address, b"");
@@ -102,7 +102,7 @@ fn own_address() -> Option<IpAddr> {
 }
 
 #[test]
-fn one_address_has_half_of_the_places_at_most() {
+fn one_address_gets_at_most_half_of_the_connections() {
     let Some(own) = own_address() else {
         eprintln!("not tried: this machine has no address but loopback");
         return;
@@ -125,7 +125,7 @@ fn one_address_has_half_of_the_places_at_most() {
 }
 
 #[test]
-fn heads_without_end_or_sense_are_refused() {
+fn endless_or_malformed_request_heads_are_refused() {
     let server = Server::start(options(""));
     let before = descriptors(&server);
     let line = "POST /coderunner HTTP/1.1\r\n";
@@ -161,7 +161,7 @@ fn heads_without_end_or_sense_are_refused() {
 }
 
 #[test]
-fn bodies_that_are_cut_short_or_framed_without_sense_run_nothing() {
+fn truncated_or_badly_framed_bodies_run_nothing() {
     let server = Server::start(options(""));
     let before = descriptors(&server);
     let length = |length: usize| head("POST", "/coderunner", &[JSON], length);
@@ -199,7 +199,7 @@ fn bodies_that_are_cut_short_or_framed_without_sense_run_nothing() {
 }
 
 #[test]
-fn json_as_deep_or_wide_as_a_body_may_be_is_refused_or_ignored() {
+fn deeply_nested_or_very_wide_json_is_refused_or_ignored() {
     let server = Server::start(options(""));
     let deep = |open: &str, close: &str, times| open.repeat(times) + &close.repeat(times);
     let post = |path: &str, body: &str| server.request("POST", path, &[JSON], body.as_bytes());

@@ -23,7 +23,7 @@ fn assert_refused(reply: &Reply, status: u16, words: &[&str]) {
 }
 
 #[test]
-fn an_answer_has_three_fields_and_says_that_it_is_json() {
+fn answer_is_json_with_three_fields() {
     let server = serve("");
     let reply = server.begin("echo hello").reply();
     assert_eq!(reply.status, 200);
@@ -33,7 +33,7 @@ fn an_answer_has_three_fields_and_says_that_it_is_json() {
 }
 
 #[test]
-fn a_body_that_is_no_request_is_refused() {
+fn malformed_bodies_return_400() {
     let server = serve("");
     let bodies: [&[u8]; 10] = [
         b"",
@@ -55,7 +55,7 @@ fn a_body_that_is_no_request_is_refused() {
 }
 
 #[test]
-fn fields_of_other_apis_are_ignored() {
+fn unknown_request_fields_are_ignored() {
     let server = serve("");
     let body =
         json!({"code": "echo \"$1\"; cat", "language": "python", "version": "3", "stdin": "typed", "args": ["x"]});
@@ -64,7 +64,7 @@ fn fields_of_other_apis_are_ignored() {
 }
 
 #[test]
-fn what_is_not_there_is_not_found() {
+fn unknown_paths_return_404() {
     let server = serve("");
     for path in ["/no-such-page", "/coderunner/more", "/Coderunner", "/api/v9/execute", "/../etc/passwd", "/%00"] {
         assert_refused(&server.get(path), 404, &["POST /coderunner"]);
@@ -74,7 +74,7 @@ fn what_is_not_there_is_not_found() {
 }
 
 #[test]
-fn a_wrong_method_is_told_the_right_ones() {
+fn wrong_methods_return_405_with_allow() {
     let server = serve("");
     for method in ["GET", "PUT", "DELETE", "PATCH", "HEAD"] {
         let reply = server.request(method, "/coderunner", &[], b"");
@@ -90,7 +90,7 @@ fn a_wrong_method_is_told_the_right_ones() {
 }
 
 #[test]
-fn a_body_of_another_type_is_refused() {
+fn wrong_content_types_return_415() {
     let server = serve("");
     let body = b"{\"code\": \"echo hello\"}";
     for kind in ["text/plain", "application/x-www-form-urlencoded", "application/jsonx", ""] {
@@ -106,7 +106,7 @@ fn a_body_of_another_type_is_refused() {
 }
 
 #[test]
-fn too_large_a_source_or_body_is_refused() {
+fn oversized_sources_and_bodies_return_413() {
     let server = serve("source_limit = \"1KiB\"\nbody_limit = \"8KiB\"");
     let fits = format!("echo fits #{}", "x".repeat(1024 - 11));
     assert_eq!(fits.len(), 1024);
@@ -121,7 +121,7 @@ fn too_large_a_source_or_body_is_refused() {
 }
 
 #[test]
-fn chunked_bodies_are_taken_and_bounded_too() {
+fn chunked_bodies_are_accepted_and_bounded() {
     let server = serve("body_limit = \"64KiB\"");
     let head = head("POST", "/coderunner", &[JSON, ("Transfer-Encoding", "chunked")], 0);
     let mut request = Pending::send(server.address, format!("{head}9\r\n{{\"code\": \r\n").as_bytes());
@@ -137,7 +137,7 @@ fn chunked_bodies_are_taken_and_bounded_too() {
 }
 
 #[test]
-fn requests_that_break_off_or_are_no_http_harm_nobody() {
+fn truncated_or_invalid_requests_do_not_harm_the_server() {
     let server = serve("");
     let head = head("POST", "/coderunner", &[JSON], 100);
     let broken = Pending::send(server.address, format!("{head}{{\"code\": \"echo").as_bytes());
@@ -163,7 +163,7 @@ fn requests_that_break_off_or_are_no_http_harm_nobody() {
 }
 
 #[test]
-fn a_connection_serves_one_request_after_another() {
+fn pipelined_requests_are_answered_in_order() {
     let server = serve("");
     let request = |code: &str, connection: &str| {
         let body = json!({ "code": code }).to_string();
@@ -185,7 +185,7 @@ fn a_connection_serves_one_request_after_another() {
 }
 
 #[test]
-fn pages_of_any_origin_may_call_by_default() {
+fn all_origins_may_call_by_default() {
     let server = serve("");
     let preflight = [
         ("Origin", "https://example.org"),
@@ -213,7 +213,7 @@ fn pages_of_any_origin_may_call_by_default() {
 }
 
 #[test]
-fn pages_of_configured_origins_only_may_call() {
+fn only_configured_origins_may_call() {
     let server = serve("cors_origins = [\"https://one.example\", \"http://two.example:8000\"]");
     let ask = |method: &str, origin: &str| {
         let headers = [JSON, ("Origin", origin), ("Access-Control-Request-Method", "POST")];
@@ -238,7 +238,7 @@ fn pages_of_configured_origins_only_may_call() {
 }
 
 #[test]
-fn no_page_may_call_where_no_origin_is_configured() {
+fn empty_cors_origins_refuse_all_foreign_pages() {
     let server = serve("cors_origins = []");
     let headers = [("Origin", "https://example.org"), ("Access-Control-Request-Method", "POST")];
     let reply = server.request("OPTIONS", "/coderunner", &headers, b"");
@@ -256,7 +256,7 @@ fn no_page_may_call_where_no_origin_is_configured() {
 }
 
 #[test]
-fn health_and_readiness_are_told() {
+fn health_and_readiness_are_reported() {
     let server = serve("");
     let reply = server.get("/healthz");
     assert_eq!((reply.status, reply.json()), (200, json!({"status": "ok"})));
@@ -283,7 +283,7 @@ fn raw(server: &Server, lines: &str) -> Reply {
 }
 
 #[test]
-fn a_name_that_was_made_to_lead_here_is_not_answered_to() {
+fn requests_for_foreign_host_names_return_403() {
     let server = serve("cors_origins = []");
     let post = |server: &Server, host: &str| {
         let body = json!({"code": "echo hello"}).to_string();
@@ -314,7 +314,7 @@ fn a_name_that_was_made_to_lead_here_is_not_answered_to() {
 }
 
 #[test]
-fn a_request_names_its_host_once() {
+fn host_header_must_be_single_and_valid() {
     let server = serve("");
     let twice = raw(&server, "GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: localhost");
     assert_refused(&twice, 400, &["Host"]);
@@ -325,7 +325,7 @@ fn a_request_names_its_host_once() {
 }
 
 #[test]
-fn a_body_that_is_too_large_is_refused_before_it_is_sent() {
+fn oversized_bodies_are_refused_before_they_are_sent() {
     let server = serve("");
     let expects = ("Expect", "100-continue");
     let asked = head("POST", "/coderunner", &[JSON, expects], 10 << 20);
@@ -346,7 +346,7 @@ fn a_body_that_is_too_large_is_refused_before_it_is_sent() {
 }
 
 #[test]
-fn who_sends_too_large_a_head_is_told() {
+fn oversized_request_heads_return_431() {
     let server = serve("");
     for size in [40_000, 400_000, 3_000_000] {
         let line = format!("GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Long: {}", "x".repeat(size));
@@ -358,7 +358,7 @@ fn who_sends_too_large_a_head_is_told() {
 }
 
 #[test]
-fn a_compressed_body_is_refused_as_that() {
+fn compressed_bodies_return_415() {
     let server = serve("");
     let body = b"{\"code\": \"echo hello\"}";
     for coding in ["gzip", "br", "identity, gzip"] {
@@ -371,7 +371,7 @@ fn a_compressed_body_is_refused_as_that() {
 }
 
 #[test]
-fn half_a_character_is_the_replacement_character() {
+fn lone_surrogates_become_the_replacement_character() {
     let server = serve("");
     let post = |path: &str, body: &str| server.request("POST", path, &[JSON], body.as_bytes());
     let reply = post("/coderunner", r#"{"code": "printf '\ud83d%s\udE00' '\ud83d\ude00'", "other": "\ud800"}"#);
@@ -385,7 +385,7 @@ fn half_a_character_is_the_replacement_character() {
 }
 
 #[test]
-fn messages_tell_sizes_and_times_and_are_short() {
+fn error_messages_state_sizes_and_times_and_are_short() {
     let server = serve("");
     let execute = |body: Value| server.request("POST", "/api/v2/execute", &[JSON], body.to_string().as_bytes());
     let large = json!({"language": "bash", "version": "*", "files": [{"content": "#".repeat(70_000)}]});
@@ -402,7 +402,7 @@ fn messages_tell_sizes_and_times_and_are_short() {
 }
 
 #[test]
-fn pages_may_send_any_header_and_caches_know_that_origins_differ() {
+fn preflight_allows_requested_headers_and_answers_vary_by_origin() {
     let server = serve("");
     let preflight = [
         ("Origin", "https://example.org"),
@@ -434,7 +434,7 @@ fn pages_may_send_any_header_and_caches_know_that_origins_differ() {
 }
 
 #[test]
-fn nothing_that_a_client_sends_is_the_servers_fault() {
+fn client_errors_never_return_5xx() {
     let server = serve("");
     let names: Vec<Value> =
         (0..100).map(|n| json!({"name": format!("{}{n}", "\u{1}".repeat(250)), "content": ""})).collect();

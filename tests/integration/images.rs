@@ -70,12 +70,12 @@ fn refusal(server: &Server, words: &str) {
 }
 
 on_each_engine! {
-    a_new_version_is_used_from_then_on_and_the_old_one_deleted
-    a_new_version_that_does_not_work_is_refused_and_removed
-    an_update_under_load_fails_no_request
-    an_image_that_is_deleted_under_load_is_pulled_again
-    a_server_killed_while_it_checks_a_new_version_comes_back_with_the_old_one
-    tools_in_a_private_home_are_found_as_podman_run_finds_them
+    update_switches_to_the_new_version_and_deletes_the_old_one
+    unhealthy_new_version_is_rejected_and_removed
+    update_under_load_fails_no_request
+    image_deleted_under_load_is_pulled_again
+    server_killed_during_an_image_check_restarts_with_the_old_image
+    programs_have_the_same_groups_as_with_podman_run
 }
 
 /// As people see an id.
@@ -84,7 +84,7 @@ fn short(id: &str) -> &str {
 }
 
 #[test]
-fn a_missing_image_is_pulled_while_other_languages_work() {
+fn missing_image_is_pulled_while_other_languages_work() {
     let registry = Registry::start();
     let image = registry.image();
     let id = registry.push(&image, SHELL, &version("one"));
@@ -110,7 +110,7 @@ fn a_missing_image_is_pulled_while_other_languages_work() {
 }
 
 #[test]
-fn servers_that_start_at_once_keep_their_names_of_an_image() {
+fn servers_started_at_once_keep_their_image_names() {
     // Whoever comes to give a name waits a second for the others to be as far.
     let gathers = StandIn::new(
         "[ \"$1\" = tag ] || exit 0
@@ -129,7 +129,7 @@ fn servers_that_start_at_once_keep_their_names_of_an_image() {
 }
 
 #[test]
-fn a_missing_image_that_cannot_be_pulled_is_tried_again() {
+fn failed_pull_of_a_missing_image_is_retried() {
     let registry = Registry::start();
     let image = registry.image();
     registry.push(&image, SHELL, &version("one"));
@@ -145,7 +145,7 @@ fn a_missing_image_that_cannot_be_pulled_is_tried_again() {
     server.stop();
 }
 
-fn a_new_version_is_used_from_then_on_and_the_old_one_deleted(engine: &str) {
+fn update_switches_to_the_new_version_and_deletes_the_old_one(engine: &str) {
     let registry = Registry::start();
     let image = registry.image();
     let old = registry.push(&image, SHELL, &version("one"));
@@ -171,7 +171,7 @@ fn a_new_version_is_used_from_then_on_and_the_old_one_deleted(engine: &str) {
     server.stop();
 }
 
-fn an_update_under_load_fails_no_request(engine: &str) {
+fn update_under_load_fails_no_request(engine: &str) {
     let registry = Registry::start();
     let image = registry.image();
     let old = registry.push(&image, SHELL, &version("one"));
@@ -213,7 +213,7 @@ fn an_update_under_load_fails_no_request(engine: &str) {
     server.stop();
 }
 
-fn an_image_that_is_deleted_under_load_is_pulled_again(engine: &str) {
+fn image_deleted_under_load_is_pulled_again(engine: &str) {
     let registry = Registry::start();
     let image = registry.image();
     let id = registry.push(&image, SHELL, &version("one"));
@@ -271,7 +271,7 @@ fn an_image_that_is_deleted_under_load_is_pulled_again(engine: &str) {
     server.stop();
 }
 
-fn a_new_version_that_does_not_work_is_refused_and_removed(engine: &str) {
+fn unhealthy_new_version_is_rejected_and_removed(engine: &str) {
     let registry = Registry::start();
     let image = registry.image();
     let old = registry.push(&image, SHELL, &version("one"));
@@ -298,7 +298,7 @@ fn a_new_version_that_does_not_work_is_refused_and_removed(engine: &str) {
 }
 
 #[test]
-fn a_first_version_that_does_not_work_is_not_used() {
+fn unhealthy_first_version_is_not_used() {
     let registry = Registry::start();
     let image = registry.image();
     registry.push(&image, SHELL, &[("version", "one"), ("health", "ill")]);
@@ -317,7 +317,7 @@ fn a_first_version_that_does_not_work_is_not_used() {
 }
 
 #[test]
-fn an_image_of_two_languages_must_work_for_both() {
+fn image_shared_by_two_languages_must_work_for_both() {
     let registry = Registry::start();
     let image = registry.image();
     let both = |other: &'static str| [("version", "any"), ("health", "well"), ("other", other)];
@@ -340,7 +340,7 @@ fn an_image_of_two_languages_must_work_for_both() {
 }
 
 #[test]
-fn a_registry_that_is_down_changes_nothing_also_over_a_restart() {
+fn unreachable_registry_changes_nothing_even_after_a_restart() {
     let registry = Registry::start();
     let image = registry.image();
     let old = registry.push(&image, SHELL, &version("one"));
@@ -363,7 +363,7 @@ fn a_registry_that_is_down_changes_nothing_also_over_a_restart() {
 }
 
 #[test]
-fn an_update_without_news_says_so() {
+fn update_reports_when_the_newest_version_is_in_use() {
     let registry = Registry::start();
     let image = registry.image();
     let id = registry.push(&image, SHELL, &version("one"));
@@ -377,7 +377,7 @@ fn an_update_without_news_says_so() {
 }
 
 #[test]
-fn a_local_image_that_was_built_anew_is_taken_by_an_update() {
+fn update_switches_to_a_rebuilt_local_image() {
     let image = Image::local();
     let old = image.build(&version("one"));
     let config = config(&image);
@@ -392,7 +392,7 @@ fn a_local_image_that_was_built_anew_is_taken_by_an_update() {
 }
 
 #[test]
-fn a_local_image_that_is_missing_is_not_looked_for_elsewhere() {
+fn missing_local_image_is_not_pulled() {
     let image = Image::local();
     let config = config(&image);
     let options = options(&config, &[]);
@@ -408,7 +408,7 @@ fn a_local_image_that_is_missing_is_not_looked_for_elsewhere() {
 }
 
 #[test]
-fn new_versions_are_looked_for_from_time_to_time() {
+fn new_versions_are_checked_for_periodically() {
     let registry = Registry::start();
     let image = registry.image();
     registry.push(&image, SHELL, &version("one"));
@@ -425,7 +425,7 @@ fn new_versions_are_looked_for_from_time_to_time() {
 }
 
 #[test]
-fn updates_fall_due_by_the_clock_however_it_was_set() {
+fn update_schedule_survives_restarts_and_clock_changes() {
     let registry = Registry::start();
     let image = registry.image();
     registry.push(&image, SHELL, &version("one"));
@@ -459,7 +459,7 @@ fn updates_fall_due_by_the_clock_however_it_was_set() {
 }
 
 #[test]
-fn an_update_works_without_a_server() {
+fn update_works_without_a_server() {
     let started = Instant::now();
     let registry = Registry::start();
     let image = registry.image();
@@ -477,7 +477,7 @@ fn an_update_works_without_a_server() {
     leftovers::assert_none(&files.instance, started);
 }
 
-fn a_server_killed_while_it_checks_a_new_version_comes_back_with_the_old_one(engine: &str) {
+fn server_killed_during_an_image_check_restarts_with_the_old_image(engine: &str) {
     let registry = Registry::start();
     let image = registry.image();
     let config = config_for(engine, &image).replace("cat /health", ". /health") + "limits = { run_time = \"1m\" }\n";
@@ -510,7 +510,7 @@ fn a_server_killed_while_it_checks_a_new_version_comes_back_with_the_old_one(eng
 }
 
 #[test]
-fn only_what_failed_is_tried_again_and_hardly_pulled() {
+fn only_failed_images_are_retried_and_rarely_pulled() {
     let registry = Registry::start();
     let (good, other, bad) = (registry.image(), registry.image(), registry.image());
     registry.push(&good, SHELL, &version("one"));
@@ -552,7 +552,7 @@ fn only_what_failed_is_tried_again_and_hardly_pulled() {
 }
 
 #[test]
-fn the_time_of_a_look_that_cannot_be_kept_makes_no_more_of_them() {
+fn unsaved_update_time_does_not_cause_repeated_updates() {
     let registry = Registry::start();
     let image = registry.image();
     registry.push(&image, SHELL, &version("one"));
@@ -581,7 +581,7 @@ fn groups_with_podman(image: &Image) -> BTreeSet<u32> {
     podman(&args).split_whitespace().filter_map(|word| word.parse().ok()).filter(|gid| *gid != 0).collect()
 }
 
-fn tools_in_a_private_home_are_found_as_podman_run_finds_them(engine: &str) {
+fn programs_have_the_same_groups_as_with_podman_run(engine: &str) {
     // As distributions make homes. Its user is in root's group too, which is no program's.
     let home = "RUN echo maker:x:1000:1001::/home/maker:/bin/sh >>/etc/passwd \
         && printf 'maker:x:1001:\\ntools:x:60:other,maker\\nwheel:x:0:maker\\nothers:x:61:other\\n' >>/etc/group \

@@ -21,15 +21,15 @@ fn serve_on(engine: &str, language: &[&str], config: &str) -> Server {
 }
 
 on_each_engine! {
-    processes_and_threads_are_counted_together
-    a_fork_bomb_is_ended_and_its_neighbour_does_not_notice
-    memory_beyond_the_limit_is_refused_where_the_kernel_can
+    process_limit_counts_processes_and_threads
+    fork_bomb_is_contained_and_neighbour_unaffected
+    memory_limit_kills_the_program_where_enforced
     full_disks_leave_memory_for_the_program
-    disks_fill_up_to_their_size_and_are_empty_for_the_next
-    files_that_the_disk_has_no_room_for_are_refused
-    programs_that_ignore_signals_or_stop_themselves_are_ended
-    a_daemon_that_holds_the_streams_delays_nothing
-    what_compiling_used_is_not_charged_to_the_run
+    disk_limits_are_enforced_and_disks_start_empty
+    request_files_exceeding_the_disk_limits_return_400
+    programs_that_ignore_signals_or_stop_themselves_are_killed
+    daemon_holding_the_streams_does_not_delay_the_answer
+    compiler_cpu_time_is_not_charged_to_the_run
 }
 
 /// Splits the last line off, which must be one of ours, and returns it without our name.
@@ -55,7 +55,7 @@ fn status_kib(pid: Pid, field: &str) -> u64 {
 }
 
 #[test]
-fn a_program_that_never_ends_is_ended_and_keeps_its_output() {
+fn wall_time_limit_kills_the_program_and_keeps_its_output() {
     let server = serve(&["bash"], "[limits]\nrun_time = \"3s\"");
     assert_out_of("time", &server.run("printf 'so far'; sleep 60"), "so far\n");
     let many = "seq 20000; sleep 60";
@@ -70,7 +70,7 @@ fn a_program_that_never_ends_is_ended_and_keeps_its_output() {
 }
 
 #[test]
-fn a_program_that_never_rests_is_ended_at_its_cpu_time() {
+fn cpu_time_limit_covers_all_processes() {
     let server = serve(&["c"], "[limits]\nrun_time = \"60s\"\nrun_cpu_time = \"1s\"");
     assert_out_of("CPU time", &server.run("int main(void) { for (;;); }"), "");
     // All its processes together.
@@ -79,7 +79,7 @@ fn a_program_that_never_rests_is_ended_at_its_cpu_time() {
     server.stop();
 }
 
-fn what_compiling_used_is_not_charged_to_the_run(engine: &str) {
+fn compiler_cpu_time_is_not_charged_to_the_run(engine: &str) {
     // The compiler burns two seconds, by its own clock; twice that is more than the run may use.
     let server = serve_on(
         engine,
@@ -104,7 +104,7 @@ while time.process_time() < 2: pass"""]
 }
 
 #[test]
-fn who_lets_children_go_is_charged_no_more_than_they_used() {
+fn many_short_lived_children_are_not_overcharged() {
     let server = serve(&["python"], "[limits]\nrun_time = \"60s\"\nrun_cpu_time = \"5s\"");
     // Many that do next to nothing and are slow at it, waited for and not.
     let children = "
@@ -127,7 +127,7 @@ fn who_lets_children_go_is_charged_no_more_than_they_used() {
 }
 
 #[test]
-fn a_compiler_that_never_ends_is_ended() {
+fn endless_compilers_are_killed() {
     let server = serve(
         &["c"],
         r#"
@@ -165,7 +165,7 @@ fn a_compiler_that_never_ends_is_ended() {
 }
 
 #[test]
-fn ten_mebibytes_on_both_streams_are_read_to_the_end_in_little_memory() {
+fn large_output_on_both_streams_is_drained_in_little_memory() {
     let server = serve(&["bash"], "[limits]\nrun_cpu_time = \"60s\"");
     server.run("echo warm");
     let before = status_kib(server.pid(), "VmHWM");
@@ -185,7 +185,7 @@ fn ten_mebibytes_on_both_streams_are_read_to_the_end_in_little_memory() {
 }
 
 #[test]
-fn endless_output_is_ended() {
+fn output_limit_kills_the_program() {
     let server = serve(&["bash"], "[limits]\noutput_total = \"1MiB\"\nrun_time = \"60s\"\nrun_cpu_time = \"60s\"");
     let started = Instant::now();
     let answer = server.run("yes");
@@ -198,7 +198,7 @@ fn endless_output_is_ended() {
     server.stop();
 }
 
-fn a_daemon_that_holds_the_streams_delays_nothing(engine: &str) {
+fn daemon_holding_the_streams_does_not_delay_the_answer(engine: &str) {
     let server = serve_on(engine, &["python"], "[limits]\nrun_time = \"60s\"");
     let started = Instant::now();
     let daemon = "
@@ -222,7 +222,7 @@ fn a_daemon_that_holds_the_streams_delays_nothing(engine: &str) {
     server.stop();
 }
 
-fn programs_that_ignore_signals_or_stop_themselves_are_ended(engine: &str) {
+fn programs_that_ignore_signals_or_stop_themselves_are_killed(engine: &str) {
     let server = serve_on(engine, &["bash"], "[limits]\nrun_time = \"3s\"");
     let stubborn = "for n in $(seq 64); do trap '' $n 2>/dev/null; done; echo deaf; while :; do sleep 60; done";
     assert_out_of("time", &server.run(stubborn), "deaf\n");
@@ -230,7 +230,7 @@ fn programs_that_ignore_signals_or_stop_themselves_are_ended(engine: &str) {
     server.stop();
 }
 
-fn processes_and_threads_are_counted_together(engine: &str) {
+fn process_limit_counts_processes_and_threads(engine: &str) {
     let server = serve_on(engine, &["python"], "[limits]\nprocesses = 16");
     let forks = "
         import os, time
@@ -259,7 +259,7 @@ fn processes_and_threads_are_counted_together(engine: &str) {
     server.stop();
 }
 
-fn a_fork_bomb_is_ended_and_its_neighbour_does_not_notice(engine: &str) {
+fn fork_bomb_is_contained_and_neighbour_unaffected(engine: &str) {
     let server = serve_on(
         engine,
         &["c"],
@@ -291,7 +291,7 @@ fn a_fork_bomb_is_ended_and_its_neighbour_does_not_notice(engine: &str) {
     server.stop();
 }
 
-fn memory_beyond_the_limit_is_refused_where_the_kernel_can(engine: &str) {
+fn memory_limit_kills_the_program_where_enforced(engine: &str) {
     let server = serve_on(engine, &["python"], "[limits]\nmemory = \"64MiB\"\nrun_time = \"30s\"");
     let answer = server.run("hog = bytearray(160 << 20)\nprint('survived')\n");
     if server.enforces("memory") {
@@ -303,7 +303,7 @@ fn memory_beyond_the_limit_is_refused_where_the_kernel_can(engine: &str) {
     server.stop();
 }
 
-fn disks_fill_up_to_their_size_and_are_empty_for_the_next(engine: &str) {
+fn disk_limits_are_enforced_and_disks_start_empty(engine: &str) {
     let server = Server::start(Options {
         languages: &["python"],
         containers: 1,
@@ -361,7 +361,7 @@ fn disks_fill_up_to_their_size_and_are_empty_for_the_next(engine: &str) {
     server.stop();
 }
 
-fn files_that_the_disk_has_no_room_for_are_refused(engine: &str) {
+fn request_files_exceeding_the_disk_limits_return_400(engine: &str) {
     let server = serve_on(engine, &["bash"], "[limits]\ndisk = \"64KiB\"\ninodes = 16");
     let ask = |files: Vec<(String, String)>| {
         let program = [("main.sh".to_owned(), "echo *; cat large | wc -c".to_owned())];
@@ -401,7 +401,7 @@ fn full_disks_leave_memory_for_the_program(engine: &str) {
 }
 
 #[test]
-fn descriptors_run_out_at_their_limit() {
+fn open_files_limit_is_enforced() {
     let server = serve(&["python"], "[limits]\nopen_files = 32");
     let open = "
         import os

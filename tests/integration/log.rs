@@ -28,19 +28,19 @@ fn serves(stderr: Stdio) {
 }
 
 #[test]
-fn a_log_that_nobody_reads_any_more_harms_nothing() {
+fn closed_log_pipe_does_not_harm_the_server() {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     serves(writer.into());
 }
 
 #[test]
-fn a_log_on_a_full_disk_harms_nothing() {
+fn log_on_a_full_disk_does_not_harm_the_server() {
     serves(File::options().write(true).open("/dev/full").unwrap().into());
 }
 
 #[test]
-fn a_log_whose_reader_stalls_stalls_nothing_and_tells_what_was_dropped() {
+fn stalled_log_reader_blocks_nothing_and_drops_are_reported() {
     let (reader, writer) = std::io::pipe().unwrap();
     let options = Options {
         languages: &["bash"],

@@ -10,7 +10,7 @@ const FUZZING: &str = "40";
 const PATIENCE: Duration = Duration::from_secs(240);
 
 #[test]
-fn the_server_is_as_it_is_described() {
+fn server_matches_its_openapi_description() {
     let server = Server::start(Options { languages: &["bash", "c"], ..Options::default() });
     server.wait_each_ready();
     let url = format!("http://{}/openapi.json", server.address);
@@ -25,7 +25,7 @@ fn the_server_is_as_it_is_described() {
 }
 
 #[test]
-fn people_can_read_it_without_a_script() {
+fn docs_page_lists_the_api_without_scripts() {
     let server = Server::start(Options { languages: &["bash"], config: "playground = false", ..Options::default() });
     let page = server.get("/docs");
     assert_eq!((page.status, page.header("content-type")), (200, Some("text/html; charset=utf-8")));

@@ -49,7 +49,7 @@ fn sum(metrics: &BTreeMap<String, f64>, name: &str, labels: &[(&str, &str)]) -> 
 }
 
 #[test]
-fn metrics_count_what_happened_and_no_client_names_a_label() {
+fn metrics_count_events_and_labels_never_come_from_clients() {
     let server = serve("[limits]\nrun_time = \"3s\"\n[ready]\nprobe = true");
     assert_eq!(server.run("echo one").run_output, "one\n");
     assert_eq!(server.run("echo one").run_output, "one\n");
@@ -88,7 +88,7 @@ fn metrics_count_what_happened_and_no_client_names_a_label() {
 }
 
 #[test]
-fn a_client_that_leaves_and_a_queue_that_is_full_are_counted() {
+fn client_disconnects_and_full_queue_are_counted() {
     let server = Server::start(Options {
         languages: &["bash"],
         containers: 1,
@@ -117,7 +117,7 @@ fn lines(server: &Server) -> Vec<Value> {
 }
 
 #[test]
-fn a_request_has_an_id_in_its_answer_and_in_the_log() {
+fn request_id_appears_in_answer_and_log() {
     let server = Server::start(Options {
         languages: &["bash"],
         env: &[("CODERUNNER_LOG_FORMAT", "json"), ("CODERUNNER_LOG", "debug")],
@@ -155,7 +155,7 @@ fn a_request_has_an_id_in_its_answer_and_in_the_log() {
 }
 
 #[test]
-fn readiness_is_tried_in_a_sandbox_but_not_more_often_than_it_may() {
+fn readiness_probe_runs_at_most_once_per_interval() {
     let config = r#"
         [ready]
         probe = true
@@ -176,7 +176,7 @@ fn readiness_is_tried_in_a_sandbox_but_not_more_often_than_it_may() {
 }
 
 #[test]
-fn who_asks_for_readiness_and_leaves_wastes_no_sandbox() {
+fn aborted_readiness_requests_waste_no_sandbox() {
     let config = r#"
         [ready]
         probe = true
@@ -200,7 +200,7 @@ fn who_asks_for_readiness_and_leaves_wastes_no_sandbox() {
 }
 
 #[test]
-fn a_run_of_a_clients_is_proof_enough() {
+fn client_run_counts_as_readiness_probe() {
     // Asked about only after the first run: the harness itself asks /readyz.
     let server = Server::launch(Options {
         languages: &["bash"],
@@ -218,7 +218,7 @@ fn a_run_of_a_clients_is_proof_enough() {
 }
 
 #[test]
-fn a_language_whose_programs_fail_is_not_ready_until_one_runs_again() {
+fn failing_language_is_not_ready_until_a_run_succeeds() {
     let config = r#"
         [ready]
         probe = true
@@ -253,7 +253,7 @@ fn a_language_whose_programs_fail_is_not_ready_until_one_runs_again() {
 }
 
 #[test]
-fn who_is_busy_is_not_probed_and_not_broken() {
+fn busy_languages_are_not_probed() {
     let server = Server::start(Options {
         languages: &["bash"],
         containers: 1,
@@ -289,7 +289,7 @@ pub fn new_key(owner: &str) -> (String, String) {
 }
 
 #[test]
-fn with_keys_code_is_run_for_their_owners_only() {
+fn with_api_keys_only_their_owners_can_run_code() {
     let (alice, line) = new_key("alice");
     let server = Server::start(Options {
         languages: &["bash"],
@@ -319,7 +319,7 @@ fn with_keys_code_is_run_for_their_owners_only() {
 }
 
 #[test]
-fn a_client_that_sends_too_many_is_told_when_to_come_back() {
+fn rate_limited_clients_get_429_with_retry_after() {
     let server = serve("[access]\nrate = \"2/h\"\nburst = 2\ntrusted_proxies = [\"127.0.0.1\"]");
     let at = |address: &str| run(&server, "echo hello", &[("X-Forwarded-For", address)]);
     assert_eq!((at("192.0.2.1").status, at("198.51.100.9, 192.0.2.1").status), (200, 200));
@@ -340,7 +340,7 @@ fn a_client_that_sends_too_many_is_told_when_to_come_back() {
 }
 
 #[test]
-fn clients_take_turns_in_a_fair_queue() {
+fn fair_queue_serves_clients_in_turn() {
     let server = Server::start(Options {
         languages: &["bash"],
         containers: 1,
@@ -374,7 +374,7 @@ fn clients_take_turns_in_a_fair_queue() {
 }
 
 #[test]
-fn bad_settings_of_access_are_named() {
+fn errors_name_invalid_access_settings() {
     for (config, words) in [
         ("[access]\nrate = \"fast\"", ["rate", "30/m"]),
         ("[access]\nburst = 0", ["burst", "from 1"]),

@@ -42,7 +42,7 @@ fn assert_refused(reply: &Reply, status: u16, words: &[&str]) {
 }
 
 #[test]
-fn the_runtimes_are_those_that_are_served() {
+fn runtimes_lists_the_configured_languages() {
     let server = serve(&["python", "bash"], "");
     for path in ["/api/v2/runtimes", "/api/v2/runtimes/"] {
         let reply = server.get(path);
@@ -57,7 +57,7 @@ fn the_runtimes_are_those_that_are_served() {
 }
 
 #[test]
-fn a_program_is_run_with_its_files_input_and_arguments() {
+fn execute_runs_a_program_with_files_stdin_and_arguments() {
     let server = serve(&["bash"], "");
     let code = "cat; cat lib/one lib/two; echo \"$# $1 $2\"; echo wrong >&2; exit 3";
     let body = json!({
@@ -85,7 +85,7 @@ fn a_program_is_run_with_its_files_input_and_arguments() {
 }
 
 #[test]
-fn compiling_is_a_stage_of_its_own() {
+fn compile_and_run_are_separate_stages() {
     let server = serve(&["c"], "");
     let code = "#include \"n.h\"\n#include <stdio.h>\nint main(void) { printf(\"%d\\n\", N); return 0; }\n";
     let body = json!({"language": "c", "version": "*", "files": [
@@ -102,7 +102,7 @@ fn compiling_is_a_stage_of_its_own() {
 }
 
 #[test]
-fn the_status_tells_how_it_ended() {
+fn status_says_how_the_program_ended() {
     let server = serve(&["bash"], "limits = { output = \"1KiB\", output_total = \"64KiB\" }");
     let ended = |code: &str, field: &str, value: Value| {
         let answer = ran(&execute(&server, &with(program("bash", code), field, value)));
@@ -126,7 +126,7 @@ fn the_status_tells_how_it_ended() {
 }
 
 #[test]
-fn a_lower_memory_limit_is_kept_on_any_host() {
+fn lower_memory_limit_is_enforced_on_any_host() {
     let server = serve(&["python"], "");
     let code = "import time\nx = bytearray(100_000_000)\nprint('had it', flush=True)\ntime.sleep(20)\n";
     let body = with(program("python", code), "run_memory_limit", 50_000_000);
@@ -140,7 +140,7 @@ fn a_lower_memory_limit_is_kept_on_any_host() {
 }
 
 #[test]
-fn what_cannot_be_is_refused() {
+fn invalid_requests_return_400() {
     let server = serve(&["bash"], "source_limit = \"4KiB\"\nlimits = { run_time = \"5s\", memory = \"64MiB\" }");
     let base = || program("bash", "echo hello");
     for field in ["run_timeout", "compile_timeout", "run_cpu_time", "compile_cpu_time"] {
@@ -188,7 +188,7 @@ fn what_cannot_be_is_refused() {
 }
 
 #[test]
-fn an_answer_of_before_says_so_and_can_be_refused() {
+fn cached_answers_are_marked_and_no_cache_runs_anew() {
     let server = serve(&["bash"], "");
     let body = program("bash", "cat /proc/sys/kernel/random/uuid").to_string();
     let ask = |headers: &[(&str, &str)]| {

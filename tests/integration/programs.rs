@@ -31,7 +31,7 @@ fn hello_runs_in_each_local_language() {
 }
 
 #[test]
-fn a_source_arrives_byte_for_byte() {
+fn source_files_arrive_unchanged() {
     let server = Server::start(Options { languages: &["verbatim"], config: VERBATIM, ..Options::default() });
     // 64 KiB is the most that a source may have; escaped as JSON these are many more.
     let large: String = "\u{1}é€🦀\\\"\n".chars().cycle().take(65_536).collect();
@@ -56,7 +56,7 @@ fn a_source_arrives_byte_for_byte() {
 }
 
 #[test]
-fn a_source_that_does_not_compile_is_not_run() {
+fn source_that_does_not_compile_is_not_run() {
     let server = serve(&["c"]);
     let answer = server.run("int main(void) { return missing; }\n");
     assert_eq!(answer.status, 0);
@@ -70,7 +70,7 @@ fn a_source_that_does_not_compile_is_not_run() {
 }
 
 #[test]
-fn warnings_of_the_compiler_are_told_beside_the_programs_output() {
+fn compiler_warnings_are_returned_with_the_program_output() {
     let server = serve(&["c"]);
     let answer = server.run("int main(void) { puts(\"ran\"); return 0; }\n");
     assert_eq!((answer.status, answer.run_output.as_str()), (1, "ran\n"), "{answer:?}");
@@ -79,7 +79,7 @@ fn warnings_of_the_compiler_are_told_beside_the_programs_output() {
 }
 
 #[test]
-fn a_compiler_that_says_nothing_and_makes_nothing_has_failed() {
+fn silent_compiler_without_artifact_counts_as_failed() {
     let server = Server::start(Options {
         // Like one that exits 0 although linking failed.
         config: r#"
@@ -98,7 +98,7 @@ fn a_compiler_that_says_nothing_and_makes_nothing_has_failed() {
 }
 
 #[test]
-fn a_failing_program_keeps_its_output_whatever_its_exit_code() {
+fn failing_programs_keep_their_output() {
     let server = serve(&["bash"]);
     // 125, 126 and 127 are podman's own codes.
     for code in [0, 1, 3, 125, 126, 127, 137, 255] {
@@ -108,7 +108,7 @@ fn a_failing_program_keeps_its_output_whatever_its_exit_code() {
 }
 
 #[test]
-fn an_uncaught_exception_is_the_programs_output() {
+fn uncaught_exceptions_appear_in_the_output() {
     let server = serve(&["python"]);
     let answer = server.run("print('so far')\nraise ValueError('boom')\n");
     assert_eq!((answer.status, answer.compile_output.as_str()), (1, ""));
@@ -118,7 +118,7 @@ fn an_uncaught_exception_is_the_programs_output() {
 }
 
 #[test]
-fn a_program_that_a_signal_ended_is_told_so() {
+fn death_by_signal_is_reported() {
     let server = serve(&["c"]);
     let end = |how: &str| {
         server.run(&format!(
@@ -136,7 +136,7 @@ fn a_program_that_a_signal_ended_is_told_so() {
 }
 
 #[test]
-fn both_streams_come_in_the_order_of_writing() {
+fn stdout_and_stderr_keep_write_order() {
     let server = serve(&["bash"]);
     let code = "for n in 1 2 3; do echo out $n; echo err $n >&2; done";
     let expected = "out 1\nerr 1\nout 2\nerr 2\nout 3\nerr 3\n";
@@ -145,7 +145,7 @@ fn both_streams_come_in_the_order_of_writing() {
 }
 
 #[test]
-fn standard_streams_can_be_opened_by_their_names() {
+fn standard_streams_can_be_opened_by_path() {
     let server = serve(&["bash"]);
     let code = "echo out >/dev/stdout; echo err >/dev/stderr; cat </dev/stdin; echo three >/proc/self/fd/2";
     assert_eq!(server.run(code), Answer::ran("out\nerr\nthree\n"));
@@ -153,7 +153,7 @@ fn standard_streams_can_be_opened_by_their_names() {
 }
 
 #[test]
-fn output_of_any_bytes_is_text() {
+fn arbitrary_output_bytes_become_valid_text() {
     let server = serve(&["bash"]);
     assert_eq!(
         server.run(r"printf '\xff\xfe|\0|\x1b[31mred\x1b]0;title\x07|\xe2\x82'"),
@@ -168,7 +168,7 @@ fn output_of_any_bytes_is_text() {
 }
 
 #[test]
-fn output_beyond_the_limit_is_cut_between_characters() {
+fn output_is_truncated_between_characters() {
     let server =
         Server::start(Options { languages: &["bash"], config: "[limits]\noutput = \"10B\"", ..Options::default() });
     assert_eq!(server.run("printf '€€€€'"), Answer::ran("€€€\ncoderunner: output cut: 10 of 12 bytes shown\n"));
@@ -185,7 +185,7 @@ fn standard_input_is_empty() {
 }
 
 #[test]
-fn a_program_starts_with_signals_and_mask_as_usual() {
+fn programs_start_with_default_signal_handling() {
     let server = serve(&["bash"]);
     let ignored = server.run("grep -E '^Sig(Ign|Blk)' /proc/self/status");
     assert_eq!(ignored, Answer::ran("SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n"));
@@ -195,7 +195,7 @@ fn a_program_starts_with_signals_and_mask_as_usual() {
 }
 
 #[test]
-fn the_end_of_long_output_is_never_lost() {
+fn end_of_long_output_is_never_lost() {
     // podman itself loses ends of streams now and then; ours do not go through it.
     let server =
         Server::start(Options { languages: &["bash"], config: "[limits]\noutput = \"1MiB\"", ..Options::default() });

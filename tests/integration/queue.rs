@@ -20,7 +20,7 @@ fn answers(pending: Vec<Pending>) -> Vec<Answer> {
 }
 
 #[test]
-fn forty_requests_at_ten_containers_are_all_answered_right() {
+fn forty_requests_on_ten_containers_all_succeed() {
     let server = serve(10, "[limits]\nrun_time = \"60s\"\n[queue]\nwait = \"120s\"");
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -45,7 +45,7 @@ fn forty_requests_at_ten_containers_are_all_answered_right() {
 }
 
 #[test]
-fn forty_identical_requests_make_one_run() {
+fn identical_requests_share_one_run() {
     let server = serve(4, "[queue]\nlength = 4");
     let code = format!("sleep 1; {UUID}");
     let answers = answers((0..40).map(|_| server.begin(&code)).collect());
@@ -55,7 +55,7 @@ fn forty_identical_requests_make_one_run() {
 }
 
 #[test]
-fn the_same_code_again_is_answered_from_memory() {
+fn repeated_code_is_answered_from_the_cache() {
     let server = serve(2, "");
     let first = server.run(UUID);
     assert_eq!(first.run_output.len(), 37, "{first:?}");
@@ -70,7 +70,7 @@ fn the_same_code_again_is_answered_from_memory() {
 }
 
 #[test]
-fn what_a_limit_cut_short_is_never_answered_from_memory() {
+fn outcomes_cut_by_a_limit_are_not_cached() {
     let server = serve(2, "[limits]\nrun_time = \"3s\"\noutput_total = \"1MiB\"");
     for end in ["sleep 60", "yes"] {
         let code = format!("{UUID}; {end}");
@@ -81,7 +81,7 @@ fn what_a_limit_cut_short_is_never_answered_from_memory() {
 }
 
 #[test]
-fn an_answer_is_forgotten_after_its_time_and_none_is_kept_without_room() {
+fn cached_answers_expire_and_an_empty_cache_keeps_none() {
     let server = serve(2, "[cache]\nttl = \"2s\"");
     let first = server.run(UUID);
     eventually("another answer", || (server.run(UUID) != first).then_some(()));
@@ -92,7 +92,7 @@ fn an_answer_is_forgotten_after_its_time_and_none_is_kept_without_room() {
 }
 
 #[test]
-fn a_request_that_finds_the_queue_full_is_told_to_come_back() {
+fn full_queue_returns_503_with_retry_after() {
     let server = serve(1, "[limits]\nrun_time = \"60s\"\n[queue]\nlength = 2\nwait = \"120s\"");
     let mark = marked_seconds(50);
     // What ends it is not told.
@@ -120,7 +120,7 @@ fn a_request_that_finds_the_queue_full_is_told_to_come_back() {
 }
 
 #[test]
-fn a_request_that_waits_too_long_is_told_to_come_back() {
+fn queue_timeout_returns_503_with_retry_after() {
     let server = serve(1, "[limits]\nrun_time = \"60s\"\n[queue]\nwait = \"500ms\"");
     let mark = marked_seconds(40);
     let running = server.begin(&format!("sleep {mark}"));
@@ -136,14 +136,14 @@ fn a_request_that_waits_too_long_is_told_to_come_back() {
 }
 
 #[test]
-fn a_client_that_leaves_ends_its_program_and_frees_its_place() {
+fn client_disconnect_kills_the_program_and_frees_the_container() {
     let server = serve(1, "[limits]\nrun_time = \"120s\"\n[queue]\nwait = \"100s\"");
     leave_and_be_followed(&server, Answer::ran("next\n"));
     server.stop();
 }
 
 #[test]
-fn a_client_that_leaves_ends_its_compiler_and_frees_its_place() {
+fn client_disconnect_kills_the_compiler_and_frees_the_container() {
     // Its compiler does what the source says.
     let config = r#"
         [limits]
@@ -174,7 +174,7 @@ fn leave_and_be_followed(server: &Server, answer: Answer) {
 }
 
 #[test]
-fn a_client_that_leaves_the_queue_frees_its_place_and_never_runs() {
+fn client_disconnect_while_queued_frees_the_place() {
     let server = serve(1, "[limits]\nrun_time = \"120s\"\n[queue]\nlength = 1\nwait = \"100s\"");
     let mark = marked_seconds(100);
     let running = server.begin(&format!("sleep {mark}"));
@@ -208,7 +208,7 @@ fn a_client_that_leaves_the_queue_frees_its_place_and_never_runs() {
 }
 
 #[test]
-fn one_of_many_who_leaves_takes_nothing_from_the_others() {
+fn disconnect_of_one_client_keeps_the_run_it_shares() {
     let server = serve(1, "[limits]\nrun_time = \"60s\"");
     let mark = marked_seconds(3);
     let code = format!("{UUID}; sleep {mark}");

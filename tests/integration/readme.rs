@@ -24,7 +24,7 @@ fn examples(language: &str, server: &Server) -> Vec<String> {
 }
 
 #[test]
-fn its_examples_work() {
+fn documented_examples_work() {
     let server = Server::start(Options { languages: &["c", "python", "bash"], containers: 3, ..Options::default() });
     server.wait_each_ready();
     let shell = examples("console", &server);

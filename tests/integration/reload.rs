@@ -16,7 +16,7 @@ fn edit(server: &Server, from: &str, to: &str) {
 }
 
 #[test]
-fn a_reload_changes_the_settings_and_no_run_under_way() {
+fn reload_changes_settings_without_affecting_running_programs() {
     let server = Server::start(Options {
         languages: &["bash"],
         config: "source_limit = \"1KiB\"\n[limits]\nrun_time = \"60s\"\n[language.bash.env]\nGREETING = \"old\"",
@@ -41,7 +41,7 @@ fn a_reload_changes_the_settings_and_no_run_under_way() {
 }
 
 #[test]
-fn a_reload_tells_what_only_a_restart_changes() {
+fn reload_warns_about_settings_that_need_a_restart() {
     let server =
         Server::start(Options { languages: &["bash"], config: "[shutdown]\ndrain = \"9s\"", ..Options::default() });
     edit(&server, "\"9s\"", "\"8s\"");
@@ -52,7 +52,7 @@ fn a_reload_tells_what_only_a_restart_changes() {
 }
 
 #[test]
-fn a_language_that_a_reload_removes_keeps_no_container() {
+fn reload_removes_the_template_of_a_removed_language() {
     let options = Options { languages: &["bash", "python"], config: "engine = \"direct\"", ..Options::default() };
     let server = Server::start(options);
     server.wait_each_ready();
@@ -67,7 +67,7 @@ fn a_language_that_a_reload_removes_keeps_no_container() {
 }
 
 #[test]
-fn a_reload_does_not_wait_for_a_pull() {
+fn reload_does_not_wait_for_a_pull() {
     let slow = StandIn::new("[ \"$1\" != pull ] || while [ -e podman ]; do sleep 0.05; done");
     let config = slow.config() + "language.c.image = \"registry.invalid/c\"";
     let server = Server::launch(Options { languages: &["c"], config: &config, ..Options::default() });
@@ -82,7 +82,7 @@ fn a_reload_does_not_wait_for_a_pull() {
 }
 
 #[test]
-fn a_reload_of_a_bad_configuration_changes_nothing() {
+fn reload_of_an_invalid_configuration_changes_nothing() {
     let server =
         Server::start(Options { languages: &["bash"], config: "source_limit = \"1KiB\"", ..Options::default() });
     edit(&server, "1KiB", "lots");
@@ -95,7 +95,7 @@ fn a_reload_of_a_bad_configuration_changes_nothing() {
 }
 
 #[test]
-fn a_reload_is_in_force_on_connections_that_were_there_before() {
+fn reload_applies_to_existing_connections() {
     let ((key, line), (_, other)) = (new_key("alice"), new_key("alice"));
     let config = format!("[access.keys]\n{line}");
     let server = Server::start(Options { languages: &["bash"], config: &config, ..Options::default() });

@@ -42,7 +42,7 @@ fn assert_refused(refused: Result<toml::Table, (i32, String)>, words: &[&str]) {
 }
 
 #[test]
-fn a_bad_configuration_is_refused_by_key_value_and_what_is_allowed() {
+fn configuration_errors_name_key_value_and_what_is_allowed() {
     for (text, words) in [
         // Keys that do not exist; the names of those that do are told.
         ("containres = 3", &["containres", "containers"][..]),
@@ -84,7 +84,7 @@ fn a_bad_configuration_is_refused_by_key_value_and_what_is_allowed() {
 }
 
 #[test]
-fn a_bad_variable_is_refused_by_its_name() {
+fn errors_name_invalid_environment_variables() {
     for (name, value, words) in [
         ("CODERUNNER_CONTAINERS", "zero", &["zero", "number"][..]),
         ("CODERUNNER_CACHE_TTL", "soon", &["soon", "10s"]),
@@ -100,12 +100,12 @@ fn a_bad_variable_is_refused_by_its_name() {
 }
 
 #[test]
-fn variables_of_tests_are_no_settings() {
+fn test_environment_variables_are_not_settings() {
     settings("", &[("CODERUNNER_TEST_KILLS", "100")], &[]).unwrap();
 }
 
 #[test]
-fn a_flag_that_cannot_be_is_a_usage_error() {
+fn invalid_flags_are_usage_errors() {
     let options = Options::default();
     let files = Files::new(&options);
     for (flags, words) in [
@@ -124,7 +124,7 @@ fn a_flag_that_cannot_be_is_a_usage_error() {
 }
 
 #[test]
-fn a_configuration_that_cannot_be_read_is_refused() {
+fn unreadable_configuration_files_are_refused() {
     let options = Options::default();
     let files = Files::new(&options);
     let config = files.config();
@@ -141,7 +141,7 @@ fn a_configuration_that_cannot_be_read_is_refused() {
 }
 
 #[test]
-fn a_server_with_bad_settings_does_not_start() {
+fn server_with_invalid_settings_does_not_start() {
     let exit = refused(Options { config: "containers = 0", ..Options::default() });
     assert_eq!(exit.status.code(), Some(1), "{exit}");
     assert!(exit.stderr.contains("from 1 to 150"), "{exit}");
@@ -154,7 +154,7 @@ fn a_server_with_bad_settings_does_not_start() {
 }
 
 #[test]
-fn the_file_wins_over_defaults_variables_over_the_file_and_flags_over_all() {
+fn precedence_is_defaults_then_file_then_environment_then_flags() {
     let of = |text: &str, env: &[(&str, &str)], flags: &[&str]| settings(text, env, flags).unwrap();
     let languages = |settings: &toml::Table| settings["languages"].to_string();
     let (file, variable) = ("languages = [\"python\"]", ("CODERUNNER_LANGUAGES", "[\"go\"]"));
@@ -172,7 +172,7 @@ fn the_file_wins_over_defaults_variables_over_the_file_and_flags_over_all() {
 }
 
 #[test]
-fn a_server_listens_where_its_flag_says() {
+fn listen_flag_sets_the_address() {
     let started = Instant::now();
     // The variable would be refused: 192.0.2.1 is no address of any host.
     let env = [("CODERUNNER_LISTEN", "192.0.2.1:80")];
@@ -195,7 +195,7 @@ fn a_server_listens_where_its_flag_says() {
 }
 
 #[test]
-fn a_reload_changes_the_default_language_and_the_number_of_containers() {
+fn reload_changes_default_language_and_container_count() {
     let server = Server::start(Options { languages: &["bash"], containers: 1, ..Options::default() });
     assert_eq!(server.run("echo bash"), Answer::ran("bash\n"));
     let config = server.files().config();

@@ -18,8 +18,8 @@ fn options(config: &str) -> Options<'_> {
 }
 
 on_each_engine! {
-    a_server_that_was_killed_leaves_nothing_running_and_the_next_one_cleans_up
-    two_instances_of_a_user_do_not_touch_each_other
+    killed_server_leaves_nothing_running_and_the_next_cleans_up
+    two_instances_of_a_user_do_not_affect_each_other
 }
 
 /// Sends a program that sleeps about so long and then prints `done`, and waits until it runs.
@@ -31,7 +31,7 @@ fn begin_sleep(server: &Server, seconds: u32) -> (Pending, String) {
 }
 
 #[test]
-fn a_running_program_is_let_finish_while_nobody_new_comes_in() {
+fn shutdown_drains_running_programs_and_accepts_no_requests() {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let server = Server::start(options("[shutdown]\ndrain = \"60s\""));
         let (running, _) = begin_sleep(&server, 3);
@@ -43,7 +43,7 @@ fn a_running_program_is_let_finish_while_nobody_new_comes_in() {
 }
 
 #[test]
-fn a_server_that_still_tries_its_limits_ends_when_it_is_asked_to() {
+fn shutdown_works_while_limits_are_still_checked() {
     let mark = marked_seconds(10_000);
     // A host of which podman says that it can limit, and an import that hangs.
     let info = r#"{"host": {"cgroupVersion": "v2", "cgroupControllers": ["cpu", "memory", "pids"]}}"#;
@@ -64,7 +64,7 @@ fn a_server_that_still_tries_its_limits_ends_when_it_is_asked_to() {
 }
 
 #[test]
-fn what_runs_longer_than_the_drain_is_cut_off_and_told_so() {
+fn requests_running_past_the_drain_return_503() {
     let server = Server::start(options("[shutdown]\ndrain = \"1s\"\n[limits]\nrun_time = \"120s\""));
     let (running, mark) = begin_sleep(&server, 100);
     server.signal(Signal::SIGTERM);
@@ -77,7 +77,7 @@ fn what_runs_longer_than_the_drain_is_cut_off_and_told_so() {
 }
 
 #[test]
-fn a_second_signal_does_not_wait_for_programs() {
+fn second_signal_skips_the_drain() {
     let server = Server::start(options("[shutdown]\ndrain = \"10m\"\n[limits]\nrun_time = \"280s\""));
     let (running, mark) = begin_sleep(&server, 250);
     server.signal(Signal::SIGTERM);
@@ -90,7 +90,7 @@ fn a_second_signal_does_not_wait_for_programs() {
 }
 
 #[test]
-fn under_load_every_request_is_answered_before_the_end() {
+fn shutdown_under_load_answers_every_request() {
     let config = "[shutdown]\ndrain = \"3s\"\n[limits]\nrun_time = \"120s\"\n[queue]\nlength = 10\nwait = \"100s\"";
     let server = Server::start(options(config));
     let (running, mark) = begin_sleep(&server, 100);
@@ -117,7 +117,7 @@ fn under_load_every_request_is_answered_before_the_end() {
     server.ends_well();
 }
 
-fn a_server_that_was_killed_leaves_nothing_running_and_the_next_one_cleans_up(engine: &str) {
+fn killed_server_leaves_nothing_running_and_the_next_cleans_up(engine: &str) {
     let config = format!("engine = \"{engine}\"\n[limits]\nrun_time = \"120s\"");
     let options = options(&config);
     let server = Server::start(options.clone());
@@ -146,7 +146,7 @@ fn a_server_that_was_killed_leaves_nothing_running_and_the_next_one_cleans_up(en
     server.stop();
 }
 
-fn two_instances_of_a_user_do_not_touch_each_other(engine: &str) {
+fn two_instances_of_a_user_do_not_affect_each_other(engine: &str) {
     let config = format!("engine = \"{engine}\"\n[limits]\nrun_time = \"60s\"");
     let one = Server::start(options(&config));
     let other = Server::start(options(&config));
@@ -165,7 +165,7 @@ fn two_instances_of_a_user_do_not_touch_each_other(engine: &str) {
 }
 
 #[test]
-fn a_second_server_of_the_same_name_is_refused() {
+fn second_server_with_the_same_instance_name_is_refused() {
     let first = Server::start(options(""));
     let options = Options { instance: Some(&first.instance), ..options("") };
     let exit = refused_with(&Files::new(&options), &options);

@@ -169,7 +169,7 @@ fn median(mut times: Vec<Duration>) -> Duration {
 }
 
 #[test]
-fn thousands_of_runs_leave_everything_as_it_was() {
+fn many_runs_leave_no_resources_behind() {
     let runs = runs();
     let server = Server::start(Options {
         languages: &["bash", "c", "python"],

@@ -15,16 +15,16 @@ fn serve(engine: &str, containers: usize) -> Server {
 }
 
 on_each_engine! {
-    all_but_three_directories_is_read_only
+    only_three_directories_are_writable
     there_is_no_network
-    sockets_are_local_ones_only
-    a_program_has_no_privileges_and_gets_none
-    calls_that_widen_the_kernels_surface_are_refused
-    init_and_its_job_directory_are_out_of_reach
-    a_program_inherits_three_pipes_and_nothing_else
-    the_environment_holds_nothing_of_the_servers
-    two_runs_at_once_see_nothing_of_each_other
-    a_run_leaves_nothing_for_the_next_one
+    only_unix_sockets_can_be_created
+    programs_have_no_privileges_and_cannot_gain_any
+    dangerous_system_calls_are_refused
+    programs_cannot_reach_init_or_the_job_directory
+    programs_inherit_only_three_pipes
+    programs_do_not_see_the_environment_of_the_server
+    concurrent_runs_are_isolated_from_each_other
+    runs_leave_nothing_for_the_next_run
 }
 
 /// Defines `tried(name, call)` for Python programs: prints what came of it.
@@ -43,7 +43,7 @@ fn is_refusal(line: &str) -> bool {
     [" EPERM", " EACCES", " ENOSYS"].iter().any(|refusal| line.ends_with(refusal))
 }
 
-fn all_but_three_directories_is_read_only(engine: &str) {
+fn only_three_directories_are_writable(engine: &str) {
     let server = serve(engine, 1);
     let probe = "
         import os
@@ -109,7 +109,7 @@ fn there_is_no_network(engine: &str) {
     server.stop();
 }
 
-fn sockets_are_local_ones_only(engine: &str) {
+fn only_unix_sockets_can_be_created(engine: &str) {
     let server = serve(engine, 1);
     // AF_VSOCK knows no network namespace, and would reach the hypervisor; the others are old and little tested.
     let probe = "
@@ -129,7 +129,7 @@ fn sockets_are_local_ones_only(engine: &str) {
     server.stop();
 }
 
-fn a_program_has_no_privileges_and_gets_none(engine: &str) {
+fn programs_have_no_privileges_and_cannot_gain_any(engine: &str) {
     let server = serve(engine, 1);
     let probe = "
         import os
@@ -154,7 +154,7 @@ fn a_program_has_no_privileges_and_gets_none(engine: &str) {
     server.stop();
 }
 
-fn calls_that_widen_the_kernels_surface_are_refused(engine: &str) {
+fn dangerous_system_calls_are_refused(engine: &str) {
     let server = serve(engine, 1);
     // By number, for x86-64 and for the others; a refusal is EPERM, or ENOSYS as if the kernel had no such call.
     let probe = "
@@ -197,7 +197,7 @@ fn calls_that_widen_the_kernels_surface_are_refused(engine: &str) {
     server.stop();
 }
 
-fn init_and_its_job_directory_are_out_of_reach(engine: &str) {
+fn programs_cannot_reach_init_or_the_job_directory(engine: &str) {
     let server = serve(engine, 1);
     let probe = "
         import os, resource, signal
@@ -226,7 +226,7 @@ fn init_and_its_job_directory_are_out_of_reach(engine: &str) {
     server.stop();
 }
 
-fn a_program_inherits_three_pipes_and_nothing_else(engine: &str) {
+fn programs_inherit_only_three_pipes(engine: &str) {
     let server = serve(engine, 1);
     let probe = "
         import os, stat
@@ -246,7 +246,7 @@ fn a_program_inherits_three_pipes_and_nothing_else(engine: &str) {
     server.stop();
 }
 
-fn the_environment_holds_nothing_of_the_servers(engine: &str) {
+fn programs_do_not_see_the_environment_of_the_server(engine: &str) {
     let server = Server::start(Options {
         languages: &["python"],
         env: &[
@@ -274,7 +274,7 @@ fn the_environment_holds_nothing_of_the_servers(engine: &str) {
     server.stop();
 }
 
-fn two_runs_at_once_see_nothing_of_each_other(engine: &str) {
+fn concurrent_runs_are_isolated_from_each_other(engine: &str) {
     let server = serve(engine, 2);
     // Each puts its name wherever it can, again and again, and looks for the other's there.
     let probe = |own: &str, other: &str| {
@@ -314,7 +314,7 @@ fn two_runs_at_once_see_nothing_of_each_other(engine: &str) {
     server.stop();
 }
 
-fn a_run_leaves_nothing_for_the_next_one(engine: &str) {
+fn runs_leave_nothing_for_the_next_run(engine: &str) {
     // One container at a time: the next run has the uid of the one before.
     let server = serve(engine, 1);
     let leave = "

@@ -6,12 +6,12 @@ use crate::client::Answer;
 use crate::harness::code;
 
 on_each_engine! {
-    zombies_and_orphans_count_and_go
-    memory_of_each_kind_is_charged
-    cpu_time_counts_whoever_burns_it
-    a_crash_leaves_no_core
-    timers_queues_and_descriptors_have_an_end
-    huge_arguments_and_environments_are_the_programs_own_trouble
+    zombies_and_orphans_are_counted_and_reaped
+    every_kind_of_memory_is_charged
+    cpu_time_includes_threads_and_children
+    crashes_leave_no_core_dump
+    timers_queues_and_descriptors_are_limited
+    huge_arguments_and_environments_do_not_harm_init
     output_of_any_shape_is_bounded
 }
 
@@ -23,7 +23,7 @@ fn assert_ended(answer: &Answer, printed: &str, why: &str) {
     assert_eq!(line.lines().count(), 1, "{line}");
 }
 
-fn zombies_and_orphans_count_and_go(engine: &str) {
+fn zombies_and_orphans_are_counted_and_reaped(engine: &str) {
     let server = serve(engine, "python", "[limits]\nprocesses = 16\nrun_time = \"60s\"");
     // Not waited for: they stay, and count.
     let zombies = "
@@ -73,7 +73,7 @@ fn zombies_and_orphans_count_and_go(engine: &str) {
     server.stop();
 }
 
-fn memory_of_each_kind_is_charged(engine: &str) {
+fn every_kind_of_memory_is_charged(engine: &str) {
     let server = serve(
         engine,
         "python",
@@ -149,7 +149,7 @@ fn memory_of_each_kind_is_charged(engine: &str) {
     server.stop();
 }
 
-fn cpu_time_counts_whoever_burns_it(engine: &str) {
+fn cpu_time_includes_threads_and_children(engine: &str) {
     let server = serve(
         engine,
         "c",
@@ -195,7 +195,7 @@ fn short_lived(ignore: &str, burn: &str) -> String {
     )
 }
 
-fn a_crash_leaves_no_core(engine: &str) {
+fn crashes_leave_no_core_dump(engine: &str) {
     // Not in a file, and not by a program of the host's either, which some kernels start for a limit of 0. Changing the limit
     // does nothing.
     let crash = r#"
@@ -225,7 +225,7 @@ fn a_crash_leaves_no_core(engine: &str) {
     prints(engine, "c", "", crash, "1 1 0\n2\n");
 }
 
-fn timers_queues_and_descriptors_have_an_end(engine: &str) {
+fn timers_queues_and_descriptors_are_limited(engine: &str) {
     let probe = "
         import ctypes, errno, fcntl, os, resource, signal, socket
         libc = ctypes.CDLL(None, use_errno=True)
@@ -266,7 +266,7 @@ fn timers_queues_and_descriptors_have_an_end(engine: &str) {
     prints(engine, "python", "[limits]\nopen_files = 64\nrun_time = \"60s\"\nrun_cpu_time = \"60s\"", probe, printed);
 }
 
-fn huge_arguments_and_environments_are_the_programs_own_trouble(engine: &str) {
+fn huge_arguments_and_environments_do_not_harm_init(engine: &str) {
     let server = serve(engine, "python", "[limits]\nrun_time = \"60s\"\nrun_cpu_time = \"60s\"");
     let huge = "
         import os, subprocess, sys

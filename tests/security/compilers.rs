@@ -8,12 +8,12 @@ use super::{attack, serve};
 use crate::harness::{PATIENCE, code};
 
 on_each_engine! {
-    no_source_makes_the_compiler_tell_of_the_host
-    no_source_keeps_the_compiler_busy_for_long
-    the_compiler_is_confined_as_the_program_is
-    what_the_compiler_leaves_is_run_as_a_program_or_not_at_all
-    no_artifact_is_the_servers_fault
-    what_the_compiler_leaves_for_other_sandboxes_leads_nowhere
+    compiler_cannot_read_files_of_the_host
+    expensive_sources_are_cut_off_by_limits
+    compiler_is_confined_like_the_program
+    artifact_is_run_only_if_it_is_a_regular_program
+    malformed_artifacts_never_cause_server_errors
+    hostile_builds_copied_to_other_sandboxes_are_harmless
 }
 
 /// A compiler that does what the source says.
@@ -29,7 +29,7 @@ const SHELL: &str = r#"
     health = { code = "printf '#!/bin/sh\\necho made\\n' >out; chmod +x out", output = "made\n" }
 "#;
 
-fn no_source_makes_the_compiler_tell_of_the_host(engine: &str) {
+fn compiler_cannot_read_files_of_the_host(engine: &str) {
     let server = serve(engine, "c", "");
     for file in ["/proc/1/environ", "/job/main.c", "/proc/1/maps", "/etc/shadow", "/proc/kcore", "/dev/mem"] {
         let answer = attack(&server, "c", &format!("#include \"{file}\"\nint main(void) {{ return 0; }}\n"));
@@ -50,7 +50,7 @@ fn no_source_makes_the_compiler_tell_of_the_host(engine: &str) {
     server.stop();
 }
 
-fn no_source_keeps_the_compiler_busy_for_long(engine: &str) {
+fn expensive_sources_are_cut_off_by_limits(engine: &str) {
     let server = serve(engine, "c", "[limits]\ncompile_time = \"3s\"\noutput_total = \"1MiB\"\ndisk = \"16MiB\"");
     let doubling: String = (1..64).map(|n| format!("#define M{n} M{m} M{m}\n", m = n - 1)).collect();
     let sources = [
@@ -76,7 +76,7 @@ fn no_source_keeps_the_compiler_busy_for_long(engine: &str) {
     server.stop();
 }
 
-fn the_compiler_is_confined_as_the_program_is(engine: &str) {
+fn compiler_is_confined_like_the_program(engine: &str) {
     let server = serve(engine, "made", SHELL);
     // The same script in both stages.
     let look = r#"
@@ -99,7 +99,7 @@ fn the_compiler_is_confined_as_the_program_is(engine: &str) {
     server.stop();
 }
 
-fn what_the_compiler_leaves_is_run_as_a_program_or_not_at_all(engine: &str) {
+fn artifact_is_run_only_if_it_is_a_regular_program(engine: &str) {
     let server = serve(engine, "made", SHELL);
     let run = |script: &str| attack(&server, "made", script);
     // No file of that name, or one that is something else.
@@ -141,7 +141,7 @@ fn elf(headers: &[(u32, u64, u64)], rest: &[u8]) -> Vec<u8> {
     elf
 }
 
-fn no_artifact_is_the_servers_fault(engine: &str) {
+fn malformed_artifacts_never_cause_server_errors(engine: &str) {
     const LOAD: u32 = 1;
     const INTERPRETER: u32 = 3;
     let server = serve(engine, "made", SHELL);
@@ -190,7 +190,7 @@ fn no_artifact_is_the_servers_fault(engine: &str) {
     server.stop();
 }
 
-fn what_the_compiler_leaves_for_other_sandboxes_leads_nowhere(engine: &str) {
+fn hostile_builds_copied_to_other_sandboxes_are_harmless(engine: &str) {
     let server = serve(engine, "made", SHELL);
     // It is carried into the sandboxes of a batch, or made anew there where it cannot be.
     for left in [

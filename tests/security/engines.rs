@@ -93,7 +93,7 @@ fn beyond(mask: &str, other: &str) -> u64 {
 }
 
 #[test]
-fn both_engines_make_the_same_walls() {
+fn direct_engine_isolates_at_least_as_well_as_podman() {
     let (podman, direct) = (look("podman"), look("direct"));
     for (which, of_podman, of_direct) in
         [("program", &podman.status, &direct.status), ("init", &podman.init, &direct.init)]

@@ -6,14 +6,14 @@ use crate::harness::{Options, Server, code};
 use crate::registry::Image;
 
 on_each_engine! {
-    no_system_call_leads_out
-    no_command_leads_out
-    nothing_of_the_kernels_or_of_inits_can_be_written
-    a_setuid_program_of_the_image_gives_no_rights
-    init_outlives_whatever_its_programs_do
+    system_calls_cannot_escape_the_sandbox
+    commands_cannot_escape_the_sandbox
+    files_of_the_kernel_and_of_init_cannot_be_written
+    setuid_programs_of_the_image_give_no_privileges
+    programs_cannot_kill_init
 }
 
-fn no_system_call_leads_out(engine: &str) {
+fn system_calls_cannot_escape_the_sandbox(engine: &str) {
     let server = serve(engine, "c", "");
     // A call that worked is printed, and so is one that failed for another reason than that it is not allowed.
     let calls = r#"
@@ -162,7 +162,7 @@ fn no_system_call_leads_out(engine: &str) {
     server.stop();
 }
 
-fn no_command_leads_out(engine: &str) {
+fn commands_cannot_escape_the_sandbox(engine: &str) {
     let commands = r#"
         tried() { "$@" >/dev/null 2>&1 </dev/null && echo "worked: $*"; }
         tried mount -t tmpfs none /tmp
@@ -207,7 +207,7 @@ fn no_command_leads_out(engine: &str) {
     prints(engine, "bash", "", commands, "end\n");
 }
 
-fn nothing_of_the_kernels_or_of_inits_can_be_written(engine: &str) {
+fn files_of_the_kernel_and_of_init_cannot_be_written(engine: &str) {
     let walk = "
         import os
         own = {'self', 'thread-self', str(os.getpid())}
@@ -233,7 +233,7 @@ fn nothing_of_the_kernels_or_of_inits_can_be_written(engine: &str) {
     prints(engine, "python", "[limits]\nrun_time = \"60s\"\nrun_cpu_time = \"60s\"", walk, "['1']\n");
 }
 
-fn a_setuid_program_of_the_image_gives_no_rights(engine: &str) {
+fn setuid_programs_of_the_image_give_no_privileges(engine: &str) {
     let image = Image::local();
     image.build_with(
         "RUN mkdir -p /usr/local/bin && cp /usr/bin/busybox /usr/local/bin/ && chmod 6755 /usr/local/bin/busybox",
@@ -253,7 +253,7 @@ fn a_setuid_program_of_the_image_gives_no_rights(engine: &str) {
     server.stop();
 }
 
-fn init_outlives_whatever_its_programs_do(engine: &str) {
+fn programs_cannot_kill_init(engine: &str) {
     let server = serve(engine, "bash", "[limits]\nrun_time = \"60s\"");
     let everything = r#"
         (sleep 50 &)

@@ -8,8 +8,8 @@ use crate::client::Reply;
 use crate::harness::{Server, code};
 
 on_each_engine! {
-    names_of_any_kind_arrive_as_they_are
-    names_that_lead_elsewhere_are_refused
+    unusual_file_names_arrive_unchanged
+    escaping_file_names_are_refused
 }
 
 /// Runs a program that has these files beside it.
@@ -20,7 +20,7 @@ fn execute(server: &Server, program: &str, names: &[&str]) -> Reply {
     server.request("POST", "/api/v2/execute", &[("Content-Type", "application/json")], body.as_bytes())
 }
 
-fn names_of_any_kind_arrive_as_they_are(engine: &str) {
+fn unusual_file_names_arrive_unchanged(engine: &str) {
     let server = serve(engine, "python", "");
     let long = "x".repeat(255);
     let names = [
@@ -76,7 +76,7 @@ fn names_of_any_kind_arrive_as_they_are(engine: &str) {
     server.stop();
 }
 
-fn names_that_lead_elsewhere_are_refused(engine: &str) {
+fn escaping_file_names_are_refused(engine: &str) {
     let server = serve(engine, "python", "");
     let (long, longer, deep) = ("x".repeat(256), "x".repeat(4096), "d/".repeat(1000) + "x");
     for names in [

@@ -7,18 +7,18 @@ use super::{prints, serve};
 use crate::harness::{code, eventually, marked_seconds};
 
 on_each_engine! {
-    no_socket_but_a_local_one
-    no_call_by_another_number
-    nothing_of_the_whole_hosts_can_be_used_up_or_watched
-    no_clone_makes_a_namespace
-    nothing_uncounted_is_held_and_nothing_shared_is_changed
-    a_stop_under_ptrace_is_no_end
-    a_tracer_keeps_no_stage_from_its_end
-    few_processes_hide_locks_in_the_files_of_others
-    no_limit_of_dumps_starts_the_hosts_handler
+    filter_allows_only_unix_sockets
+    x32_and_32_bit_system_calls_are_refused
+    host_wide_kernel_resources_are_refused
+    clone_cannot_create_namespaces
+    uncharged_memory_and_shared_state_are_refused
+    ptrace_stop_is_not_mistaken_for_exit
+    tracer_cannot_delay_the_end_of_a_stage
+    number_of_clone_files_processes_is_limited
+    core_limit_cannot_be_changed_to_start_the_dump_handler
 }
 
-fn no_socket_but_a_local_one(engine: &str) {
+fn filter_allows_only_unix_sockets(engine: &str) {
     let families = "
         import errno, socket
         for call in socket.socket, socket.socketpair:
@@ -47,7 +47,7 @@ fn no_socket_but_a_local_one(engine: &str) {
     prints(engine, "python", "", families, printed);
 }
 
-fn no_call_by_another_number(engine: &str) {
+fn x32_and_32_bit_system_calls_are_refused(engine: &str) {
     // The kernel knows the same calls by other numbers, for programs of 32 bits.
     let other = r#"
         #include <errno.h>
@@ -83,7 +83,7 @@ fn no_call_by_another_number(engine: &str) {
     prints(engine, "c", "", other, "killed\n");
 }
 
-fn nothing_of_the_whole_hosts_can_be_used_up_or_watched(engine: &str) {
+fn host_wide_kernel_resources_are_refused(engine: &str) {
     let calls = "
         import ctypes, errno, os, platform
         libc = ctypes.CDLL(None, use_errno=True)
@@ -109,7 +109,7 @@ fn nothing_of_the_whole_hosts_can_be_used_up_or_watched(engine: &str) {
     prints(engine, "python", "", calls, "Permission denied\n");
 }
 
-fn no_clone_makes_a_namespace(engine: &str) {
+fn clone_cannot_create_namespaces(engine: &str) {
     let clones = r#"
         #include <errno.h>
         #include <signal.h>
@@ -142,7 +142,7 @@ fn no_clone_makes_a_namespace(engine: &str) {
 }
 
 /// Memory that no cgroup counts, work that the host does, state that all containers share.
-fn nothing_uncounted_is_held_and_nothing_shared_is_changed(engine: &str) {
+fn uncharged_memory_and_shared_state_are_refused(engine: &str) {
     let calls = r#"
         import ctypes, errno, fcntl, os, socket, struct
         libc = ctypes.CDLL(None, use_errno=True)
@@ -208,7 +208,7 @@ fn ended(server: &crate::harness::Server, program: &str) -> (i64, String) {
     (answer["run"]["code"].as_i64().unwrap_or(-1), answer["verdict"].as_str().unwrap_or("none").to_owned())
 }
 
-fn a_stop_under_ptrace_is_no_end(engine: &str) {
+fn ptrace_stop_is_not_mistaken_for_exit(engine: &str) {
     let server = serve(engine, "c", "");
     let traced = r#"
         #include <signal.h>
@@ -226,7 +226,7 @@ fn a_stop_under_ptrace_is_no_end(engine: &str) {
     server.stop();
 }
 
-fn a_tracer_keeps_no_stage_from_its_end(engine: &str) {
+fn tracer_cannot_delay_the_end_of_a_stage(engine: &str) {
     let server = serve(engine, "c", "");
     let mark = marked_seconds(0);
     // Its child holds it: nobody hears of its end before the child lets go, which it never does.
@@ -256,7 +256,7 @@ fn a_tracer_keeps_no_stage_from_its_end(engine: &str) {
 }
 
 /// The kernel lists locks under who made them, and those of the dead nowhere.
-fn few_processes_hide_locks_in_the_files_of_others(engine: &str) {
+fn number_of_clone_files_processes_is_limited(engine: &str) {
     let hidden = r#"
         #include <errno.h>
         #include <fcntl.h>
@@ -285,7 +285,7 @@ fn few_processes_hide_locks_in_the_files_of_others(engine: &str) {
     prints(engine, "c", "", hidden, "8 Function not implemented\n");
 }
 
-fn no_limit_of_dumps_starts_the_hosts_handler(engine: &str) {
+fn core_limit_cannot_be_changed_to_start_the_dump_handler(engine: &str) {
     let lowered = "
         import resource
         for limit in (0, 0), (0, 1), (1, 1):

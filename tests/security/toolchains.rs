@@ -6,7 +6,7 @@ use serde_json::json;
 use crate::harness::{Options, Server, code};
 
 on_each_engine! {
-    compilers_and_runtimes_have_the_calls_that_they_need
+    compilers_and_runtimes_have_the_system_calls_they_need
 }
 
 const CONFIG: &str = r#"
@@ -148,7 +148,7 @@ const PROGRAMS: [(&str, &str, &str, &str); 8] = [
     ),
 ];
 
-fn compilers_and_runtimes_have_the_calls_that_they_need(engine: &str) {
+fn compilers_and_runtimes_have_the_system_calls_they_need(engine: &str) {
     let server = Server::start(Options {
         languages: &["cpp", "javascript", "java", "go", "rust", "python-threads"],
         containers: 2,
