@@ -1,17 +1,18 @@
-//! Which part of the program may use which: arrows go one way, and there is no cycle.
+//! Checks which part of the program uses which: dependencies go one way, without cycles.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A part, and those that it may use beside `model`. A part is the longest of these names that a module's path begins with.
+/// Each part, and the parts that it may use besides `model`. A module belongs to the part with the longest matching
+/// name.
 const LAYERS: &[(&str, &str)] = &[
     (
         "cli",
         "config http images metrics run scheduler sandbox::engine sandbox::podman sandbox::agent sandbox::init sandbox host",
     ),
-    // The types of what is set are their owners'.
+    // The types of settings belong to the parts that they configure.
     ("config", "http images run scheduler sandbox::engine"),
     ("http", "run metrics host"),
     ("run", "scheduler sandbox metrics host"),
@@ -22,7 +23,7 @@ const LAYERS: &[(&str, &str)] = &[
     ("sandbox::direct", "sandbox::podman sandbox::agent sandbox sandbox::oci_config sandbox::protocol host"),
     ("sandbox::podman", "sandbox sandbox::protocol host"),
     ("sandbox", "sandbox::init sandbox::protocol host"),
-    // What runs in other processes knows nothing of the server.
+    // Code that runs in other processes does not depend on the server.
     ("sandbox::agent", "sandbox::init sandbox::oci_config sandbox::protocol sandbox::seccomp host"),
     ("sandbox::init", "sandbox::protocol sandbox::seccomp host"),
     ("sandbox::oci_config", "sandbox::seccomp"),
@@ -32,7 +33,7 @@ const LAYERS: &[(&str, &str)] = &[
     ("model", ""),
 ];
 
-/// Modules that stand elsewhere than in the part that they belong to.
+/// Modules that belong to another part than the folder that they are in.
 const PLACES: &[(&str, &str)] = &[
     ("sandbox::channel", "sandbox::protocol"),
     ("sandbox::direct::oci_config", "sandbox::oci_config"),
@@ -58,7 +59,7 @@ fn part(path: &str) -> Option<&'static str> {
     placed.or_else(|| LAYERS.iter().map(|(name, _)| *name).filter(|name| within(name)).max_by_key(|name| name.len()))
 }
 
-/// The paths that follow `crate::` in a text, those in braces each by itself.
+/// The paths after `crate::` in a text; each name in braces gives a path.
 fn paths(text: &str) -> Vec<String> {
     let mut found = Vec::new();
     for (at, _) in text.match_indices("crate::") {
@@ -81,7 +82,7 @@ fn paths(text: &str) -> Vec<String> {
     found
 }
 
-/// Which parts use which, and where.
+/// All uses of one part by another, and where they are.
 fn uses() -> BTreeMap<(&'static str, &'static str), BTreeSet<String>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
@@ -91,11 +92,11 @@ fn uses() -> BTreeMap<(&'static str, &'static str), BTreeSet<String>> {
         let name = file.strip_prefix(&root).unwrap().with_extension("");
         let module = name.to_str().unwrap().replace('/', "::");
         let module = module.trim_end_matches("::mod");
-        // What is only there for tests may look anywhere.
+        // Entry points and test support may use everything.
         if ["lib", "main", "fuzz", "sandbox::fake"].contains(&module) {
             continue;
         }
-        let from = part(module).unwrap_or_else(|| panic!("{module} is in no part: LAYERS has to name it"));
+        let from = part(module).unwrap_or_else(|| panic!("{module} belongs to no part; add it to LAYERS"));
         let text = fs::read_to_string(&file).unwrap();
         let text = text.split("\n#[cfg(test)]\n").next().unwrap();
         let code: String =
@@ -130,6 +131,6 @@ fn there_are_no_dependency_cycles() {
             let below = uses.keys().filter(|(from, _)| *from == part).map(|(_, to)| *to);
             next.extend(below.filter(|to| reached.insert(*to)));
         }
-        assert!(!reached.contains(start), "{start} leads back to itself by {reached:?}");
+        assert!(!reached.contains(start), "{start} depends on itself through {reached:?}");
     }
 }

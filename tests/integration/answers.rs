@@ -1,5 +1,5 @@
-//! Answers that are large, and clients that take them slowly: what all of them have of the server's memory is bounded,
-//! others are served meanwhile, and nobody is cut off who goes on reading.
+//! Large answers and slow clients: the memory that they use in the server is bounded, other clients are served
+//! meanwhile, and a client that keeps reading is not disconnected.
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
@@ -13,12 +13,12 @@ use crate::harness::{Options, Server};
 
 const JSON: (&str, &str) = ("Content-Type", "application/json");
 const EVENTS: (&str, &str) = ("Accept", "text/event-stream");
-const ANEW: (&str, &str) = ("Cache-Control", "no-cache");
+const NO_CACHE: (&str, &str) = ("Cache-Control", "no-cache");
 
-/// What the server may have in memory, whoever asks for what.
+/// The most memory that the server may use, whatever its clients do.
 const MOST_MEMORY: usize = 256 << 20;
 
-/// Control characters on both streams: each is six in JSON, and stands there twice.
+/// Prints NUL bytes on both streams. JSON needs six characters for each of them, and the answer contains each twice.
 const LARGE: &str = "head -c 262144 /dev/zero; head -c 262144 /dev/zero >&2";
 
 fn serve(containers: usize) -> Server {
@@ -35,25 +35,25 @@ fn memory(server: &Server) -> usize {
     line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() << 10
 }
 
-/// A client that takes its answer as slowly as it likes.
-struct Slow {
+/// A client that reads its answer in small pieces.
+struct SlowClient {
     stream: TcpStream,
     bytes: Vec<u8>,
     ended: bool,
 }
 
-impl Slow {
-    fn ask(server: &Server, path: &str, headers: &[(&str, &str)], body: &Value) -> Slow {
+impl SlowClient {
+    fn send(server: &Server, path: &str, headers: &[(&str, &str)], body: &Value) -> SlowClient {
         let body = body.to_string();
         let head = head("POST", path, &[headers, &[JSON]].concat(), body.len());
         let mut stream = TcpStream::connect(server.address).unwrap();
         stream.write_all((head + &body).as_bytes()).unwrap();
         stream.set_nonblocking(true).unwrap();
-        Slow { stream, bytes: Vec::new(), ended: false }
+        SlowClient { stream, bytes: Vec::new(), ended: false }
     }
 
-    /// Takes at most so many of the bytes that are there.
-    fn take(&mut self, most: usize) {
+    /// Reads at most `most` of the bytes that have arrived.
+    fn read_some(&mut self, most: usize) {
         let mut chunk = vec![0; most];
         let mut taken = 0;
         while taken < most && !self.ended {
@@ -61,7 +61,7 @@ impl Slow {
                 Ok(0) => self.ended = true,
                 Ok(length) => taken += length,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(error) => panic!("cut off after {} bytes: {error}", self.bytes.len()),
+                Err(error) => panic!("disconnected after {} bytes: {error}", self.bytes.len()),
             }
         }
         self.bytes.extend_from_slice(&chunk[..taken]);
@@ -73,11 +73,11 @@ impl Slow {
     }
 }
 
-/// Lets these clients read a little now and then; the server's memory stays within its bound, and it answers others.
-fn read_slowly(server: &Server, clients: &mut [Slow], time: Duration) {
+/// Lets the clients read a little at a time. Checks that the server's memory stays bounded, and that it answers others.
+fn read_slowly(server: &Server, clients: &mut [SlowClient], time: Duration) {
     let (began, mut most, mut longest) = (Instant::now(), 0, Duration::ZERO);
     while began.elapsed() < time {
-        clients.iter_mut().for_each(|client| client.take(512));
+        clients.iter_mut().for_each(|client| client.read_some(512));
         let asked = Instant::now();
         assert_eq!(server.get("/healthz").status, 200);
         longest = longest.max(asked.elapsed());
@@ -85,7 +85,7 @@ fn read_slowly(server: &Server, clients: &mut [Slow], time: Duration) {
         assert!(most < MOST_MEMORY, "{} MiB", most >> 20);
         std::thread::sleep(Duration::from_millis(50));
     }
-    // Of a machine that is busy with all else.
+    // Generous: other tests keep the machine busy.
     assert!(longest < Duration::from_secs(60), "{longest:?}");
     println!("{} clients: {} MiB at most, /healthz after {longest:?} at most", clients.len(), most >> 20);
 }
@@ -96,7 +96,8 @@ fn slow_readers_of_large_answers_use_bounded_memory() {
     let body = program(LARGE);
     let whole = server.request("POST", "/api/v2/execute", &[JSON], body.to_string().as_bytes());
     assert!(whole.body.len() > 6 << 20, "{}", whole.body.len());
-    let mut clients: Vec<Slow> = (0..200).map(|_| Slow::ask(&server, "/api/v2/execute", &[], &body)).collect();
+    let mut clients: Vec<SlowClient> =
+        (0..200).map(|_| SlowClient::send(&server, "/api/v2/execute", &[], &body)).collect();
     read_slowly(&server, &mut clients, Duration::from_secs(20));
     let with = |status| clients.iter().filter(|client| client.status() == Some(status)).count();
     assert!(with(200) >= 10 && with(200) + with(503) == 200, "{} and {}", with(200), with(503));
@@ -113,18 +114,20 @@ fn slow_readers_of_large_answers_use_bounded_memory() {
 fn slow_event_stream_clients_use_bounded_memory() {
     let server = serve(4);
     let body = program(LARGE);
-    // Some are told of a run of their own, the others what is remembered of one.
+    // 50 clients watch a run of their own, the others get the events of a cached one.
     server.request("POST", "/api/v2/execute", &[JSON], body.to_string().as_bytes());
-    let watch = |n| Slow::ask(&server, "/api/v2/execute", if n < 50 { &[EVENTS, ANEW] } else { &[EVENTS] }, &body);
-    let mut clients: Vec<Slow> = (0..250).map(watch).collect();
+    let watch =
+        |n| SlowClient::send(&server, "/api/v2/execute", if n < 50 { &[EVENTS, NO_CACHE] } else { &[EVENTS] }, &body);
+    let mut clients: Vec<SlowClient> = (0..250).map(watch).collect();
     read_slowly(&server, &mut clients, Duration::from_secs(20));
     drop(clients);
-    let watched = server.begin_request("POST", "/api/v2/execute", &[JSON, EVENTS], body.to_string().as_bytes()).all();
+    let watched =
+        server.begin_request("POST", "/api/v2/execute", &[JSON, EVENTS], body.to_string().as_bytes()).read_to_end();
     assert!(String::from_utf8_lossy(&watched).contains("event:result"), "{} bytes", watched.len());
     server.stop();
 }
 
-/// The events of an answer.
+/// Parses the server-sent events of an answer.
 fn events(answer: &[u8]) -> Vec<(String, Value)> {
     let text = String::from_utf8(unchunked(answer)).unwrap();
     let event = |event: &str| {
@@ -138,7 +141,8 @@ fn events(answer: &[u8]) -> Vec<(String, Value)> {
 fn cached_runs_send_the_same_events_as_fresh_runs() {
     let server = serve(1);
     let body = program("printf 'a\\0b'; sleep 0.2; printf 'c\\xff' >&2; head -c 300000 /dev/zero").to_string();
-    let watch = || events(&server.begin_request("POST", "/api/v2/execute", &[JSON, EVENTS], body.as_bytes()).all());
+    let watch =
+        || events(&server.begin_request("POST", "/api/v2/execute", &[JSON, EVENTS], body.as_bytes()).read_to_end());
     let printed = |events: &[(String, Value)], stream: &str| -> String {
         let data = events.iter().filter(|(kind, told)| kind == "data" && told["stream"] == stream);
         data.map(|(_, told)| told["data"].as_str().unwrap()).collect()
@@ -173,7 +177,7 @@ fn batch_results_are_bounded_in_their_json_form() {
         assert_eq!((&run["truncated"], &run["stdout_bytes"]), (&json!(true), &json!(262_144)));
         assert!(run["stdout"].as_str().unwrap().len() > 5000);
     }
-    // What needs no escapes is not cut by that.
+    // Output without escapes is not truncated by that bound.
     let mut body = program("head -c 40000 /dev/zero | tr '\\0' x");
     body["inputs"] = (0..100).map(|n| json!({"stdin": n.to_string()})).collect();
     let answer = server.request("POST", "/api/v2/batch", &[JSON], body.to_string().as_bytes()).json();
@@ -184,18 +188,18 @@ fn batch_results_are_bounded_in_their_json_form() {
     server.stop();
 }
 
-/// As long as TCP_USER_TIMEOUT once cut off such a client, and half as long again.
+/// Reads for longer than the TCP_USER_TIMEOUT that once disconnected such clients.
 #[test]
 fn slow_but_steady_readers_get_the_whole_answer() {
     let server = serve(1);
-    let mut client = Slow::ask(&server, "/api/v2/execute", &[], &program(LARGE));
+    let mut client = SlowClient::send(&server, "/api/v2/execute", &[], &program(LARGE));
     for _ in 0..6 {
         std::thread::sleep(Duration::from_secs(8));
-        client.take(60_000);
+        client.read_some(60_000);
     }
     let deadline = Instant::now() + Duration::from_secs(60);
     while !client.ended && Instant::now() < deadline {
-        client.take(1 << 20);
+        client.read_some(1 << 20);
         std::thread::sleep(Duration::from_millis(5));
     }
     let start = client.bytes.windows(4).position(|window| window == b"\r\n\r\n").unwrap() + 4;
@@ -204,14 +208,14 @@ fn slow_but_steady_readers_get_the_whole_answer() {
     server.stop();
 }
 
-/// Sends what a browser may: a frame of this kind and length, with so many bytes of it.
+/// Sends a WebSocket frame of this kind and announced length as a browser would, but only `sent` bytes of its payload.
 fn frame(stream: &mut TcpStream, kind: u8, length: usize, sent: usize) {
     let mut bytes = vec![kind, 0x80 | 127];
     bytes.extend_from_slice(&(length as u64).to_be_bytes());
-    // The mask, and what it leaves as it is.
+    // A mask of zeros leaves the payload as it is.
     bytes.extend_from_slice(&[0; 4]);
     bytes.resize(bytes.len() + sent, b' ');
-    // The server may have closed it.
+    // An error is ignored: the server may have closed the connection.
     let _ = stream.write_all(&bytes);
 }
 
@@ -221,17 +225,17 @@ fn incomplete_websocket_messages_use_bounded_memory() {
     let before = memory(&server);
     let limit = 512 * 1024;
     let url = format!("ws://{}/api/v2/connect", server.address);
-    let began = |_| {
+    let open = |_| {
         let stream = TcpStream::connect(server.address).unwrap();
         stream.set_write_timeout(Some(Duration::from_secs(1))).unwrap();
         let mut stream = tungstenite::client(&url, stream).unwrap().0.into_inner();
-        // A text that goes on, and what comes next of it.
+        // The first fragment of a text message, and an incomplete last one.
         frame(&mut stream, 0x01, limit - 64, limit - 64);
         frame(&mut stream, 0x80, limit - 64, limit - 65);
         stream
     };
     let mut most = 0;
-    let sockets: Vec<TcpStream> = (0..250).map(began).inspect(|_| most = most.max(memory(&server))).collect();
+    let sockets: Vec<TcpStream> = (0..250).map(open).inspect(|_| most = most.max(memory(&server))).collect();
     assert!(most < before + (128 << 20), "{} MiB, and {} before", most >> 20, before >> 20);
     drop(sockets);
     server.stop();
@@ -246,7 +250,7 @@ fn batch_arguments_are_held_in_memory_once() {
         json!({"language": "bash", "files": [{"content": format!("sleep 3 # {n}")}], "args": args,
             "inputs": vec![json!({}); 100]})
     };
-    let clients: Vec<Slow> = (0..8).map(|n| Slow::ask(&server, "/api/v2/batch", &[], &body(n))).collect();
+    let clients: Vec<SlowClient> = (0..8).map(|n| SlowClient::send(&server, "/api/v2/batch", &[], &body(n))).collect();
     let mut most = 0;
     for _ in 0..100 {
         most = most.max(memory(&server));

@@ -1,4 +1,4 @@
-//! One program on many inputs: compiled once, each input in a sandbox of its own.
+//! The batch API: a program is compiled once and run on many inputs, each in its own sandbox.
 
 use std::collections::HashSet;
 
@@ -17,7 +17,7 @@ on_each_engine! {
 const JSON: (&str, &str) = ("Content-Type", "application/json");
 const LINES: (&str, &str) = ("Accept", "application/x-ndjson");
 
-/// A language whose compiler is a shell script: the program.
+/// A language whose compiler runs the source as a shell script.
 const SCRIPT: &str = r#"
 [language.script]
 image = "localhost/coderunner-bash:latest"
@@ -45,7 +45,7 @@ fn program(language: &str, code: &str, inputs: Value) -> Value {
 }
 
 #[track_caller]
-fn ran(reply: &Reply) -> Value {
+fn assert_ok(reply: &Reply) -> Value {
     assert_eq!(reply.status, 200, "{}", String::from_utf8_lossy(&reply.body));
     reply.json()
 }
@@ -64,7 +64,7 @@ fn batch_compiles_once_and_runs_each_input_in_its_own_sandbox(engine: &str) {
         printf '#!/bin/bash\ncat link; ls /tmp; echo x >/tmp/mark; cat; echo "$@"' >out; chmod 755 out"#;
     let inputs: Vec<Value> =
         (0..10).map(|n| json!({"stdin": format!("{n}\n"), "args": ["a b", n.to_string()]})).collect();
-    let answer = ran(&post(&server, &[], &program("script", code, json!(inputs))));
+    let answer = assert_ok(&post(&server, &[], &program("script", code, json!(inputs))));
     let printed = printed(&answer);
     let uuid = printed[0].lines().next().unwrap();
     assert_eq!(uuid.len(), 36, "{answer}");
@@ -76,7 +76,8 @@ fn batch_compiles_once_and_runs_each_input_in_its_own_sandbox(engine: &str) {
     server.stop();
 }
 
-/// None of these may be followed, nor harm another sandbox; the program runs all the same.
+/// Builds with links, special files and names that are not text. None may be followed or harm another sandbox, and the
+/// program runs in every case.
 fn build_that_cannot_be_copied_is_compiled_for_each_input(engine: &str) {
     let server = serve(engine, &["script"], 2);
     let runs = |hostile: &str| {
@@ -84,16 +85,17 @@ fn build_that_cannot_be_copied_is_compiled_for_each_input(engine: &str) {
             "uuid=$(cat /proc/sys/kernel/random/uuid)\nprintf '#!/bin/bash\necho '$uuid'\n{}' >out\nchmod 755 out\n{hostile}\n",
             "cat etc/passwd link/passwd 2>/dev/null | wc -l"
         );
-        let answer = ran(&post(&server, &[], &program("script", &code, json!([{}, {"args": ["1"]}, {"args": ["2"]}]))));
+        let answer =
+            assert_ok(&post(&server, &[], &program("script", &code, json!([{}, {"args": ["1"]}, {"args": ["2"]}]))));
         assert_eq!(answer["passed"], true, "{hostile}: {answer}");
         let printed = printed(&answer).into_iter().map(str::to_owned);
         printed.collect::<HashSet<String>>().len()
     };
     assert_eq!(runs(""), 1);
     assert_eq!(runs("mkfifo pipe; ln -s / link2; ln -s ../../../.. up; ln out hard; ln -s loop loop"), 1);
-    assert_eq!(runs("touch \"$(printf 'no\\ttext\\xff\\n')\" $'\\xfe\\xff'"), 1, "names that are no text");
+    assert_eq!(runs("touch \"$(printf 'no\\ttext\\xff\\n')\" $'\\xfe\\xff'"), 1, "names that are not UTF-8");
     assert_eq!(runs("chmod u+s out; mkdir closed; chmod 555 closed"), 1);
-    assert_eq!(runs("head -c 20000000 /dev/zero >large"), 1, "as large as what real compilers leave");
+    assert_eq!(runs("head -c 20000000 /dev/zero >large"), 1, "as large as the output of real compilers");
     assert_eq!(runs("for d in /work /tmp; do head -c 35000000 /dev/zero >$d/large; done"), 3, "too large");
     assert_eq!(runs("echo secret >closed; chmod 0 closed"), 3, "cannot be read");
     assert_eq!(runs("for n in {1..60}; do ln out hard$n; done; truncate -s 60000000 sparse"), 1);
@@ -103,11 +105,11 @@ fn build_that_cannot_be_copied_is_compiled_for_each_input(engine: &str) {
     server.stop();
 }
 
-/// A language whose compiler is a Python program, which is the program as well.
-const TELLING: &str = r#"
+/// A language whose source is a Python program that serves as compiler and as compiled program.
+const DESCRIBING: &str = r#"
 [limits]
 processes = 100
-[language.telling]
+[language.describing]
 image = "localhost/coderunner-python:latest"
 source = "main.py"
 compile = ["python3", "main.py"]
@@ -116,9 +118,9 @@ run = ["python3", "out"]
 health = { code = "open('out', 'w').write('print(\"hello\")')", output = "hello\n" }
 "#;
 
-/// Tells all that there is of files but what differs between any two runs: numbers of inodes, and when something was read
-/// or changed. That is told of files that were given fixed times.
-const TELL: &str = r#"
+/// Prints everything that can be observed of files, except what differs between any two runs: inode numbers, and times
+/// of access and change. Modification times are comparable because `fix` sets them to a fixed value.
+const DESCRIBE: &str = r#"
 import ctypes, fcntl, hashlib, os, socket, stat, struct, sys, uuid
 sys.setrecursionlimit(5000)
 FIXED = 1_500_000_000_123_456_789
@@ -196,8 +198,8 @@ os.utime('/dev/shm/when', ns=(meta.st_mtime_ns, meta.st_mtime_ns))
 print(told())
 "#;
 
-/// What builds leave, by how often a batch of three inputs compiles.
-const LEFT: &[(&str, usize)] = &[
+/// What a build leaves, and how often a batch of three inputs compiles: once if the build can be copied, else 3 times.
+const BUILDS: &[(&str, usize)] = &[
     ("pass", 1),
     ("os.mkfifo('fifo', 0o640); os.link('fifo', 'other')", 1),
     (
@@ -241,18 +243,18 @@ const LEFT: &[(&str, usize)] = &[
 ];
 
 fn copied_build_is_indistinguishable_from_a_local_one(engine: &str) {
-    let config = format!("engine = {engine:?}\n{TELLING}");
+    let config = format!("engine = {engine:?}\n{DESCRIBING}");
     let server =
-        Server::start(Options { languages: &["telling"], containers: 3, config: &config, ..Options::default() });
-    for (left, compiled) in LEFT {
-        let code = TELL.replace("BUILD", left);
-        let plain = json!({"language": "telling", "version": "*", "files": [{"content": code}]});
-        let plain = ran(&server.request("POST", "/api/v2/execute", &[JSON], plain.to_string().as_bytes()));
+        Server::start(Options { languages: &["describing"], containers: 3, config: &config, ..Options::default() });
+    for (left, compiled) in BUILDS {
+        let code = DESCRIBE.replace("BUILD", left);
+        let plain = json!({"language": "describing", "version": "*", "files": [{"content": code}]});
+        let plain = assert_ok(&server.request("POST", "/api/v2/execute", &[JSON], plain.to_string().as_bytes()));
         let told = plain["compile"]["stdout"].as_str().unwrap();
         assert!(plain["verdict"] == "ok" && told.len() > 200, "{left}: {plain}");
         assert_eq!(plain["run"]["stdout"], told, "{left}");
         let inputs = json!([{"args": ["1"]}, {"args": ["2"]}, {"args": ["3"]}]);
-        let batch = ran(&post(&server, &[], &program("telling", &code, inputs)));
+        let batch = assert_ok(&post(&server, &[], &program("describing", &code, inputs)));
         let results = batch["results"].as_array().unwrap();
         for result in results {
             assert_eq!(
@@ -264,15 +266,15 @@ fn copied_build_is_indistinguishable_from_a_local_one(engine: &str) {
         let made: HashSet<&str> = results.iter().map(|result| result["run"]["stderr"].as_str().unwrap()).collect();
         assert_eq!(made.len(), *compiled, "{left}");
     }
-    // Attributes and flags exist in newer kernels only: what a sandbox has of them it does not lose.
+    // Only newer kernels support these attributes and flags on tmpfs. Where they exist, a copy keeps them.
     for left in [
         "file('a'); os.setxattr('a', 'user.x', b'y')",
         "file('a'); os.setxattr('a', 'system.posix_acl_access', struct.pack('<I' + 'HHI' * 5, 2, 1, 6, 2**32 - 1, 2, 4, 4242, 4, 4, 2**32 - 1, 16, 4, 2**32 - 1, 32, 4, 2**32 - 1))",
         "file('a'); fcntl.ioctl(os.open('a', os.O_RDONLY), 0x40086602, struct.pack('l', 0x40))",
     ] {
-        let code = TELL.replace("BUILD", &format!("try:\n    {left}\nexcept OSError: pass"));
+        let code = DESCRIBE.replace("BUILD", &format!("try:\n    {left}\nexcept OSError: pass"));
         let inputs = json!([{"args": ["1"]}, {"args": ["2"]}]);
-        let batch = ran(&post(&server, &[], &program("telling", &code, inputs)));
+        let batch = assert_ok(&post(&server, &[], &program("describing", &code, inputs)));
         let told = &batch["compile"]["stdout"];
         for result in batch["results"].as_array().unwrap() {
             assert_eq!((&result["verdict"], &result["run"]["stdout"]), (&json!("ok"), told), "{left}: {result}");
@@ -299,7 +301,7 @@ fn each_batch_input_has_its_own_verdict_and_passed_flag() {
     ]);
     let mut body = program("c", code, inputs);
     body["stdin"] = "7".into();
-    let answer = ran(&post(&server, &[], &body));
+    let answer = assert_ok(&post(&server, &[], &body));
     let verdicts: Vec<(&str, bool)> = answer["results"]
         .as_array()
         .unwrap()
@@ -311,20 +313,21 @@ fn each_batch_input_has_its_own_verdict_and_passed_flag() {
     assert_eq!(verdicts, expected, "{answer}");
     assert_eq!((&answer["language"], &answer["passed"]), (&json!("c"), &json!(false)));
 
-    // Answers are kept as those of plain runs are.
-    let again = ran(&post(&server, &[], &body));
+    // Outcomes are cached like those of single runs, and shared with them.
+    let again = assert_ok(&post(&server, &[], &body));
     assert!(again["results"].as_array().unwrap().iter().all(|result| result["cached"] == true), "{again}");
     let single = json!({"language": "c", "version": "*", "files": body["files"], "stdin": "5"});
-    let single = ran(&server.request("POST", "/api/v2/execute", &[JSON], single.to_string().as_bytes()));
+    let single = assert_ok(&server.request("POST", "/api/v2/execute", &[JSON], single.to_string().as_bytes()));
     assert_eq!((&single["cached"], &single["run"]["stdout"]), (&json!(true), &json!("25 \n")), "{single}");
 
-    // Equal inputs are run once, twice at the most.
+    // Equal inputs share runs: at most two take place.
     let equal = program("c", "int main(void) { return 0; }", json!(vec![json!({}); 100]));
-    let answer = ran(&post(&server, &[], &equal));
+    let answer = assert_ok(&post(&server, &[], &equal));
     let times = answer["results"].as_array().unwrap().iter().map(|result| result["run"]["wall_time"].to_string());
     assert!(answer["passed"] == true && times.collect::<HashSet<_>>().len() <= 2, "{answer}");
 
-    let answer = ran(&post(&server, &[], &program("c", "int main(void) { return x; }", json!([{}, {"stdin": "1"}]))));
+    let answer =
+        assert_ok(&post(&server, &[], &program("c", "int main(void) { return x; }", json!([{}, {"stdin": "1"}]))));
     assert!(answer["compile"]["stderr"].as_str().unwrap().contains('x'), "{answer}");
     for result in answer["results"].as_array().unwrap() {
         assert_eq!((&result["verdict"], result.get("run")), (&json!("compile_error"), None), "{answer}");
@@ -341,7 +344,7 @@ fn batch_build_setting_limits_the_size_of_copied_builds() {
         let code = format!(
             "head -c {bytes} /dev/zero >large; echo \"#!/bin/bash\necho $(cat /proc/sys/kernel/random/uuid)\" >out; chmod +x out"
         );
-        let answer = ran(&post(&server, &[], &program("script", &code, json!([{}, {"args": ["1"]}]))));
+        let answer = assert_ok(&post(&server, &[], &program("script", &code, json!([{}, {"args": ["1"]}]))));
         assert_eq!(printed(&answer).into_iter().collect::<HashSet<_>>().len(), compiled, "{answer}");
     }
     server.stop();
@@ -352,7 +355,7 @@ fn batch_results_are_streamed_as_json_lines() {
     let server = serve("", &["bash"], 2);
     let inputs: Vec<Value> = (0..5).map(|n| json!({"args": [n.to_string()], "expected_output": "3"})).collect();
     let body = program("bash", "echo $1", json!(inputs)).to_string();
-    let all = server.begin_request("POST", "/api/v2/batch", &[JSON, LINES], body.as_bytes()).all();
+    let all = server.begin_request("POST", "/api/v2/batch", &[JSON, LINES], body.as_bytes()).read_to_end();
     let text = String::from_utf8(all).unwrap();
     assert!(text.contains("content-type: application/x-ndjson"), "{text}");
     let lines: Vec<Value> =
@@ -374,7 +377,7 @@ fn expected_output_is_compared_with_stdout_only() {
         {"args": ["5000", "0"], "expected_output": "out"},
         {"args": ["0", "5000"], "expected_output": format!("out\n{}", "x".repeat(1020))},
     ]);
-    let answer = ran(&post(&server, &[], &program("bash", code, inputs)));
+    let answer = assert_ok(&post(&server, &[], &program("bash", code, inputs)));
     let result = |index: usize, what: &str| answer["results"][index][what].clone();
     assert_eq!((result(0, "passed"), result(0, "truncated")), (json!(true), json!(true)), "{answer}");
     assert_eq!((result(1, "passed"), result(1, "truncated")), (json!(false), json!(true)), "{answer}");
@@ -388,7 +391,7 @@ fn inputs_refused_by_a_full_queue_do_not_fail_the_other_inputs() {
     for headers in [&[JSON][..], &[JSON, LINES]] {
         let inputs: Vec<Value> = (0..4).map(|n| json!({ "args": [n.to_string()] })).collect();
         let body = program("bash", &format!("sleep 1; echo $1 #{}", headers.len()), json!(inputs)).to_string();
-        let all = server.begin_request("POST", "/api/v2/batch", headers, body.as_bytes()).all();
+        let all = server.begin_request("POST", "/api/v2/batch", headers, body.as_bytes()).read_to_end();
         let text = String::from_utf8(all).unwrap();
         assert!(text.starts_with("HTTP/1.1 200"), "{text}");
         assert!(text.contains("\"stdout\":\"0\\n\"") && text.contains("queue is full"), "{text}");
@@ -404,7 +407,7 @@ fn client_disconnect_cancels_its_batch() {
         let inputs: Vec<Value> = marks.iter().map(|mark| json!({ "args": [mark] })).collect();
         let body = program("bash", "sleep $1", json!(inputs)).to_string();
         let batch = server.begin_request("POST", "/api/v2/batch", headers, body.as_bytes());
-        eventually("as many run as there are containers", || {
+        eventually("each container runs a program", || {
             (marks.iter().filter(|mark| !marked(mark).is_empty()).count() == 2).then_some(())
         });
         drop(batch);

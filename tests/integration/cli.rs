@@ -1,4 +1,4 @@
-//! The other verbs: `run`, `config`, and what they print.
+//! The commands other than `serve`: `run`, `config`, `update` and what they print.
 
 use std::io::Read;
 use std::path::PathBuf;
@@ -8,19 +8,19 @@ use std::time::Instant;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::fake_podman::FakePodman;
 use crate::harness::{self, Files, Options, Server, eventually, marked_seconds, wait_gone, wait_running};
 use crate::leftovers;
-use crate::stand_in::StandIn;
 
-/// A configuration, and programs beside it, for `coderunner run`.
-struct Once {
+/// Runs `coderunner run` with a configuration, on programs that it writes beside it.
+struct RunCommand {
     files: Files,
     config: &'static str,
 }
 
-impl Once {
-    fn new(config: &'static str) -> Once {
-        Once { files: Files::new(&Once::options(config)), config }
+impl RunCommand {
+    fn new(config: &'static str) -> RunCommand {
+        RunCommand { files: Files::new(&RunCommand::options(config)), config }
     }
 
     fn options(config: &str) -> Options<'_> {
@@ -33,15 +33,15 @@ impl Once {
         path
     }
 
-    /// `coderunner run` with pipes, of this code with these arguments.
+    /// Starts `coderunner run` with pipes as standard streams.
     fn start(&self, name: &str, code: &str, args: &[&str]) -> Child {
         let path = self.write(name, code);
-        let mut command = self.files.command("run", &Once::options(self.config));
+        let mut command = self.files.command("run", &RunCommand::options(self.config));
         command.arg(path).args(args);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }
 
-    /// The whole run, with this input; nothing of it is left.
+    /// Runs a program to its end, and checks that nothing is left behind.
     fn run(&self, name: &str, code: &str, args: &[&str], stdin: &[u8]) -> Output {
         let started = Instant::now();
         let child = self.start(name, code, args);
@@ -56,7 +56,7 @@ fn text(bytes: &[u8]) -> &str {
     std::str::from_utf8(bytes).unwrap()
 }
 
-/// What went to stderr, without the log's lines: these begin with the year.
+/// Returns stderr without log lines, which begin with the year.
 fn stderr(output: &Output) -> String {
     let lines = text(&output.stderr).lines().filter(|line| !line.starts_with("20"));
     lines.map(|line| format!("{line}\n")).collect()
@@ -64,44 +64,44 @@ fn stderr(output: &Output) -> String {
 
 #[test]
 fn run_command_passes_stdin_arguments_streams_and_exit_code() {
-    let once = Once::new("");
+    let cli = RunCommand::new("");
     let code = "echo out \"$#\" \"$@\"; echo err >&2; cat; exit 3";
     let input = b"typed\0\xff\nwithout end";
-    let output = once.run("main.sh", code, &["--help", "-l", "--", "a b", "$(c)", ""], input);
+    let output = cli.run("main.sh", code, &["--help", "-l", "--", "a b", "$(c)", ""], input);
     assert_eq!(output.stdout, [b"out 6 --help -l -- a b $(c) \n", &input[..]].concat());
     assert_eq!((stderr(&output).as_str(), output.status.code()), ("err\n", Some(3)));
 }
 
 #[test]
 fn run_command_exits_with_the_code_of_the_program() {
-    let once = Once::new("");
+    let cli = RunCommand::new("");
     // 125, 126 and 127 are podman's own codes.
     for code in [0, 125, 126, 127, 255] {
-        let output = once.run("main.sh", &format!("echo before; exit {code}"), &[], b"");
+        let output = cli.run("main.sh", &format!("echo before; exit {code}"), &[], b"");
         assert_eq!((text(&output.stdout), output.status.code()), ("before\n", Some(code)));
         assert_eq!(stderr(&output), "");
     }
-    let output = once.run("main.sh", "kill -KILL $$", &[], b"");
+    let output = cli.run("main.sh", "kill -KILL $$", &[], b"");
     assert_eq!(output.status.code(), Some(128 + 9));
     assert_eq!(stderr(&output), "coderunner: ended by signal 9 (SIGKILL)\n");
 }
 
 #[test]
 fn run_command_exits_with_1_on_compile_error_and_124_on_timeout() {
-    let once = Once::new("[limits]\nrun_time = \"2s\"");
-    let output = once.run("main.c", "int main(void) { return missing; }\n", &[], b"");
+    let cli = RunCommand::new("[limits]\nrun_time = \"2s\"");
+    let output = cli.run("main.c", "int main(void) { return missing; }\n", &[], b"");
     assert_eq!((output.stdout.as_slice(), output.status.code()), (&b""[..], Some(1)));
     assert!(stderr(&output).contains("missing"), "{output:?}");
-    let output = once.run("main.sh", "echo so far; sleep 60", &[], b"");
+    let output = cli.run("main.sh", "echo so far; sleep 60", &[], b"");
     assert_eq!((text(&output.stdout), output.status.code()), ("so far\n", Some(124)));
     assert!(stderr(&output).starts_with("coderunner: killed: out of time after "), "{output:?}");
 }
 
 #[test]
 fn run_command_truncates_each_stream_separately() {
-    let once = Once::new("[limits]\nrun_time = \"60s\"\nrun_cpu_time = \"60s\"");
+    let cli = RunCommand::new("[limits]\nrun_time = \"60s\"\nrun_cpu_time = \"60s\"");
     let code = "head -c 10485760 /dev/zero & head -c 10485760 /dev/zero >&2 & wait; exit 7";
-    let output = once.run("main.sh", code, &[], b"");
+    let output = cli.run("main.sh", code, &[], b"");
     assert_eq!(output.status.code(), Some(7));
     assert_eq!(output.stdout.len(), 262_144);
     let zeros = output.stderr.iter().filter(|byte| **byte == 0).count();
@@ -112,15 +112,19 @@ fn run_command_truncates_each_stream_separately() {
 
 #[test]
 fn run_command_takes_the_language_from_file_name_or_option() {
-    let once = Once::new("");
-    let output = once.run("main.py", "print('python')", &[], b"");
+    let cli = RunCommand::new("");
+    let output = cli.run("main.py", "print('python')", &[], b"");
     assert_eq!(text(&output.stdout), "python\n");
-    let path = once.write("program", "echo \"bash $1\"");
+    let path = cli.write("program", "echo \"bash $1\"");
     let run = |args: &[&str]| {
-        let mut command = once.files.command("run", &Once::options(""));
+        let mut command = cli.files.command("run", &RunCommand::options(""));
         harness::output(command.args(args).arg(&path).arg("-l"), b"")
     };
-    assert_eq!(text(&run(&["-l", "sh"]).stdout), "bash -l\n", "an alias, and what is after the file is the program's");
+    assert_eq!(
+        text(&run(&["-l", "sh"]).stdout),
+        "bash -l\n",
+        "-l takes an alias, and arguments after the file belong to the program"
+    );
     let output = run(&[]);
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("name it with -l (one of bash, c, "), "{output:?}");
@@ -131,14 +135,14 @@ fn run_command_takes_the_language_from_file_name_or_option() {
 
 #[test]
 fn run_command_accepts_extra_files_stdin_and_limits() {
-    let once = Once::new("");
-    let dir = once.files.dir();
+    let cli = RunCommand::new("");
+    let dir = cli.files.dir();
     std::fs::create_dir(dir.join("lib")).unwrap();
-    once.write("lib/one", "one\n");
-    once.write("two", "two\n");
-    once.write("main.sh", "cat lib/one two; cat; echo err >&2; sleep ${1:-0}");
+    cli.write("lib/one", "one\n");
+    cli.write("two", "two\n");
+    cli.write("main.sh", "cat lib/one two; cat; echo err >&2; sleep ${1:-0}");
     let run = |args: &[&str]| {
-        let mut command = once.files.command("run", &Once::options(""));
+        let mut command = cli.files.command("run", &RunCommand::options(""));
         // Paths below the working directory are kept, others are placed beside the program.
         let files = ["--file", "lib/one", "--file", dir.join("two").to_str().unwrap()].map(str::to_owned);
         harness::output(command.current_dir(dir).args(files).args(args), b"not read")
@@ -166,15 +170,15 @@ fn run_command_accepts_extra_files_stdin_and_limits() {
 
 #[test]
 fn run_command_shows_progress_only_on_a_terminal() {
-    let once = Once::new("");
-    let path = once.write(
+    let cli = RunCommand::new("");
+    let path = cli.write(
         "main.c",
         "#include <stdio.h>\nint main(void) { puts(\"hello\"); fflush(stdout); *(volatile int *)0 = 1; }\n",
     );
-    let mut command = once.files.command("run", &Once::options(""));
+    let mut command = cli.files.command("run", &RunCommand::options(""));
     let words = [command.get_program()].into_iter().chain(command.get_args()).map(|word| word.to_str().unwrap());
     let line = words.chain([path.to_str().unwrap()]).map(|word| format!("'{word}'")).collect::<Vec<_>>().join(" ");
-    // A terminal of its own, whose output we read.
+    // `script` runs the command on a pseudo-terminal.
     let mut script = std::process::Command::new("script");
     for (name, value) in command.get_envs() {
         match value {
@@ -196,36 +200,36 @@ fn run_command_shows_progress_only_on_a_terminal() {
 #[test]
 fn manual_pages_and_completions_cover_the_commands() {
     let dir = tempfile::tempdir().unwrap();
-    let tell = |args: &[&str]| {
+    let print = |args: &[&str]| {
         let output = harness::output(std::process::Command::new(harness::executable()).args(args), b"");
         assert_eq!(output.status.code(), Some(0), "{output:?}");
         text(&output.stdout).to_owned()
     };
-    tell(&["man", dir.path().to_str().unwrap()]);
+    print(&["man", dir.path().to_str().unwrap()]);
     let page = std::fs::read_to_string(dir.path().join("coderunner-run.1")).unwrap();
     assert!(page.contains("\\-\\-memory"), "{page}");
-    assert!(!dir.path().join("coderunner-init.1").exists(), "what is for itself alone has none");
+    assert!(!dir.path().join("coderunner-init.1").exists(), "internal commands have no manual page");
     for shell in ["bash", "zsh", "fish"] {
-        let script = tell(&["completions", shell]);
+        let script = print(&["completions", shell]);
         for word in ["serve", "doctor", "memory"] {
-            assert!(script.contains(word), "{word} is not in that of {shell}");
+            assert!(script.contains(word), "{word} is not in the completions of {shell}");
         }
     }
 }
 
 #[test]
 fn interrupted_run_command_leaves_nothing() {
-    let once = Once::new("[limits]\nrun_time = \"120s\"");
-    // The latter where the terminal was closed.
+    let cli = RunCommand::new("[limits]\nrun_time = \"120s\"");
+    // SIGHUP is what a closed terminal sends.
     for signal in [Signal::SIGINT, Signal::SIGHUP] {
         let mark = marked_seconds(100);
         let started = Instant::now();
-        let mut child = once.start("main.sh", &format!("sleep {mark}"), &[]);
+        let mut child = cli.start("main.sh", &format!("sleep {mark}"), &[]);
         let instance = format!("run-{}", child.id());
         wait_running(&mark);
         assert!(!leftovers::containers(&instance).is_empty());
         kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
-        let status = eventually("its end", || child.try_wait().unwrap());
+        let status = eventually("the command exits", || child.try_wait().unwrap());
         assert_eq!(status.code(), Some(130));
         wait_gone(&mark);
         leftovers::assert_none(&instance, started);
@@ -234,10 +238,10 @@ fn interrupted_run_command_leaves_nothing() {
 
 #[test]
 fn run_command_under_nohup_survives_sighup() {
-    let once = Once::new("");
-    let path = once.write("main.sh", "echo ready; read line; echo $line");
-    let command = once.files.command("run", &Once::options(""));
-    // What nohup does.
+    let cli = RunCommand::new("");
+    let path = cli.write("main.sh", "echo ready; read line; echo $line");
+    let command = cli.files.command("run", &RunCommand::options(""));
+    // Ignores SIGHUP as nohup does.
     let mut shell = std::process::Command::new("sh");
     shell.args(["-c", "trap '' HUP; exec \"$0\" \"$@\""]).arg(command.get_program()).args(command.get_args()).arg(path);
     for (name, value) in command.get_envs() {
@@ -258,9 +262,9 @@ fn run_command_under_nohup_survives_sighup() {
 #[test]
 fn run_command_can_be_interrupted_during_an_image_pull() {
     let mark = marked_seconds(10_000);
-    let hangs = StandIn::new(&format!("[ \"$1\" != pull ] || exec sleep {mark}"));
-    let config = format!("{}[language.bash]\nimage = \"registry.invalid/bash:latest\"", hangs.config());
-    let options = Once::options(&config);
+    let fake = FakePodman::new(&format!("[ \"$1\" != pull ] || exec sleep {mark}"));
+    let config = format!("{}[language.bash]\nimage = \"registry.invalid/bash:latest\"", fake.config());
+    let options = RunCommand::options(&config);
     let files = Files::new(&options);
     let path = files.dir().join("main.sh");
     std::fs::write(&path, "echo never").unwrap();
@@ -268,7 +272,7 @@ fn run_command_can_be_interrupted_during_an_image_pull() {
     let mut child = files.command("run", &options).arg(path).stderr(Stdio::null()).spawn().unwrap();
     wait_running(&mark);
     kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
-    let status = eventually("its end", || child.try_wait().unwrap());
+    let status = eventually("the command exits", || child.try_wait().unwrap());
     assert_eq!(status.code(), Some(130));
     wait_gone(&mark);
     leftovers::assert_none(&format!("run-{}", child.id()), started);
@@ -309,33 +313,33 @@ fn version_and_help_need_no_configuration() {
         let output = harness::output(std::process::Command::new(harness::executable()).arg(word), b"");
         assert_eq!(output.status.code(), Some(0));
         assert!(text(&output.stdout).contains(expected), "{output:?}");
-        assert!(!text(&output.stdout).contains("PID 1"), "what is for itself alone is hidden");
+        assert!(!text(&output.stdout).contains("PID 1"), "internal commands are hidden");
     }
 }
 
-/// Runs a command with such a stdout and stderr to its end; nothing is left of a run.
-fn ends(command: &mut std::process::Command, stdout: Stdio, stderr: Stdio) -> Output {
+/// Runs a command with these for stdout and stderr to its end, and checks that it leaves nothing behind.
+fn run_with_output_to(command: &mut std::process::Command, stdout: Stdio, stderr: Stdio) -> Output {
     let started = Instant::now();
     let mut child = command.stdin(Stdio::null()).stdout(stdout).stderr(stderr).spawn().unwrap();
-    eventually("its end", || child.try_wait().unwrap());
+    eventually("the command exits", || child.try_wait().unwrap());
     leftovers::assert_none(&format!("run-{}", child.id()), started);
     child.wait_with_output().unwrap()
 }
 
-fn full() -> Stdio {
+fn full_disk() -> Stdio {
     std::fs::File::options().write(true).open("/dev/full").unwrap().into()
 }
 
-/// A pipe whose reader has left.
-fn unread() -> Stdio {
+/// A pipe whose reading end is closed.
+fn closed_pipe() -> Stdio {
     std::io::pipe().unwrap().1.into()
 }
 
-/// Looks at how a command takes it that its output cannot be written.
-fn ends_as_others_do(words: &str, mut command: impl FnMut() -> std::process::Command) {
-    let output = ends(&mut command(), unread(), Stdio::piped());
+/// Checks that a command whose output cannot be written exits with the usual codes and messages.
+fn assert_handles_write_errors(words: &str, mut command: impl FnMut() -> std::process::Command) {
+    let output = run_with_output_to(&mut command(), closed_pipe(), Stdio::piped());
     assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(128 + 13), ""), "{words}: as after SIGPIPE");
-    let output = ends(&mut command(), full(), Stdio::piped());
+    let output = run_with_output_to(&mut command(), full_disk(), Stdio::piped());
     let said = stderr(&output);
     assert_eq!((output.status.code(), said.lines().count()), (Some(1), 1), "{words}: {output:?}");
     assert!(said.starts_with("coderunner: cannot write to stdout: No space left"), "{words}: {said}");
@@ -343,10 +347,10 @@ fn ends_as_others_do(words: &str, mut command: impl FnMut() -> std::process::Com
 
 #[test]
 fn commands_exit_without_panic_when_output_cannot_be_written() {
-    let options = Once::options("");
+    let options = RunCommand::options("");
     let files = Files::new(&options);
     for words in ["config", "key", "completions bash", "--help", "run --help"] {
-        ends_as_others_do(words, || match words {
+        assert_handles_write_errors(words, || match words {
             "config" => files.command(words, &options),
             _ => {
                 let mut command = std::process::Command::new(harness::executable());
@@ -355,13 +359,13 @@ fn commands_exit_without_panic_when_output_cannot_be_written() {
             }
         });
     }
-    // What goes wrong is told by the exit code where it cannot be told in words.
+    // Where stderr cannot be written either, the exit code still reports the error.
     for (words, code) in [("run missing.sh", 1), ("completions no-shell", 2), ("agent", 1), ("init", 1)] {
-        for stderr in [full, unread] {
-            // Init is passed a descriptor, though not this.
+        for stderr in [full_disk, closed_pipe] {
+            // Init expects its channel as descriptor 3, which is not one here.
             let mut command = std::process::Command::new("sh");
             command.args(["-c", "exec \"$@\" 3</dev/null", "sh"]).arg(harness::executable()).args(words.split(' '));
-            let output = ends(&mut command, Stdio::null(), stderr());
+            let output = run_with_output_to(&mut command, Stdio::null(), stderr());
             assert_eq!(output.status.code(), Some(code), "{words}");
         }
     }
@@ -369,16 +373,16 @@ fn commands_exit_without_panic_when_output_cannot_be_written() {
 
 #[test]
 fn run_command_stops_when_its_output_cannot_be_written() {
-    let once = Once::new("[limits]\nrun_time = \"120s\"\nrun_cpu_time = \"120s\"");
-    let path = once.write("main.sh", "echo begun; while :; do sleep 0.1; echo more; done");
-    let short = once.write("short.sh", "echo done");
-    ends_as_others_do("run", || {
-        let mut command = once.files.command("run", &Once::options(once.config));
+    let cli = RunCommand::new("[limits]\nrun_time = \"120s\"\nrun_cpu_time = \"120s\"");
+    let path = cli.write("main.sh", "echo begun; while :; do sleep 0.1; echo more; done");
+    let short = cli.write("short.sh", "echo done");
+    assert_handles_write_errors("run", || {
+        let mut command = cli.files.command("run", &RunCommand::options(cli.config));
         command.arg(&path);
         command
     });
-    ends_as_others_do("run --json", || {
-        let mut command = once.files.command("run", &Once::options(once.config));
+    assert_handles_write_errors("run --json", || {
+        let mut command = cli.files.command("run", &RunCommand::options(cli.config));
         command.arg("--json").arg(&short);
         command
     });
@@ -388,6 +392,6 @@ fn run_command_stops_when_its_output_cannot_be_written() {
 fn update_command_exits_when_its_reader_is_gone() {
     let options = Options { languages: &["bash"], ..Options::default() };
     let server = Server::start(options.clone());
-    ends_as_others_do("update", || server.files().command("update", &options));
+    assert_handles_write_errors("update", || server.files().command("update", &options));
     server.stop();
 }

@@ -1,5 +1,5 @@
-//! A small HTTP/1.1 client. Each request has a connection of its own, which a test can close or hold at will:
-//! for the server that is what a client is.
+//! A small HTTP/1.1 client. Each request has its own connection, which a test can close or keep open at will, so that
+//! each request looks like a client of its own to the server.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde_json::Value;
 
-/// How long an answer may take. Longer than whatever a test waits for: when it ends, something is stuck.
+/// Timeout of an answer. Longer than anything that a test waits for: when it expires, something hangs.
 const ANSWER_TIME: Duration = Duration::from_secs(120);
 
-/// The answer of `POST /coderunner`: exactly these fields, or it is none.
+/// The answer of `POST /coderunner`. Missing or additional fields are an error.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Answer {
@@ -21,7 +21,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// The answer to a program that compiled in silence.
+    /// The answer to a program that compiled without messages.
     pub fn ran(output: &str) -> Answer {
         Answer { status: 1, compile_output: String::new(), run_output: output.to_owned() }
     }
@@ -36,7 +36,7 @@ pub struct Reply {
 }
 
 impl Reply {
-    /// A header's value, whatever the case of its name.
+    /// The value of a header; the case of its name does not matter.
     pub fn header(&self, name: &str) -> Option<&str> {
         let is = |(key, _): &&(String, String)| key.eq_ignore_ascii_case(name);
         self.headers.iter().find(is).map(|(_, value)| value.as_str())
@@ -46,13 +46,13 @@ impl Reply {
         serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("no JSON ({error}): {self:?}"))
     }
 
-    /// The outcome of a run; panics where there is none.
+    /// The outcome of a run; panics if the status is not 200.
     pub fn answer(&self) -> Answer {
-        assert_eq!(self.status, 200, "no outcome: {}", String::from_utf8_lossy(&self.body));
+        assert_eq!(self.status, 200, "{}", String::from_utf8_lossy(&self.body));
         serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("no answer ({error}): {self:?}"))
     }
 
-    /// The text of an error; panics where the body is anything but `{"message": "…"}`.
+    /// The text of an error; panics unless the body is exactly `{"message": "…"}`.
     pub fn message(&self) -> String {
         let body = self.json();
         let fields = body.as_object().unwrap_or_else(|| panic!("no object: {body}"));
@@ -61,11 +61,11 @@ impl Reply {
     }
 }
 
-/// A request under way. Dropping it closes the connection: the client has left.
+/// A request under way. Dropping it closes the connection, as a client does that disconnects.
 pub struct Pending {
     stream: TcpStream,
     deadline: Instant,
-    /// To HEAD there is no body, whatever the headers tell of its length.
+    /// The answer to HEAD has no body, although it has a `Content-Length`.
     bodiless: bool,
 }
 
@@ -82,13 +82,13 @@ pub fn head(method: &str, path: &str, headers: &[(&str, &str)], length: usize) -
 }
 
 impl Pending {
-    /// Connects and sends these bytes as they are.
+    /// Connects and sends these bytes unchanged.
     pub fn send(address: SocketAddr, bytes: &[u8]) -> Pending {
         let stream = TcpStream::connect(address).unwrap_or_else(|error| panic!("cannot connect to {address}: {error}"));
         stream.set_write_timeout(Some(ANSWER_TIME)).unwrap();
         let mut pending =
             Pending { stream, deadline: Instant::now() + ANSWER_TIME, bodiless: bytes.starts_with(b"HEAD ") };
-        // A server that answers early may close before it has read all: its answer tells, not this.
+        // A server that answers early may close the connection before it has read everything. Only its answer counts.
         let _ = pending.stream.write_all(bytes);
         pending
     }
@@ -98,7 +98,7 @@ impl Pending {
         let _ = self.stream.write_all(bytes);
     }
 
-    /// Says that nothing more will be sent, and goes on reading.
+    /// Closes the sending direction; the answer can still be read.
     pub fn end_of_request(&self) {
         let _ = self.stream.shutdown(Shutdown::Write);
     }
@@ -108,7 +108,7 @@ impl Pending {
         self.try_reply().unwrap_or_else(|error| panic!("no answer: {error}"))
     }
 
-    /// Waits for the whole answer; an error where the connection ended without one.
+    /// Waits for the whole answer; fails if the connection ends without one.
     pub fn try_reply(mut self) -> std::io::Result<Reply> {
         let mut bytes = Vec::new();
         loop {
@@ -121,10 +121,10 @@ impl Pending {
         }
     }
 
-    /// Everything that arrives until the server closes the connection.
-    pub fn all(mut self) -> Vec<u8> {
+    /// Reads until the server closes the connection.
+    pub fn read_to_end(mut self) -> Vec<u8> {
         let mut bytes = Vec::new();
-        while self.read(&mut bytes).unwrap_or_else(|error| panic!("no end of the answer: {error}")) > 0 {}
+        while self.read(&mut bytes).unwrap_or_else(|error| panic!("the answer does not end: {error}")) > 0 {}
         bytes
     }
 
@@ -149,7 +149,7 @@ impl Pending {
     }
 }
 
-/// The body of an answer that came in chunks, without their framing.
+/// Decodes the body of an answer with `Transfer-Encoding: chunked`.
 pub fn unchunked(answer: &[u8]) -> Vec<u8> {
     let end = |bytes: &[u8], of: &[u8]| bytes.windows(of.len()).position(|window| window == of).map(|at| at + of.len());
     let mut rest = &answer[end(answer, b"\r\n\r\n").expect("a head")..];
@@ -163,7 +163,7 @@ pub fn unchunked(answer: &[u8]) -> Vec<u8> {
     body
 }
 
-/// The reply, once all of it has arrived. The server frames all its answers by their length.
+/// Parses a reply once all of it has arrived. Such answers have a `Content-Length`.
 fn parse(bytes: &[u8], bodiless: bool) -> Option<Reply> {
     let mut headers = [httparse::EMPTY_HEADER; 32];
     let mut response = httparse::Response::new(&mut headers);

@@ -1,4 +1,4 @@
-//! The WebSocket of Piston's API, and server-sent events.
+//! Runs with live output: the WebSocket of Piston's API, and server-sent events.
 
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tungstenite::{Message, WebSocket};
 
 use crate::client::{Pending, unchunked};
-use crate::faults::{Killing, inside};
+use crate::faults::{KillMethod, init_processes};
 use crate::harness::{self, Options, PATIENCE, Server, eventually};
 
 fn serve(config: &str) -> Server {
@@ -26,21 +26,21 @@ impl Socket {
         Socket(socket)
     }
 
-    /// Opens one and says what to run.
+    /// Opens a socket and sends the `init` message.
     fn begin(server: &Server, code: &str) -> Socket {
         let mut socket = Socket::open(server);
-        socket.say(json!({"type": "init", "language": "bash", "version": "*", "files": [{"content": code}]}));
-        let runtime = socket.hear().unwrap();
+        socket.send(json!({"type": "init", "language": "bash", "version": "*", "files": [{"content": code}]}));
+        let runtime = socket.receive().unwrap();
         assert_eq!(runtime, json!({"type": "runtime", "language": "bash", "version": "5.0.0"}));
         socket
     }
 
-    fn say(&mut self, message: Value) {
+    fn send(&mut self, message: Value) {
         self.0.send(Message::text(message.to_string())).unwrap();
     }
 
-    /// The next message, or the code with which the server closes.
-    fn hear(&mut self) -> Result<Value, u16> {
+    /// Receives the next message, or the code with which the server closes.
+    fn receive(&mut self) -> Result<Value, u16> {
         loop {
             match self.0.read().unwrap() {
                 Message::Text(text) => return Ok(serde_json::from_str(text.as_str()).unwrap()),
@@ -50,13 +50,13 @@ impl Socket {
         }
     }
 
-    /// Everything until it closes, and the code.
-    fn all(&mut self) -> (Vec<Value>, u16) {
-        let mut heard = Vec::new();
+    /// Receives all messages until the server closes, and the code with which it does.
+    fn receive_all(&mut self) -> (Vec<Value>, u16) {
+        let mut received = Vec::new();
         loop {
-            match self.hear() {
-                Ok(message) => heard.push(message),
-                Err(code) => return (heard, code),
+            match self.receive() {
+                Ok(message) => received.push(message),
+                Err(code) => return (received, code),
             }
         }
     }
@@ -81,36 +81,36 @@ fn websocket_from_a_disallowed_origin_returns_403() {
     }
 }
 
-/// What was printed on a stream.
-fn printed(heard: &[Value], stream: &str) -> String {
+/// The output on one stream.
+fn output(received: &[Value], stream: &str) -> String {
     let is = |message: &&Value| message["type"] == "data" && message["stream"] == stream;
-    heard.iter().filter(is).map(|message| message["data"].as_str().unwrap()).collect()
+    received.iter().filter(is).map(|message| message["data"].as_str().unwrap()).collect()
 }
 
 #[test]
 fn websocket_exchanges_input_and_output_with_a_program() {
     let server = serve("");
     let mut socket = Socket::begin(&server, "echo ready; read name; echo hello $name; echo wrong >&2; cat; exit 3");
-    let (mut heard, mut typed) = (Vec::new(), false);
+    let (mut received, mut typed) = (Vec::new(), false);
     let code = loop {
-        match socket.hear() {
-            Ok(message) => heard.push(message),
+        match socket.receive() {
+            Ok(message) => received.push(message),
             Err(code) => break code,
         }
-        // Only when it asks: output comes while it runs.
-        if !typed && printed(&heard, "stdout") == "ready\n" {
+        // Input is sent only after the first output has arrived, so output must come while the program runs.
+        if !typed && output(&received, "stdout") == "ready\n" {
             typed = true;
-            socket.say(json!({"type": "something of tomorrow"}));
-            socket.say(json!({"type": "data", "stream": "stdin", "data": "world\n"}));
-            socket.say(json!({"type": "data", "stream": "stdin", "data": "rest é\n"}));
-            socket.say(json!({"type": "eof"}));
+            socket.send(json!({"type": "unknown message type"}));
+            socket.send(json!({"type": "data", "stream": "stdin", "data": "world\n"}));
+            socket.send(json!({"type": "data", "stream": "stdin", "data": "rest é\n"}));
+            socket.send(json!({"type": "eof"}));
         }
     };
     assert_eq!(code, 4999);
-    assert!(heard.contains(&json!({"type": "stage", "stage": "run"})), "{heard:?}");
-    assert_eq!(printed(&heard, "stdout"), "ready\nhello world\nrest é\n");
-    assert_eq!(printed(&heard, "stderr"), "wrong\n");
-    let exit = heard.last().unwrap();
+    assert!(received.contains(&json!({"type": "stage", "stage": "run"})), "{received:?}");
+    assert_eq!(output(&received, "stdout"), "ready\nhello world\nrest é\n");
+    assert_eq!(output(&received, "stderr"), "wrong\n");
+    let exit = received.last().unwrap();
     assert_eq!((&exit["type"], &exit["stage"], &exit["code"]), (&json!("exit"), &json!("run"), &json!(3)), "{exit}");
     assert_eq!((&exit["signal"], &exit["verdict"]), (&json!(null), &json!("runtime_error")));
     server.stop();
@@ -120,17 +120,17 @@ fn websocket_exchanges_input_and_output_with_a_program() {
 fn websocket_forwards_signals_to_the_program() {
     let server = serve("");
     let mut socket = Socket::begin(&server, "trap 'echo caught; exit 5' USR1; echo ready; while :; do sleep 0.1; done");
-    while socket.hear().unwrap()["data"] != "ready\n" {}
-    socket.say(json!({"type": "signal", "signal": "SIGUSR1"}));
-    let (heard, code) = socket.all();
-    assert_eq!((printed(&heard, "stdout").as_str(), code), ("caught\n", 4999));
-    assert_eq!(heard.last().unwrap()["code"], 5);
+    while socket.receive().unwrap()["data"] != "ready\n" {}
+    socket.send(json!({"type": "signal", "signal": "SIGUSR1"}));
+    let (received, code) = socket.receive_all();
+    assert_eq!((output(&received, "stdout").as_str(), code), ("caught\n", 4999));
+    assert_eq!(received.last().unwrap()["code"], 5);
 
     let mut socket = Socket::begin(&server, "echo ready; exec sleep 100");
-    while socket.hear().unwrap()["data"] != "ready\n" {}
-    socket.say(json!({"type": "signal", "signal": "SIGKILL"}));
-    let (heard, code) = socket.all();
-    assert_eq!((&heard.last().unwrap()["signal"], code), (&json!("SIGKILL"), 4999));
+    while socket.receive().unwrap()["data"] != "ready\n" {}
+    socket.send(json!({"type": "signal", "signal": "SIGKILL"}));
+    let (received, code) = socket.receive_all();
+    assert_eq!((&received.last().unwrap()["signal"], code), (&json!("SIGKILL"), 4999));
     server.stop();
 }
 
@@ -138,19 +138,19 @@ fn websocket_forwards_signals_to_the_program() {
 fn flood_of_signals_does_not_fail_the_run() {
     let server = serve("containers = 1");
     let mut socket = Socket::begin(&server, "echo ready; read line; echo $line");
-    while socket.hear().unwrap()["data"] != "ready\n" {}
-    // As one is that gets nothing of a busy processor: it takes none of them.
-    let inits = inside(&server);
+    while socket.receive().unwrap()["data"] != "ready\n" {}
+    // A stopped init reads no messages, like one that gets no CPU time.
+    let inits = init_processes(&server);
     let signal = |signal| inits.iter().for_each(|init| kill(*init, signal).unwrap());
     signal(Signal::SIGSTOP);
     for _ in 0..20_000 {
-        socket.say(json!({"type": "signal", "signal": "SIGCONT"}));
+        socket.send(json!({"type": "signal", "signal": "SIGCONT"}));
     }
-    socket.say(json!({"type": "data", "stream": "stdin", "data": "heard\n"}));
-    let next = socket.hear();
+    socket.send(json!({"type": "data", "stream": "stdin", "data": "heard\n"}));
+    let next = socket.receive();
     signal(Signal::SIGCONT);
     assert_eq!(next.unwrap()["data"], "heard\n");
-    assert_eq!(socket.all().1, 4999);
+    assert_eq!(socket.receive_all().1, 4999);
     server.stop();
 }
 
@@ -159,9 +159,9 @@ fn websocket_protocol_errors_close_with_piston_codes() {
     let server = serve("");
     let closed = |messages: &[Value]| {
         let mut socket = Socket::open(&server);
-        messages.iter().for_each(|message| socket.say(message.clone()));
-        let (heard, code) = socket.all();
-        (heard.last().map(|message| message["type"].clone()), code)
+        messages.iter().for_each(|message| socket.send(message.clone()));
+        let (received, code) = socket.receive_all();
+        (received.last().map(|message| message["type"].clone()), code)
     };
     let init = json!({"type": "init", "language": "bash", "version": "*", "files": [{"content": "cat"}]});
     let data = |stream: &str| json!({"type": "data", "stream": stream, "data": "x"});
@@ -184,9 +184,9 @@ fn websocket_protocol_errors_close_with_piston_codes() {
 fn websocket_output_has_the_usual_limits() {
     let server = serve("limits = { output = \"1KiB\", output_total = \"64KiB\" }");
     let mut socket = Socket::begin(&server, "while :; do echo 0123456789; done");
-    let (heard, code) = socket.all();
-    assert_eq!((printed(&heard, "stdout").len(), code), (1024, 4999));
-    let exit = heard.last().unwrap();
+    let (received, code) = socket.receive_all();
+    assert_eq!((output(&received, "stdout").len(), code), (1024, 4999));
+    let exit = received.last().unwrap();
     assert_eq!((&exit["status"], &exit["verdict"]), (&json!("OL"), &json!("output_limit")), "{exit}");
     server.stop();
 }
@@ -200,15 +200,15 @@ fn websocket_disconnect_frees_the_container() {
     drop(socket);
     harness::wait_gone(&mark);
     assert_eq!(server.run("echo next").run_output, "next\n");
-    // A shutdown ends a conversation, too.
+    // A shutdown ends an interactive run, too.
     let mut socket = Socket::begin(&server, "sleep 50");
-    while socket.hear().unwrap()["type"] != "stage" {}
+    while socket.receive().unwrap()["type"] != "stage" {}
     server.stop();
 }
 
 #[test]
 fn open_websockets_count_as_connections() {
-    // Half of them are for connections.
+    // Half of the descriptors are for connections.
     let options = Options { languages: &["bash"], containers: 1, descriptors: Some(300), ..Options::default() };
     let server = Server::start(options);
     let (sockets, late) = eventually("150 sockets are open at once", || {
@@ -216,12 +216,12 @@ fn open_websockets_count_as_connections() {
         let sockets: Vec<Socket> = (0..150).map(|_| Socket::open(&server)).collect();
         let late = server.begin_request("GET", "/healthz", &[], b"");
         std::thread::sleep(Duration::from_millis(500));
-        let has_place = late.has_begun();
-        // Those on which nothing is said are closed after a while.
+        let was_answered = late.has_begun();
+        // The server closes idle sockets after a while; try again if that may have happened.
         if began.elapsed() > Duration::from_secs(5) {
             return None;
         }
-        assert!(!has_place, "it has a place beside 150 sockets");
+        assert!(!was_answered, "a request was served beside 150 sockets");
         Some((sockets, late))
     });
     drop(sockets);
@@ -236,13 +236,13 @@ fn one_byte_writes_are_merged_into_fewer_events() {
     let body = json!({"language": "bash", "version": "*", "files": [{"content": trickle}]}).to_string();
     let headers = [("Content-Type", "application/json"), ("Accept", "text/event-stream")];
     let began = Instant::now();
-    let answer = server.begin_request("POST", "/api/v2/execute", &headers, body.as_bytes()).all();
+    let answer = server.begin_request("POST", "/api/v2/execute", &headers, body.as_bytes()).read_to_end();
     let text = String::from_utf8(unchunked(&answer)).unwrap();
-    let told = text.matches("event:data").count();
-    // At once the first thousand of each stream, then one in a millisecond.
-    assert!(told as u128 <= 2 * (1001 + began.elapsed().as_millis()), "{told}");
+    let events = text.matches("event:data").count();
+    // The first thousand events of each stream are sent at once, then at most one per millisecond.
+    assert!(events as u128 <= 2 * (1001 + began.elapsed().as_millis()), "{events}");
     assert_eq!(text.matches("\"stdout\":\"").count(), 1);
-    assert!(text.contains(&"o".repeat(60_000)) && text.contains(&"e".repeat(60_000)), "all of it is kept");
+    assert!(text.contains(&"o".repeat(60_000)) && text.contains(&"e".repeat(60_000)), "all output is kept");
     server.stop();
 }
 
@@ -252,7 +252,7 @@ fn execute_sends_server_sent_events_on_request() {
     let watch = |path: &str, body: &Value| {
         let headers = [("Content-Type", "application/json"), ("Accept", "text/event-stream")];
         let pending = server.begin_request("POST", path, &headers, body.to_string().as_bytes());
-        String::from_utf8(pending.all()).unwrap()
+        String::from_utf8(pending.read_to_end()).unwrap()
     };
     let body = json!({"language": "bash", "version": "*", "files": [{"content": "echo out; echo err >&2; exit 2"}]});
     let first = watch("/api/v2/execute", &body);
@@ -268,7 +268,7 @@ fn execute_sends_server_sent_events_on_request() {
     let plain = watch("/coderunner", &json!({"code": "echo hello"}));
     assert!(plain.contains("{\"compileOutput\":\"\",\"runOutput\":\"hello\\n\",\"status\":1}"), "{plain}");
 
-    // The second of two waits, and is told so.
+    // A second request waits for the only container and receives a `queued` event.
     let mark = harness::marked_seconds(20);
     let busy = server.begin(&format!("sleep {mark}"));
     harness::wait_running(&mark);
@@ -278,7 +278,7 @@ fn execute_sends_server_sent_events_on_request() {
     eventually("the first event", || waiting.has_begun().then_some(()));
     std::thread::sleep(Duration::from_millis(500));
     drop(busy);
-    let text = String::from_utf8(waiting.all()).unwrap();
+    let text = String::from_utf8(waiting.read_to_end()).unwrap();
     assert!(text.contains("event:queued") && text.contains("\"position\":0"), "{text}");
     assert!(text.contains("waited\\n"), "{text}");
     server.stop();
@@ -296,11 +296,11 @@ fn failures_of_streamed_runs_are_logged_once_with_the_request_id() {
     let post = |path: &str, accept: &str, body: Value| {
         let headers = [("Content-Type", "application/json"), ("Accept", accept)];
         let pending = server.begin_request("POST", path, &headers, body.to_string().as_bytes());
-        Box::new(move || String::from_utf8(pending.all()).unwrap())
+        Box::new(move || String::from_utf8(pending.read_to_end()).unwrap())
     };
     let fails = |mark: &str, answer: Box<dyn FnOnce() -> String>| {
         harness::wait_running(mark);
-        Killing::Inside.kill(&server);
+        KillMethod::Inside.kill(&server);
         let answer = answer();
         let id = answer.split("under request id ").nth(1).unwrap_or_else(|| panic!("no error: {answer}"));
         let id: String = id.chars().take_while(char::is_ascii_alphanumeric).collect();
@@ -321,6 +321,6 @@ fn failures_of_streamed_runs_are_logged_once_with_the_request_id() {
 
     let mark = harness::marked_seconds(50);
     let mut socket = Socket::begin(&server, &format!("sleep {mark}"));
-    fails(&mark, Box::new(move || json!(socket.all().0).to_string()));
+    fails(&mark, Box::new(move || json!(socket.receive_all().0).to_string()));
     server.stop();
 }

@@ -1,4 +1,4 @@
-//! `coderunner doctor`: what it tries, what it says of walls that are not there, and that it leaves nothing.
+//! `coderunner doctor`: which checks it makes, how it reports missing isolation, and that it leaves nothing behind.
 
 use std::process::{Output, Stdio};
 use std::time::Instant;
@@ -7,12 +7,12 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::Deserialize;
 
+use crate::fake_podman::FakePodman;
 use crate::harness::{self, Files, Options, Server, eventually};
 use crate::leftovers;
-use crate::stand_in::StandIn;
 
-/// Everything that is tried in sandboxes.
-const WALLS: [&str; 21] = [
+/// The checks that are made in sandboxes.
+const SANDBOX_CHECKS: [&str; 21] = [
     "Landlock",
     "memory",
     "processes",
@@ -36,8 +36,8 @@ const WALLS: [&str; 21] = [
     "leftovers",
 ];
 
-/// What only a cgroup v2 can limit.
-const OF_CGROUPS: [&str; 3] = ["memory", "processes", "cpu"];
+/// Limits that need cgroup v2.
+const CGROUP_LIMITS: [&str; 3] = ["memory", "processes", "cpu"];
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -58,20 +58,24 @@ struct Check {
 }
 
 impl Report {
-    /// What `coderunner doctor --json` printed; the exit code says the same.
-    fn of(output: &Output) -> Report {
+    /// Parses what `coderunner doctor --json` printed, and checks that it is consistent with the exit code.
+    fn parse(output: &Output) -> Report {
         let report: Report =
             serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
         assert_eq!(output.status.code(), Some(if report.ok { 0 } else { 1 }), "{output:?}");
         assert_eq!(report.ok, report.checks.iter().all(|check| check.status != "fail"), "{report:#?}");
         for check in &report.checks {
-            assert_eq!(check.mend.is_none(), check.status == "ok", "what is not well can be mended: {check:?}");
+            assert_eq!(
+                check.mend.is_none(),
+                check.status == "ok",
+                "exactly the checks that are not ok have a remedy: {check:?}"
+            );
             assert!(!check.expected.is_empty() && !check.seen.is_empty(), "{check:?}");
         }
         report
     }
 
-    /// The only check of this name, of this engine's or of the host.
+    /// The only check with this name, of this engine or, with `None`, of the host.
     fn check(&self, engine: Option<&str>, name: &str) -> &Check {
         let mut found = self.checks.iter().filter(|check| check.engine.as_deref() == engine && check.name == name);
         let check = found.next().unwrap_or_else(|| panic!("no check of {name:?}: {self:#?}"));
@@ -79,14 +83,14 @@ impl Report {
         check
     }
 
-    /// Names of what does not hold with this engine.
-    fn not_well(&self, engine: &str) -> Vec<&str> {
+    /// Names of the checks of this engine that are not ok.
+    fn not_ok(&self, engine: &str) -> Vec<&str> {
         let of_engine = self.checks.iter().filter(|check| check.engine.as_deref() == Some(engine));
         of_engine.filter(|check| check.status != "ok").map(|check| check.name.as_str()).collect()
     }
 }
 
-/// The whole of it with these options and flags; nothing is left.
+/// Runs `coderunner doctor` to its end, and checks that it leaves nothing behind.
 fn doctor(options: &Options, flags: &[&str]) -> Output {
     let started = Instant::now();
     let files = Files::new(options);
@@ -100,7 +104,7 @@ fn assert_nothing_left(instance: &str, started: Instant) {
         leftovers::assert_none(&format!("{instance}-doctor-{engine}"), started);
         let tag = blake3::hash(format!("{instance}-doctor-{engine}").as_bytes()).to_hex()[..12].to_owned();
         let images = leftovers::list(&["images", "--format", "{{.Repository}}:{{.Tag}}"]);
-        assert!(!images.contains(&format!("localhost/coderunner-probe:{tag}")), "an image is left: {images:?}");
+        assert!(!images.contains(&format!("localhost/coderunner-probe:{tag}")), "an image is left behind: {images:?}");
     }
 }
 
@@ -112,22 +116,22 @@ on_each_engine! {
 fn doctor_tries_every_check_and_names_remedies(engine: &str) {
     let config = format!("engine = \"{engine}\"");
     let options = Options { languages: &["bash"], containers: 1, config: &config, ..Options::default() };
-    // Which limits are kept here is the server's word, read from inside a sandbox.
+    // The server, which reads it from inside a sandbox, says which limits are enforced on this host.
     let server = Server::start(options.clone());
-    let unkept: Vec<&str> = OF_CGROUPS.into_iter().filter(|limit| !server.enforces(limit)).collect();
+    let unenforced: Vec<&str> = CGROUP_LIMITS.into_iter().filter(|limit| !server.enforces(limit)).collect();
     server.stop();
-    let report = Report::of(&doctor(&options, &["--json"]));
-    for name in WALLS {
+    let report = Report::parse(&doctor(&options, &["--json"]));
+    for name in SANDBOX_CHECKS {
         let check = report.check(Some(engine), name);
-        assert_eq!(check.status, if unkept.contains(&name) { "fail" } else { "ok" }, "{check:?}");
+        assert_eq!(check.status, if unenforced.contains(&name) { "fail" } else { "ok" }, "{check:?}");
     }
-    assert_eq!(report.not_well(engine), unkept);
+    assert_eq!(report.not_ok(engine), unenforced);
     let other = if engine == "podman" { "direct" } else { "podman" };
-    for name in WALLS {
+    for name in SANDBOX_CHECKS {
         let check = report.check(Some(other), name);
-        assert_ne!(check.status, "fail", "the other engine is not in use: {check:?}");
+        assert_ne!(check.status, "fail", "the other engine is not in use, so its checks cannot fail: {check:?}");
     }
-    // What this host's kernel is set to is not ours to say, but the first of it can always be told.
+    // The other kernel checks depend on the settings of this host; this one is always reported.
     let check = report.check(None, "module loading");
     assert!(check.status != "fail" && check.seen.starts_with("Linux "), "{check:?}");
     if let Some(mend) = &check.mend {
@@ -139,14 +143,14 @@ fn doctor_tries_every_check_and_names_remedies(engine: &str) {
 }
 
 fn doctor_reports_missing_isolation(engine: &str) {
-    let holes = StandIn::replacing(&[
+    let fake = FakePodman::replacing(&[
         ("--network=none", "--network=host"),
         ("--read-only", ""),
         ("--security-opt=no-new-privileges", "--security-opt=unmask=ALL"),
     ]);
-    let config = format!("engine = \"{engine}\"\n{}", holes.config());
+    let config = format!("engine = \"{engine}\"\n{}", fake.config());
     let options = Options { languages: &["bash"], config: &config, ..Options::default() };
-    let report = Report::of(&doctor(&options, &["--json"]));
+    let report = Report::parse(&doctor(&options, &["--json"]));
     assert!(!report.ok);
     if engine == "direct" {
         let check = report.check(Some(engine), "sandbox");
@@ -156,14 +160,14 @@ fn doctor_reports_missing_isolation(engine: &str) {
     for (name, seen) in [
         ("read-only root", "/ is not read-only"),
         ("masked paths", "can be read"),
-        // Sockets are seen on the host's network, unless another test has the port already.
+        // The interfaces of the host network are visible.
         ("network", "interface"),
     ] {
         let check = report.check(Some(engine), name);
         assert!(check.status == "fail" && check.seen.contains(seen), "{check:?}");
     }
     for name in ["wall time", "output", "disk", "uid", "capabilities", "devices", "descriptors"] {
-        assert_eq!(report.check(Some(engine), name).status, "ok", "it has nothing to do with that");
+        assert_eq!(report.check(Some(engine), name).status, "ok", "{name} does not depend on the removed arguments");
     }
 }
 
@@ -173,12 +177,12 @@ fn doctor_table_has_one_line_per_check_and_a_remedy() {
     let output = doctor(&options, &["--engine", "podman"]);
     let table = std::str::from_utf8(&output.stdout).unwrap();
     let (_, of_podman) = table.split_once("engine podman\n").unwrap();
-    for name in WALLS {
-        let is_its = |line: &&str| line.get(6..).is_some_and(|line| line.starts_with(&format!("{name}  ")));
-        assert_eq!(of_podman.lines().filter(is_its).count(), 1, "{name:?}:\n{table}");
+    for name in SANDBOX_CHECKS {
+        let is_its_line = |line: &&str| line.get(6..).is_some_and(|line| line.starts_with(&format!("{name}  ")));
+        assert_eq!(of_podman.lines().filter(is_its_line).count(), 1, "{name:?}:\n{table}");
     }
-    let well = output.status.code() == Some(0);
-    assert_eq!(table.lines().any(|line| line.starts_with("FAIL")), !well, "{table}");
+    let all_ok = output.status.code() == Some(0);
+    assert_eq!(table.lines().any(|line| line.starts_with("FAIL")), !all_ok, "{table}");
     let mut lines = table.lines();
     while let Some(line) = lines.next() {
         if line.starts_with("FAIL") || line.starts_with("note") {
@@ -190,7 +194,7 @@ fn doctor_table_has_one_line_per_check_and_a_remedy() {
 #[test]
 fn doctor_reports_broken_podman_and_tries_no_engine() {
     let options = Options { config: "podman = \"/nonexistent/podman\"", ..Options::default() };
-    let report = Report::of(&doctor(&options, &["--json"]));
+    let report = Report::parse(&doctor(&options, &["--json"]));
     let check = report.check(None, "podman");
     assert!(check.status == "fail" && check.seen.contains("/nonexistent/podman"), "{check:?}");
     assert!(check.mend.as_ref().unwrap().contains("apt-get install podman"), "{check:?}");
@@ -199,11 +203,11 @@ fn doctor_reports_broken_podman_and_tries_no_engine() {
 
 #[test]
 fn doctor_recommends_the_subids_script_for_missing_ids() {
-    let without = StandIn::replacing(&[("cat", "true")]);
-    let report = Report::of(&doctor(&Options { config: &without.config(), ..Options::default() }, &["--json"]));
+    let fake = FakePodman::replacing(&[("cat", "true")]);
+    let report = Report::parse(&doctor(&Options { config: &fake.config(), ..Options::default() }, &["--json"]));
     let check = report.check(None, "subordinate ids");
     assert!(check.status == "fail" && check.seen == "0 ids", "{check:?}");
-    // Beside an executable that is not installed there is none.
+    // An executable that is not installed names the script by its path in the repository.
     assert!(check.mend.as_ref().unwrap().contains("packaging/subids USER"), "{check:?}");
 }
 
@@ -211,7 +215,7 @@ fn doctor_recommends_the_subids_script_for_missing_ids() {
 fn doctor_reports_missing_images_with_a_command_to_get_them() {
     let config = "language.bash.image = \"localhost/none\"\nlanguage.c.image = \"registry.invalid/none\"";
     let options = Options { languages: &["bash", "c", "python"], config, ..Options::default() };
-    let report = Report::of(&doctor(&options, &["--json"]));
+    let report = Report::parse(&doctor(&options, &["--json"]));
     for (name, status, mend) in [
         ("language bash", "fail", "podman build -t localhost/none"),
         ("language c", "note", "podman pull registry.invalid/none"),
@@ -225,7 +229,7 @@ fn doctor_reports_missing_images_with_a_command_to_get_them() {
 
 #[test]
 fn interrupted_doctor_leaves_nothing() {
-    // The latter where the terminal was closed.
+    // SIGHUP is what a closed terminal sends.
     for signal in [Signal::SIGINT, Signal::SIGHUP] {
         let started = Instant::now();
         let options = Options { languages: &["bash"], ..Options::default() };
@@ -233,7 +237,7 @@ fn interrupted_doctor_leaves_nothing() {
         let mut command = files.command("doctor", &options);
         let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let instance = format!("{}-doctor-direct", files.instance);
-        eventually("a container of its own", || (!leftovers::containers(&instance).is_empty()).then_some(()));
+        eventually("doctor has a container", || (!leftovers::containers(&instance).is_empty()).then_some(()));
         kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
         let output = harness::finish(child, b"");
         assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0), "{signal}: no report");

@@ -1,5 +1,5 @@
-//! What breaks around a server: podman missing, failing, slow or hanging, containers killed from outside, directories
-//! that cannot be used. Requests are refused with a reason, and all is well again when the fault is gone.
+//! Faults in the environment: podman is missing, fails, is slow or hangs, containers are killed from outside,
+//! directories cannot be used. The server refuses requests with a reason, and recovers once the fault is gone.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -12,20 +12,20 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::client::{Answer, Pending, Reply};
+use crate::fake_podman::FakePodman;
 use crate::harness::{
-    Files, Options, Server, drive, eventually, marked_seconds, output, refused, wait_gone, wait_running,
+    Files, Options, Server, eventually, marked_seconds, output, refused, run_program, wait_gone, wait_running,
 };
 use crate::leftovers::{self, podman};
-use crate::stand_in::StandIn;
 
-/// The engine whose containers podman starts and lists one by one.
+/// Most tests use the engine that calls podman for each container.
 const ENGINE: (&str, &str) = ("CODERUNNER_ENGINE", "podman");
 
 fn options(config: &str) -> Options<'_> {
     Options { languages: &["bash"], config, env: &[ENGINE], ..Options::default() }
 }
 
-/// Code that no other request has: its answer is in no memo.
+/// A program that no other request has, so that its answer is not cached.
 fn echo(word: &str) -> String {
     format!("echo {word} # {}", marked_seconds(0))
 }
@@ -35,7 +35,7 @@ fn assert_runs(server: &Server, word: &str) {
     assert_eq!(server.run(&echo(word)), Answer::ran(&format!("{word}\n")));
 }
 
-/// Whether a request is refused for now, with a message that has these words.
+/// Checks that a request is refused with 503 and `Retry-After`; returns whether the message contains these words.
 fn is_refused(reply: &Reply, words: &str) -> bool {
     assert_eq!(reply.status, 503, "{}", String::from_utf8_lossy(&reply.body));
     let after = reply.header("retry-after").expect("Retry-After");
@@ -63,8 +63,8 @@ fn missing_podman_is_logged_and_reported_to_clients() {
 
 #[test]
 fn failing_podman_is_logged_and_reported_to_clients() {
-    let fails = StandIn::new("echo 'Error: out of luck' >&2; exit 125");
-    let server = Server::launch(options(&fails.config()));
+    let fake = FakePodman::new("echo 'Error: out of luck' >&2; exit 125");
+    let server = Server::launch(options(&fake.config()));
     server.wait_log(&["ERROR", "out of luck", "125"]);
     wait_refused(&server, "podman fails");
     server.stop();
@@ -72,10 +72,10 @@ fn failing_podman_is_logged_and_reported_to_clients() {
 
 #[test]
 fn repaired_podman_is_used_without_a_restart() {
-    let fails = StandIn::new("[ -e works ] || exit 125");
-    let server = Server::launch(Options { path: Some(fails.dir()), ..options("") });
+    let fake = FakePodman::new("[ -e works ] || exit 125");
+    let server = Server::launch(Options { path: Some(fake.dir()), ..options("") });
     wait_refused(&server, "podman fails");
-    fails.put("works");
+    fake.set_flag("works");
     server.wait_ready();
     assert_runs(&server, "found");
     server.stop();
@@ -83,18 +83,18 @@ fn repaired_podman_is_used_without_a_restart() {
 
 #[test]
 fn server_recovers_from_a_temporary_podman_failure() {
-    let fails = StandIn::new("[ ! -e broken ] || { echo 'Error: out of luck' >&2; exit 125; }");
-    let server = Server::start(options(&fails.config()));
+    let fake = FakePodman::new("[ ! -e broken ] || { echo 'Error: out of luck' >&2; exit 125; }");
+    let server = Server::start(options(&fake.config()));
     assert_runs(&server, "before");
-    fails.put("broken");
+    fake.set_flag("broken");
     eventually("a refusal, once the ready containers are used up", || {
         let reply = server.begin(&echo("during")).reply();
-        // Whoever waits for the first attempts is told the same as those after.
+        // Requests that wait for the first attempt get the same reason as later ones.
         if reply.status == 200 { None } else { is_refused(&reply, "cannot be made").then_some(()) }
     });
     server.wait_log(&["ERROR", "out of luck"]);
     wait_refused(&server, "cannot be made");
-    fails.take("broken");
+    fake.clear_flag("broken");
     eventually("the server is ready again", || (server.get("/readyz").status == 200).then_some(()));
     assert_runs(&server, "after");
     server.stop();
@@ -102,79 +102,79 @@ fn server_recovers_from_a_temporary_podman_failure() {
 
 #[test]
 fn failed_image_lookup_keeps_the_image_in_use() {
-    let fails = StandIn::new("[ ! -e broken ] || { echo 'Error: out of luck' >&2; exit 125; }");
-    let server = Server::start(options(&fails.config()));
-    fails.put("broken");
+    let fake = FakePodman::new("[ ! -e broken ] || { echo 'Error: out of luck' >&2; exit 125; }");
+    let server = Server::start(options(&fake.config()));
+    fake.set_flag("broken");
     server.signal(Signal::SIGHUP);
     server.wait_log(&["ERROR", "cannot look for an image", "out of luck"]);
-    assert_runs(&server, "in the container that was ready");
-    fails.take("broken");
+    assert_runs(&server, "in the ready container");
+    fake.clear_flag("broken");
     server.stop();
 }
 
 #[test]
 fn server_migrates_podman_once_after_its_processes_were_killed() {
-    // What podman 4.3 says then, to every verb but this one.
-    let lost = StandIn::new(
+    // Every other verb fails with what podman 4.3 says in this state.
+    let fake = FakePodman::new(
         "case \"$1 $2\" in
         'system migrate') echo x >>migrated; rm -f lost; exit 125 ;;
         esac
         [ ! -e lost ] || { echo 'Error: invalid internal status, try \"podman system migrate\"' >&2; exit 1; }",
     );
-    lost.put("lost");
-    let server = Server::launch(options(&lost.config()));
+    fake.set_flag("lost");
+    let server = Server::launch(options(&fake.config()));
     server.wait_ready();
     assert_runs(&server, "after");
-    let migrated = fs::read_to_string(lost.dir().join("migrated")).unwrap();
-    assert_eq!(migrated.lines().count(), 1, "containers that run again are not stopped once more");
+    let migrated = fs::read_to_string(fake.dir().join("migrated")).unwrap();
+    assert_eq!(migrated.lines().count(), 1, "a second migration would stop the containers that run by then");
     server.stop();
 }
 
 #[test]
 fn podman_commands_are_retried_on_transient_image_errors() {
-    // Each verb once, with what podman 4.3 says while another process makes or deletes an image.
-    let stumbles = StandIn::new(
+    // Each command fails once with what podman 4.3 says while another process creates or deletes an image.
+    let fake = FakePodman::new(
         "case $1 in image | images | tag | untag | rmi | create | init | container | ps | rm) ;; *) exit 0 ;; esac
         asked=asked-$(echo \"$*\" | cksum | tr -d ' ')
         [ ! -e \"$asked\" ] || exit 0
         : >\"$asked\"
         echo 'Error: locating item named \"manifest\" for image with ID \"0f\": file does not exist' >&2; exit 125",
     );
-    let server = Server::start(options(&stumbles.config()));
+    let server = Server::start(options(&fake.config()));
     assert_runs(&server, "after");
     let log = server.log();
     assert!(!log.contains("image with ID"), "{log}");
     server.stop();
-    let asked = fs::read_dir(stumbles.dir()).unwrap().count() - 1;
-    assert!(asked > 3, "each is asked again: {asked}");
+    let asked = fs::read_dir(fake.dir()).unwrap().count() - 1;
+    assert!(asked > 3, "only {asked} commands failed at first");
 }
 
 #[test]
 fn processes_orphaned_by_a_failed_podman_run_are_killed() {
-    // As where its image is deleted meanwhile: no record, but a monitor that waits for a process in namespaces of its own.
-    let forgets = StandIn::new(
+    // Imitates a `podman run` whose image is deleted meanwhile: podman keeps no record, but conmon and its child remain.
+    let fake = FakePodman::new(
         "[ \"$1\" = run ] && [ -e forgetful ] || exit 0
         for arg do case $arg in --name=*) name=${arg#*=} ;; esac done
         setsid bash -c 'exec -a conmon unshare --user --pid --fork sh -c \"sleep 10000\" -n $0' \"$name\" &
         while ! pgrep -f \"sleep 10000 -n $name\" >>monitors; do sleep 0.1; done
         exit 126",
     );
-    let server = Server::start(Options { containers: 1, path: Some(forgets.dir()), ..options("") });
-    forgets.put("forgetful");
-    assert_runs(&server, "the last one");
+    let server = Server::start(Options { containers: 1, path: Some(fake.dir()), ..options("") });
+    fake.set_flag("forgetful");
+    assert_runs(&server, "the last ready container");
     server.wait_log(&["no sandbox; trying again", "126"]);
-    forgets.take("forgetful");
+    fake.clear_flag("forgetful");
     eventually("the server is ready again", || (server.get("/readyz").status == 200).then_some(()));
-    let left = format!("sleep 10000 -n coderunner-{}-", server.instance);
-    eventually("it is ended", || leftovers::marked(&left).is_empty().then_some(()));
-    assert!(fs::read_to_string(forgets.dir().join("monitors")).unwrap().lines().count() > 0);
+    let orphan = format!("sleep 10000 -n coderunner-{}-", server.instance);
+    eventually("the orphans are killed", || leftovers::marked(&orphan).is_empty().then_some(()));
+    assert!(fs::read_to_string(fake.dir().join("monitors")).unwrap().lines().count() > 0);
     server.stop();
 }
 
 #[test]
 fn slow_podman_delays_answers_but_fails_none() {
-    let slow = StandIn::new("sleep 2");
-    let server = Server::start(options(&slow.config()));
+    let fake = FakePodman::new("sleep 2");
+    let server = Server::start(options(&fake.config()));
     let pending: Vec<_> = (0..4).map(|number| server.begin(&format!("echo {number}"))).collect();
     for (number, pending) in pending.into_iter().enumerate() {
         assert_eq!(pending.reply().answer(), Answer::ran(&format!("{number}\n")));
@@ -185,8 +185,8 @@ fn slow_podman_delays_answers_but_fails_none() {
 #[test]
 fn hanging_podman_delays_neither_refusals_nor_shutdown() {
     let mark = marked_seconds(10_000);
-    let hangs = StandIn::new(&format!("exec sleep {mark}"));
-    let server = Server::launch(options(&hangs.config()));
+    let fake = FakePodman::new(&format!("exec sleep {mark}"));
+    let server = Server::launch(options(&fake.config()));
     wait_running(&mark);
     assert!(is_refused(&server.begin("echo").reply(), "not been looked for"));
     assert_eq!(server.get("/readyz").status, 503);
@@ -196,15 +196,15 @@ fn hanging_podman_delays_neither_refusals_nor_shutdown() {
 
 #[test]
 fn requests_time_out_while_podman_hangs() {
-    let hangs = StandIn::new("while [ -e hang ]; do sleep 0.05; done");
-    let config = hangs.config() + "[queue]\nwait = \"1s\"";
+    let fake = FakePodman::new("while [ -e hang ]; do sleep 0.05; done");
+    let config = fake.config() + "[queue]\nwait = \"1s\"";
     let server = Server::start(options(&config));
-    hangs.put("hang");
+    fake.set_flag("hang");
     eventually("a refusal, once the ready containers are used up", || {
         let reply = server.begin(&echo("during")).reply();
         if reply.status == 200 { None } else { is_refused(&reply, "no container became free within 1s").then_some(()) }
     });
-    hangs.take("hang");
+    fake.clear_flag("hang");
     eventually("answers again", || {
         let reply = server.begin(&echo("after")).reply();
         (reply.status == 200).then(|| assert_eq!(reply.answer(), Answer::ran("after\n")))
@@ -215,10 +215,10 @@ fn requests_time_out_while_podman_hangs() {
 #[test]
 fn server_shuts_down_although_podman_hangs() {
     let mark = marked_seconds(10_000);
-    let hangs = StandIn::new(&format!("[ ! -e hang ] || exec sleep {mark}"));
-    let server = Server::start(options(&hangs.config()));
-    hangs.put("hang");
-    assert_runs(&server, "ready before");
+    let fake = FakePodman::new(&format!("[ ! -e hang ] || exec sleep {mark}"));
+    let server = Server::start(options(&fake.config()));
+    fake.set_flag("hang");
+    assert_runs(&server, "in the ready container before");
     wait_running(&mark);
     server.stop();
     wait_gone(&mark);
@@ -227,23 +227,23 @@ fn server_shuts_down_although_podman_hangs() {
 #[test]
 fn shutdown_ends_although_podman_cannot_remove_templates() {
     let mark = marked_seconds(10_000);
-    let hangs = StandIn::new(&format!("[ ! -e hang ] || exec sleep {mark}"));
-    let config = hangs.config();
+    let fake = FakePodman::new(&format!("[ ! -e hang ] || exec sleep {mark}"));
+    let config = fake.config();
     let env = [("CODERUNNER_ENGINE", "direct")];
     let languages = ["bash", "python", "c"];
-    // Most have no sandbox then, and nothing but the end removes theirs.
+    // With one container, most languages have a template but no sandbox; only the shutdown removes their templates.
     let options = Options { languages: &languages, containers: 1, env: &env, ..options(&config) };
     let mut server = Server::start(options.clone());
     for language in languages {
         server.wait_log(&["image in use", &format!("coderunner-{language}:")]);
     }
-    hangs.put("hang");
+    fake.set_flag("hang");
     server.signal(Signal::SIGTERM);
-    let asked = Instant::now();
+    let signalled = Instant::now();
     assert_eq!(server.wait_exit().code(), Some(0));
-    assert!(asked.elapsed() < Duration::from_secs(60), "systemd does not wait longer: {:?}", asked.elapsed());
+    assert!(signalled.elapsed() < Duration::from_secs(60), "longer than TimeoutStopSec: {:?}", signalled.elapsed());
     wait_gone(&mark);
-    hangs.take("hang");
+    fake.clear_flag("hang");
     let server = Server::launch_with(server.crash(), &options);
     server.wait_ready();
     server.stop();
@@ -251,13 +251,14 @@ fn shutdown_ends_although_podman_cannot_remove_templates() {
 
 #[test]
 fn temporary_agent_failure_does_not_switch_the_engine() {
-    let fails = StandIn::new("[ \"$1\" != unshare ] || [ ! -e broken ] || { echo 'Error: out of ids' >&2; exit 125; }");
-    fails.put("broken");
-    let config = fails.config();
+    let fake =
+        FakePodman::new("[ \"$1\" != unshare ] || [ ! -e broken ] || { echo 'Error: out of ids' >&2; exit 125; }");
+    fake.set_flag("broken");
+    let config = fake.config();
     let env = [("CODERUNNER_ENGINE", "auto")];
     let server = Server::launch(Options { env: &env, ..options(&config) });
     server.wait_log(&["ERROR", "it has ended", "out of ids"]);
-    fails.take("broken");
+    fake.clear_flag("broken");
     server.wait_ready();
     assert_runs(&server, "after");
     let log = server.log();
@@ -265,69 +266,74 @@ fn temporary_agent_failure_does_not_switch_the_engine() {
     server.stop();
 }
 
-/// What can be killed from outside: a container, or what holds it.
+/// A way to kill a sandbox from outside, or the processes that hold it.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Killing {
-    /// Every process inside.
+pub enum KillMethod {
+    /// Kills the init of each sandbox, and with it every process inside.
     Inside,
-    ByPodman,
-    RemovedByPodman,
+    PodmanKill,
+    PodmanRemove,
     Conmon,
-    PodmanItself,
-    /// Ours inside podman's namespace.
+    /// Kills the `podman run` process.
+    PodmanProcess,
+    /// Kills the server's agent in podman's namespace.
     Agent,
 }
 
-impl Killing {
-    fn of(engine: &str) -> &'static [Killing] {
+impl KillMethod {
+    fn of(engine: &str) -> &'static [KillMethod] {
         match engine {
-            "podman" => {
-                &[Killing::Inside, Killing::ByPodman, Killing::RemovedByPodman, Killing::Conmon, Killing::PodmanItself]
-            }
-            _ => &[Killing::Inside, Killing::Agent],
+            "podman" => &[
+                KillMethod::Inside,
+                KillMethod::PodmanKill,
+                KillMethod::PodmanRemove,
+                KillMethod::Conmon,
+                KillMethod::PodmanProcess,
+            ],
+            _ => &[KillMethod::Inside, KillMethod::Agent],
         }
     }
 
-    /// Whether the container is dead as soon as this is done, and not a moment later.
-    fn is_sudden(self) -> bool {
-        matches!(self, Killing::Inside | Killing::ByPodman | Killing::RemovedByPodman)
+    /// Whether the container is dead by the time that [`KillMethod::kill`] returns.
+    fn is_immediate(self) -> bool {
+        matches!(self, KillMethod::Inside | KillMethod::PodmanKill | KillMethod::PodmanRemove)
     }
 
-    /// Does it to the only container of a server.
+    /// Applies it to the only container of a server.
     pub fn kill(self, server: &Server) {
         let victims = match self {
-            Killing::Inside => inside(server),
-            Killing::ByPodman => {
-                let victims = inside(server);
-                podman(&["kill", "--", &the_container(server)]);
+            KillMethod::Inside => init_processes(server),
+            KillMethod::PodmanKill => {
+                let victims = init_processes(server);
+                podman(&["kill", "--", &running_container(server)]);
                 return victims.into_iter().for_each(wait_dead);
             }
-            Killing::RemovedByPodman => {
-                return drop(podman(&["rm", "--force", "--time", "0", "--", &the_container(server)]));
+            KillMethod::PodmanRemove => {
+                return drop(podman(&["rm", "--force", "--time", "0", "--", &running_container(server)]));
             }
-            Killing::Conmon => of_the_container(server, "conmon"),
-            Killing::PodmanItself => of_the_container(server, "podman"),
-            Killing::Agent => leftovers::agents(server.pid()),
+            KillMethod::Conmon => processes_of_container(server, "conmon"),
+            KillMethod::PodmanProcess => processes_of_container(server, "podman"),
+            KillMethod::Agent => leftovers::agents(server.pid()),
         };
         assert!(!victims.is_empty(), "{self:?}: nothing to kill");
         for victim in &victims {
-            // One may have gone with the one before.
+            // It may have ended together with the previous one.
             let _ = kill(*victim, Signal::SIGKILL);
         }
         victims.into_iter().for_each(wait_dead);
     }
 }
 
-/// Waits until a process has let go of its files.
+/// Waits until a process has ended or is a zombie, and so has closed its files.
 fn wait_dead(pid: Pid) {
-    eventually("the end of what was killed", || {
+    eventually("the killed process ends", || {
         let status = fs::read_to_string(format!("/proc/{pid}/status"));
         status.map_or(true, |status| status.contains("State:\tZ")).then_some(())
     });
 }
 
-/// The init of each sandbox of a server, once there is one: it is of this user, unlike the programs.
-pub fn inside(server: &Server) -> Vec<Pid> {
+/// Waits for a sandbox and returns the init of each. Init runs as this user, unlike the programs.
+pub fn init_processes(server: &Server) -> Vec<Pid> {
     eventually("a sandbox", || {
         let files = leftovers::mounts(&server.instance);
         let pids: Vec<Pid> = files
@@ -340,29 +346,29 @@ pub fn inside(server: &Server) -> Vec<Pid> {
     })
 }
 
-/// The only container of a server, once it runs and the one before it is gone.
-fn the_container(server: &Server) -> String {
-    eventually("one container runs, with the init of the only sandbox", || {
+/// Waits until exactly one container of the server runs, and returns its name.
+fn running_container(server: &Server) -> String {
+    eventually("exactly one container runs, with the init of the only sandbox", || {
         let label = format!("label=io.coderunner.instance={}", server.instance);
         let filters = ["--filter", &label, "--filter", "status=running", "--format", "{{.Pid}} {{.Names}}"];
         let running = leftovers::list(&[&["ps"], &filters[..]].concat());
         let [line] = running.as_slice() else { return None };
         let (_, name) = line.split_once(' ')?;
-        (inside(server) == [pid(line)]).then(|| name.to_owned())
+        (init_processes(server) == [pid(line)]).then(|| name.to_owned())
     })
 }
 
-/// Waits until a sandbox has no program yet: where there is but one container, no other is left.
-fn wait_unused(server: &Server) {
-    eventually("a sandbox waits for a program", || {
+/// Waits until an unused sandbox is ready. With one container there is no other sandbox then.
+fn wait_sandbox_ready(server: &Server) {
+    eventually("a sandbox is ready", || {
         let metrics = String::from_utf8(server.get("/metrics").body).unwrap();
         metrics.contains("coderunner_sandboxes_ready{language=\"bash\"} 1\n").then_some(())
     });
 }
 
-/// Processes of this program that name the container.
-fn of_the_container(server: &Server, program: &str) -> Vec<Pid> {
-    let container = the_container(server);
+/// Processes that run this program and name the container on their command line.
+fn processes_of_container(server: &Server, program: &str) -> Vec<Pid> {
+    let container = running_container(server);
     let lines = leftovers::processes(&server.instance);
     let of = |line: &&String| line.split_whitespace().nth(1).is_some_and(|first| first.ends_with(program));
     lines.iter().filter(of).filter(|line| line.contains(&container)).map(|line| pid(line)).collect()
@@ -385,11 +391,11 @@ fn killing_a_ready_container_fails_no_request(engine: &str) {
     let env = [("CODERUNNER_ENGINE", engine)];
     let config = "queue.wait = \"90s\"";
     let server = Server::start(Options { containers: 1, env: &env, ..options(config) });
-    for killing in Killing::of(engine) {
-        wait_unused(&server);
-        let inits = inside(&server);
-        killing.kill(&server);
-        if !killing.is_sudden() || engine == "direct" {
+    for method in KillMethod::of(engine) {
+        wait_sandbox_ready(&server);
+        let inits = init_processes(&server);
+        method.kill(&server);
+        if !method.is_immediate() || engine == "direct" {
             inits.into_iter().for_each(wait_dead);
         }
         assert_runs(&server, "unharmed");
@@ -402,22 +408,22 @@ fn killing_a_busy_container_fails_only_its_request(engine: &str) {
     let env = [("CODERUNNER_ENGINE", engine)];
     let config = "queue.wait = \"90s\"\n[limits]\nrun_time = \"1m\"";
     let server = Server::start(Options { containers: 1, env: &env, ..options(config) });
-    for killing in Killing::of(engine) {
+    for method in KillMethod::of(engine) {
         let mark = marked_seconds(50);
         let running = server.begin(&format!("sleep {mark}"));
         wait_running(&mark);
-        killing.kill(&server);
-        if !killing.is_sudden() {
-            // The program may live on.
-            leftovers::end_marked(&mark);
+        method.kill(&server);
+        if !method.is_immediate() {
+            // The program may still run.
+            leftovers::kill_marked(&mark);
         }
         let reply = running.reply();
-        if killing.is_sudden() || reply.status != 200 {
-            assert_eq!(reply.status, 500, "{killing:?}: {}", String::from_utf8_lossy(&reply.body));
+        if method.is_immediate() || reply.status != 200 {
+            assert_eq!(reply.status, 500, "{method:?}: {}", String::from_utf8_lossy(&reply.body));
             let message = reply.message();
             let request = message.split_whitespace().last().unwrap();
             server.wait_log(&["ERROR", request]);
-            assert!(!message.contains("sandbox"), "details are for the log: {message}");
+            assert!(!message.contains("sandbox"), "details belong in the log only: {message}");
         }
         wait_gone(&mark);
         assert_runs(&server, "after");
@@ -432,32 +438,32 @@ fn manually_removed_templates_are_recreated() {
     assert_runs(&server, "before");
     let running = server.begin(&format!("sleep 1; {}", echo("during")));
     for name in server.containers() {
-        // One may have gone by itself.
+        // It may have been removed meanwhile.
         let _ = output(Command::new("podman").args(["rm", "--force", "--time", "0", "--", &name]), b"");
     }
-    answers_again(&server, running);
+    assert_recovers(&server, running);
     server.stop();
 }
 
 #[test]
 fn slow_template_creation_does_not_delay_other_languages() {
-    let slow = StandIn::new("case $* in create*language=python*) while [ -e slow ]; do sleep 0.05; done ;; esac");
+    let fake = FakePodman::new("case $* in create*language=python*) while [ -e slow ]; do sleep 0.05; done ;; esac");
     let env = [("CODERUNNER_ENGINE", "direct")];
-    let config = slow.config() + "[queue]\nwait = \"10s\"";
+    let config = fake.config() + "[queue]\nwait = \"10s\"";
     let server = Server::start(Options { languages: &["bash", "python"], env: &env, ..options(&config) });
     server.wait_each_ready();
-    slow.put("slow");
-    // And the templates with it.
-    Killing::Agent.kill(&server);
+    fake.set_flag("slow");
+    // This removes the templates, too.
+    KillMethod::Agent.kill(&server);
     let running = server.begin(&echo("during"));
-    answers_again(&server, running);
-    slow.take("slow");
+    assert_recovers(&server, running);
+    fake.clear_flag("slow");
     server.wait_each_ready();
     server.stop();
 }
 
-/// All is well again after something that may have ended what runs.
-fn answers_again(server: &Server, running: Pending) {
+/// Checks that the server recovers from a fault that may have killed the running program.
+fn assert_recovers(server: &Server, running: Pending) {
     let reply = running.reply();
     assert!([200, 500, 503].contains(&reply.status), "{reply:?}");
     eventually("answers again", || {
@@ -468,7 +474,7 @@ fn answers_again(server: &Server, running: Pending) {
     server.wait_ready();
 }
 
-/// How often a server is killed: `CODERUNNER_TEST_KILLS`, for a long night.
+/// How often the server is killed. `CODERUNNER_TEST_KILLS` raises it for long test runs.
 fn kills() -> u32 {
     std::env::var("CODERUNNER_TEST_KILLS").map_or(6, |text| text.parse().expect("CODERUNNER_TEST_KILLS is a number"))
 }
@@ -479,7 +485,7 @@ fn repeatedly_killed_server_leaves_nothing_after_a_clean_stop(engine: &str) {
     let mut files = Files::new(&options);
     for round in 0..kills() {
         let server = Server::launch_with(files, &options);
-        // From its first moments on, or from when it is ready; a bit later each time.
+        // Every third server is killed while it starts, the others once they are ready; each after a different delay.
         if round % 3 != 0 {
             server.wait_ready();
         }
@@ -511,13 +517,13 @@ fn server_recovers_when_job_directories_can_be_made_again(engine: &str) {
     server.stop();
 }
 
-/// A storage of podman's for one test, in a namespace of its own, where it can be made read-only.
+/// A podman storage for one test, in its own mount namespace, where it can be made read-only.
 struct Storage {
     dir: TempDir,
 }
 
 impl Storage {
-    /// One that holds the image of bash.
+    /// Creates a storage that contains the bash image.
     fn new() -> Storage {
         let storage = Storage { dir: TempDir::with_prefix("coderunner-test-storage-").unwrap() };
         for dir in ["run", "containers", "containers/storage"] {
@@ -526,7 +532,7 @@ impl Storage {
         }
         let image = storage.path("image.tar");
         podman(&["save", "--quiet", "--output", &image, "localhost/coderunner-bash"]);
-        // Before podman mounts anything in it.
+        // The bind mount has to exist before podman mounts anything in the storage.
         storage.podman(&["unshare", "true"]);
         storage.mount("bind");
         storage.podman(&["load", "--quiet", "--input", &image]);
@@ -537,47 +543,47 @@ impl Storage {
         self.dir.path().join(name).to_str().unwrap().to_owned()
     }
 
-    /// What podman finds it by.
+    /// The environment that makes podman use this storage.
     fn env(&self) -> [(&'static str, String); 2] {
         [("XDG_RUNTIME_DIR", self.path("run")), ("XDG_DATA_HOME", self.path(""))]
     }
 
     fn podman(&self, args: &[&str]) -> String {
         let env = self.env().map(|(name, value)| format!("{name}={value}"));
-        drive("env", &[&[env[0].as_str(), &env[1], "podman", "--log-level=error"], args].concat())
+        run_program("env", &[&[env[0].as_str(), &env[1], "podman", "--log-level=error"], args].concat())
     }
 
-    /// Does something in its namespace, without podman: that needs to write. Whether it was done.
-    fn inside(&self, command: &[&str]) -> bool {
+    /// Runs a command in the namespace of the storage, without podman, which needs to write. Returns whether it succeeds.
+    fn run_in_namespace(&self, command: &[&str]) -> bool {
         let holder = fs::read_to_string(self.path("run/libpod/tmp/pause.pid")).unwrap();
         let enter = ["--preserve-credentials", "--user", "--mount", "--target", holder.trim(), "--"];
         output(Command::new("nsenter").args(enter).args(command), b"").status.success()
     }
 
-    /// Mounts its directory on itself, or changes that mount, and what podman has mounted in it for itself.
+    /// Bind-mounts the directory on itself, or remounts it and podman's own mount inside it with other options.
     fn mount(&self, options: &str) {
         let script = "mount -o \"$2\" \"$1\" \"$1\" && {
             ! grep -q \" $1/overlay \" /proc/self/mountinfo || mount -o \"$2\" \"$1/overlay\"
         }";
         let mount = ["sh", "-c", script, "sh", &self.path("containers/storage"), options];
-        // While somebody writes it cannot become read-only.
-        eventually(&format!("mounted {options}"), || self.inside(&mount).then_some(()));
+        // A mount cannot become read-only while a file is open for writing.
+        eventually(&format!("mounted {options}"), || self.run_in_namespace(&mount).then_some(()));
     }
 }
 
 impl Drop for Storage {
     fn drop(&mut self) {
-        // Its files are other users', its namespace is held by a process. Also in a test that failed, so nothing here
-        // may panic.
+        // The files belong to subordinate ids, and podman's pause process holds the namespace. This also runs after a
+        // failed test, so it must not panic.
         let storage = self.path("containers/storage");
         let _ = std::panic::catch_unwind(AssertUnwindSafe(|| {
-            self.inside(&["sh", "-c", "umount --lazy \"$1\"; rm -rf \"$1\"", "sh", &storage]);
+            self.run_in_namespace(&["sh", "-c", "umount --lazy \"$1\"; rm -rf \"$1\"", "sh", &storage]);
             self.podman(&["system", "migrate"]);
         }));
     }
 }
 
-/// A server that uses this storage.
+/// Starts a server that uses this storage.
 fn serve_in(storage: &Storage, engine: &str) -> Server {
     let own = storage.env();
     let env: Vec<(&str, &str)> =
@@ -590,12 +596,12 @@ fn server_survives_podman_system_migrate(engine: &str) {
     let server = serve_in(&storage, engine);
     assert_runs(&server, "before");
     let running = server.begin(&format!("sleep 1; {}", echo("during")));
-    // It fails where a container that it is about to stop is gone by then.
-    eventually("podman begins anew", || {
+    // `system migrate` fails if a container ends before podman has stopped it.
+    eventually("podman migrates", || {
         let migrate = ["system", "migrate"];
         output(Command::new("podman").args(migrate).envs(storage.env()), b"").status.success().then_some(())
     });
-    answers_again(&server, running);
+    assert_recovers(&server, running);
     server.stop();
     assert_eq!(storage.podman(&["ps", "--all", "--quiet"]), "");
 }
@@ -604,9 +610,9 @@ fn server_recovers_from_temporarily_read_only_storage(engine: &str) {
     let storage = Storage::new();
     let server = serve_in(&storage, engine);
     assert_runs(&server, "before");
-    // In the middle of making the next one, with podman.
+    // The podman engine is creating the next container at this moment.
     storage.mount("remount,bind,ro");
-    // Copies of a container that is mounted already need nothing of it.
+    // The direct engine copies a container whose root is already mounted, and does not need the storage.
     if engine == "podman" {
         eventually("a refusal, once the ready containers are used up", || {
             let reply = server.begin(&echo("during")).reply();
@@ -658,10 +664,10 @@ fn invalid_runtime_directory_is_refused_with_a_remedy() {
 #[test]
 fn require_limits_refuses_a_host_that_cannot_enforce_them() {
     let server = Server::start(options(""));
-    let kept = ["memory", "processes", "cpu"].map(|limit| server.enforces(limit));
+    let enforced = ["memory", "processes", "cpu"].map(|limit| server.enforces(limit));
     server.stop();
     let strict = options("require_limits = true");
-    if kept == [true; 3] {
+    if enforced == [true; 3] {
         let server = Server::start(strict);
         assert_runs(&server, "limited");
         server.stop();

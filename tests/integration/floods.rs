@@ -1,5 +1,5 @@
-//! Clients by the thousand, and such as begin much and end nothing: all are refused, answered or closed in their time,
-//! others are served meanwhile, and what they took comes back.
+//! Thousands of clients, and clients that send malformed or incomplete requests: each is refused, answered or
+//! disconnected in time, other clients are served meanwhile, and all resources are released.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -12,7 +12,7 @@ use crate::harness::{Options, Server, eventually, marked_seconds};
 
 const JSON: (&str, &str) = ("Content-Type", "application/json");
 
-/// As many connections as the server takes at once.
+/// The most connections that the server accepts at once.
 const CROWD: usize = 10_000;
 
 fn options(config: &str) -> Options<'_> {
@@ -23,20 +23,20 @@ fn descriptors(server: &Server) -> usize {
     fs::read_dir(format!("/proc/{}/fd", server.pid())).unwrap().count()
 }
 
-/// Waits until a server at rest has no more descriptors than it had before.
+/// Waits until the server has no more descriptors open than before.
 #[track_caller]
-fn wait_given_back(server: &Server, before: usize) {
+fn wait_descriptors_released(server: &Server, before: usize) {
     eventually(&format!("{before} descriptors as before"), || (descriptors(server) <= before).then_some(()));
 }
 
-/// The tests have one descriptor for each client too.
+/// Raises the limit of this process, which has a descriptor for each client.
 fn allow_descriptors(needed: usize) {
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     assert!(most >= needed as u64, "these tests need {needed} descriptors, and the hard limit is {most}");
     setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
 }
 
-/// Code whose answer is in no memo.
+/// A program whose answer is not cached.
 fn echo(word: &str) -> String {
     format!("echo {word} # {}", marked_seconds(0))
 }
@@ -51,7 +51,7 @@ fn ten_thousand_stalled_clients_are_closed_while_others_are_served() {
     allow_descriptors(CROWD + 1000);
     let server = Server::start(options("limits = { output = \"1MiB\" }"));
     let before = descriptors(&server);
-    // Kept for the clients below: six bytes of JSON for each of these, more than the kernel holds for a connection.
+    // Cached for the clients below. At six bytes of JSON per NUL, it exceeds the kernel's buffers of a connection.
     let large = json!({ "code": "head -c 1048576 /dev/zero" }).to_string();
     let large = head("POST", "/coderunner", &[JSON], large.len()) + &large;
     let answer = Pending::send(server.address, large.as_bytes()).reply();
@@ -68,9 +68,9 @@ fn ten_thousand_stalled_clients_are_closed_while_others_are_served() {
             false => Pending::send(server.address, begun[number % begun.len()].as_bytes()),
         })
         .collect();
-    // One more than there are places, and still answered.
+    // One connection more than the maximum is still served.
     assert_serves(&server);
-    wait_given_back(&server, before);
+    wait_descriptors_released(&server, before);
     drop(crowd);
     assert_serves(&server);
     server.stop();
@@ -81,22 +81,22 @@ fn connections_leave_enough_descriptors_for_runs() {
     let server = Server::start(Options { descriptors: Some(300), ..options("") });
     let before = descriptors(&server);
     let mut first = Pending::send(server.address, b"");
-    // Some of them have to wait until they are accepted.
+    // Some of these connections wait until the server accepts them.
     let crowd: Vec<Pending> = (0..200).map(|_| Pending::send(server.address, b"")).collect();
-    eventually("as many connections as there may be", || (descriptors(&server) > before + 100).then_some(()));
+    eventually("many connections are accepted", || (descriptors(&server) > before + 100).then_some(()));
     let body = json!({ "code": echo("alive") }).to_string();
     first.send_more((head("POST", "/coderunner", &[JSON], body.len()) + &body).as_bytes());
     assert_eq!(first.reply().answer(), Answer::ran("alive\n"));
     drop(crowd);
     assert_serves(&server);
-    wait_given_back(&server, before);
+    wait_descriptors_released(&server, before);
     server.stop();
 }
 
-/// An address of this machine's that is not loopback, if it has one.
+/// An address of this machine other than loopback, if it has one.
 fn own_address() -> Option<IpAddr> {
     let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
-    // That sends nothing.
+    // Connecting a UDP socket sends nothing.
     socket.connect("198.51.100.1:9").ok()?;
     Some(socket.local_addr().unwrap().ip())
 }
@@ -104,7 +104,7 @@ fn own_address() -> Option<IpAddr> {
 #[test]
 fn one_address_gets_at_most_half_of_the_connections() {
     let Some(own) = own_address() else {
-        eprintln!("not tried: this machine has no address but loopback");
+        eprintln!("skipped: this machine has no address other than loopback");
         return;
     };
     let server = Server::start(Options { descriptors: Some(300), ..options("listen = \"0.0.0.0:0\"") });
@@ -112,13 +112,13 @@ fn one_address_gets_at_most_half_of_the_connections() {
     let from_afar = SocketAddr::new(own, server.address.port());
     let crowd: Vec<Pending> = (0..200).map(|_| Pending::send(from_afar, b"")).collect();
     let closed = || crowd.iter().filter(|one| one.has_begun()).count();
-    eventually("a quarter of the descriptors is taken", || (closed() == 200 - 75).then_some(()));
-    // From loopback there may be a proxy with many behind it.
+    eventually("one address holds a quarter of the descriptors", || (closed() == 200 - 75).then_some(()));
+    // Loopback has no such bound: a proxy with many clients may connect from there.
     let others: Vec<Pending> = (0..70).map(|_| Pending::send(server.address, b"")).collect();
     assert_serves(&server);
     assert_eq!(others.iter().filter(|one| one.has_begun()).count(), 0);
     drop((crowd, others));
-    wait_given_back(&server, before);
+    wait_descriptors_released(&server, before);
     let healthz = Pending::send(from_afar, head("GET", "/healthz", &[], 0).as_bytes());
     assert_eq!(healthz.reply().status, 200);
     server.stop();
@@ -150,13 +150,13 @@ fn endless_or_malformed_request_heads_are_refused() {
     ] {
         let request = Pending::send(server.address, head.as_bytes());
         request.end_of_request();
-        // Who is still sending may find the connection closed before he has read why.
+        // A client that is still sending may find the connection closed before it has read the answer.
         if let Ok(reply) = request.try_reply() {
             assert!((400..500).contains(&reply.status), "{}: {reply:?}", &head[..head.len().min(80)]);
         }
     }
     assert_serves(&server);
-    wait_given_back(&server, before);
+    wait_descriptors_released(&server, before);
     server.stop();
 }
 
@@ -184,7 +184,7 @@ fn truncated_or_badly_framed_bodies_run_nothing() {
         chunk("fffffffffffffffffffffff"),
         chunk(&format!("{size:x};{}", "x".repeat(1 << 20))),
         format!("{chunked}{size:x}\r\n{code}\r\n0\r\n{}\r\n", "x: y\r\n".repeat(100_000)),
-        // Either length may be what a proxy in front of it believes.
+        // Two contradicting lengths: a proxy might believe the other one.
         head("POST", "/coderunner", &[JSON, ("Content-Length", "5"), ("Transfer-Encoding", "chunked, x")], 0) + &code,
     ] {
         let pending = Pending::send(server.address, request.as_bytes());
@@ -194,7 +194,7 @@ fn truncated_or_badly_framed_bodies_run_nothing() {
         }
     }
     assert_serves(&server);
-    wait_given_back(&server, before);
+    wait_descriptors_released(&server, before);
     server.stop();
 }
 
@@ -216,10 +216,10 @@ fn deeply_nested_or_very_wide_json_is_refused_or_ignored() {
         ] {
             let reply = post(path, &body);
             assert_eq!(reply.status, 400, "{path} {}: {}", &body[..30], reply.message());
-            assert!(reply.message().len() < 500, "as long as what it is about: {}", reply.message());
+            assert!(reply.message().len() < 500, "the message repeats the body: {}", reply.message());
         }
     }
-    // What belongs to another API is passed over, whatever it is.
+    // Unknown fields are ignored, whatever they contain.
     let wide: String = (0..30_000).map(|number| format!("\"{number}\":[],")).collect();
     let reply = post("/coderunner", &format!("{{{wide}\"code\":\"echo wide\"}}"));
     assert_eq!(reply.answer(), Answer::ran("wide\n"));

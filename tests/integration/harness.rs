@@ -1,8 +1,8 @@
-//! A server under test: started with a configuration of its own, asked over HTTP, stopped, and then checked for
-//! anything that it left behind.
+//! A server under test: started with its own configuration, called over HTTP, stopped, and then checked for anything
+//! that it left behind.
 //!
-//! Every server has an instance name of its own, so tests run side by side. Every wait has a deadline, generous
-//! enough for a busy machine; none is what a test measures.
+//! Every server has a unique instance name, so tests can run in parallel. Every wait has a timeout, generous enough for
+//! a busy machine; no test measures these timeouts.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -23,42 +23,42 @@ use tempfile::TempDir;
 use crate::client::{self, Answer, Pending, Reply};
 use crate::leftovers;
 
-/// How long anything may take that should take a moment.
+/// Timeout for things that normally happen at once.
 pub const PATIENCE: Duration = Duration::from_secs(90);
 
-/// Pause between two looks at something that is waited for.
+/// Pause between two checks of a condition that is waited for.
 const POLL: Duration = Duration::from_millis(20);
 
-/// More tests than run at the same time.
+/// An upper bound of the number of tests that run at the same time.
 const SLOTS: u32 = 32;
 
-/// The languages of the local images, as `make run` has them too.
+/// The languages with local images, which `make run` uses, too.
 const LOCAL: &str = include_str!("../../packaging/dev/local.toml");
 
-/// What a server is started with.
+/// How a server is started.
 #[derive(Debug, Clone, Default)]
 pub struct Options<'a> {
-    /// The languages to serve, the default one first; empty is `["c"]`.
+    /// The languages to serve, the default one first; `["c"]` if empty.
     pub languages: &'a [&'a str],
-    /// Containers at once; 0 is 2.
+    /// Number of containers; 2 if zero.
     pub containers: usize,
-    /// Further configuration in TOML. It is merged over that of the local images, table by table.
+    /// Further configuration in TOML, merged over that of the local images table by table.
     pub config: &'a str,
-    /// Further environment.
+    /// Further environment variables.
     pub env: &'a [(&'a str, &'a str)],
-    /// A directory put before PATH, for stand-ins of podman.
+    /// A directory put first on PATH, for a fake podman.
     pub path: Option<&'a Path>,
-    /// How many descriptors it may have; as many as this process if `None`.
+    /// The limit of open descriptors; that of this process if `None`.
     pub descriptors: Option<u64>,
-    /// The instance's name; one that nobody else has if `None`.
+    /// The instance name; a unique one if `None`.
     pub instance: Option<&'a str>,
 }
 
-/// A running server. Stop it with [`Server::stop`]; merely dropping it kills it, and is for tests that failed.
+/// A running server. Tests stop it with [`Server::stop`]; dropping it kills it, which happens only in failed tests.
 pub struct Server {
-    /// Its name among those of this user.
+    /// Its instance name.
     pub instance: String,
-    /// Where it listens.
+    /// The address that it listens on.
     pub address: SocketAddr,
     child: Child,
     log: Log,
@@ -67,7 +67,7 @@ pub struct Server {
     stopped: bool,
 }
 
-/// The end of a process: its status and all that it said on stderr.
+/// How a process ended: its exit status and its stderr.
 #[derive(Debug)]
 pub struct Exit {
     pub status: ExitStatus,
@@ -77,7 +77,7 @@ pub struct Exit {
 /// The configuration file and the state directory of an instance.
 pub struct Files {
     dir: TempDir,
-    /// The name that the file gives.
+    /// The instance name in the configuration file.
     pub instance: String,
 }
 
@@ -95,9 +95,9 @@ impl Files {
         }
         config.insert("instance".into(), instance.clone().into());
         config.insert("languages".into(), languages.to_vec().into());
-        // A busy machine is slow: tests of the limit set their own.
+        // Long enough for a busy machine; tests of the limit set their own.
         merge(&mut config, toml::toml! { limits = { run_time = "30s" } });
-        // Sandboxes that wait are what many tests look at: being asked is not to use them up.
+        // Many tests look at the ready sandboxes, which requests to /readyz would use up by probing.
         merge(&mut config, toml::toml! { ready = { probe = false } });
         config.insert("containers".into(), i64::try_from(containers).unwrap().into());
         merge(&mut config, options.config.parse().unwrap());
@@ -105,17 +105,17 @@ impl Files {
         Files { dir, instance }
     }
 
-    /// The configuration file; tests of SIGHUP change it.
+    /// Path of the configuration file; tests of the reload change it.
     pub fn config(&self) -> PathBuf {
         self.dir.path().join("coderunner.toml")
     }
 
-    /// A directory for whatever else a test needs.
+    /// The directory of the configuration file; tests may put other files there.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    /// The executable with this verb, in an environment that holds nothing of the outer one's settings.
+    /// A command line with this verb, without the `CODERUNNER_` variables of this process.
     pub fn command(&self, verb: &str, options: &Options) -> Command {
         not_as_root();
         let mut command = Command::new(executable());
@@ -141,8 +141,8 @@ impl Files {
                 if let Some(most) = descriptors {
                     setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
                 }
-                // A test run that is killed takes its servers along. It is the thread that counts as the parent,
-                // so a server lives no longer than the test that started it.
+                // The server dies with the test, even if the test run is killed: the kernel sends this signal when the
+                // thread that started the server ends.
                 Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?)
             });
         }
@@ -158,12 +158,12 @@ impl Server {
         server
     }
 
-    /// Starts a server and waits until it listens; its first sandbox may not be there yet, or never come.
+    /// Starts a server and waits until it listens. It may not have a sandbox yet, or may never get one.
     pub fn launch(options: Options) -> Server {
         Server::launch_with(Files::new(&options), &options)
     }
 
-    /// Like [`Server::launch`], with files that were there before: another start of the same instance.
+    /// Like [`Server::launch`], with existing files: starts the same instance again.
     pub fn launch_with(files: Files, options: &Options) -> Server {
         let mut child = files.command("serve", options).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let log = Log::of(&mut child);
@@ -176,32 +176,32 @@ impl Server {
             files,
             stopped: false,
         };
-        server.address = eventually("a line that tells the address", || {
+        server.address = eventually("a log line with the address", || {
             let ended = server.child.try_wait().unwrap();
-            assert!(ended.is_none(), "the server ended at its start: {ended:?}");
+            assert!(ended.is_none(), "the server exited during startup: {ended:?}");
             let log = server.log();
             let line = log.lines().find(|line| line.contains("listening"))?;
-            // Either format of the log.
+            // The text or the JSON format of the log.
             let address = line.split_once("address=").or_else(|| line.split_once("\"address\":\""))?.1;
             Some(address.split(|c: char| c.is_whitespace() || c == '"').next()?.parse().unwrap())
         });
         server
     }
 
-    /// Starts a server with this for its stderr, at an address that was free, and waits until it answers.
+    /// Starts a server that writes its log to `stderr`, on a free address, and waits until it accepts connections.
     pub fn launch_to(stderr: Stdio, options: &Options) -> Server {
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let files = Files::new(options);
         let mut command = files.command("serve", options);
         command.env("CODERUNNER_LISTEN", address.to_string()).stdout(Stdio::null()).stderr(stderr);
         let child = command.spawn().unwrap();
-        // It holds our side of a pipe.
+        // The command holds a copy of `stderr`, which may be a pipe.
         drop(command);
         let (instance, started) = (files.instance.clone(), Instant::now());
         let mut server = Server { instance, address, child, log: Log::none(), started, files, stopped: false };
-        eventually("it answers", || {
+        eventually("the server accepts connections", || {
             let ended = server.child.try_wait().unwrap();
-            assert!(ended.is_none(), "the server ended at its start: {ended:?}");
+            assert!(ended.is_none(), "the server exited during startup: {ended:?}");
             TcpStream::connect(address).ok()
         });
         server
@@ -209,12 +209,12 @@ impl Server {
 
     /// Waits until `/readyz` answers 200.
     pub fn wait_ready(&self) {
-        eventually("the server is ready (its images are made by `make test`)", || {
+        eventually("the server is ready (`make test` builds its images)", || {
             (self.get("/readyz").status == 200).then_some(())
         });
     }
 
-    /// Waits until every language is ready; there have to be as many containers.
+    /// Waits until every language is ready. The server needs at least one container for each.
     pub fn wait_each_ready(&self) {
         eventually("every language is ready", || {
             let languages = self.get("/readyz").json()["languages"].clone();
@@ -227,18 +227,18 @@ impl Server {
         self.begin(code).reply().answer()
     }
 
-    /// Sends code and does not wait for the answer.
+    /// Sends code without waiting for the answer.
     pub fn begin(&self, code: &str) -> Pending {
         self.begin_json(&json!({ "code": code }))
     }
 
-    /// Sends any JSON to `/coderunner`.
+    /// Posts JSON to `/coderunner` without waiting for the answer.
     pub fn begin_json(&self, body: &Value) -> Pending {
         let headers = [("Content-Type", "application/json")];
         self.begin_request("POST", "/coderunner", &headers, body.to_string().as_bytes())
     }
 
-    /// Sends any request.
+    /// Sends any request without waiting for the answer.
     pub fn begin_request(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Pending {
         let head = client::head(method, path, headers, body.len());
         Pending::send(self.address, &[head.as_bytes(), body].concat())
@@ -253,8 +253,8 @@ impl Server {
         self.request("GET", path, &[], b"")
     }
 
-    /// Whether the kernel keeps this limit (`memory`, `processes`, `cpu`) of sandboxes here. Rootless containers
-    /// have none of them where cgroups are v1, and the server says so.
+    /// Whether this host enforces a limit of sandboxes (`memory`, `processes` or `cpu`). With cgroup v1, rootless
+    /// containers have none of these, and the server reports it.
     pub fn enforces(&self, limit: &str) -> bool {
         let body = self.get("/readyz").json();
         let missing = body["limitsNotEnforced"].as_array().expect("limitsNotEnforced");
@@ -269,12 +269,12 @@ impl Server {
         kill(self.pid(), signal).unwrap();
     }
 
-    /// What it has logged so far.
+    /// The log so far.
     pub fn log(&self) -> String {
         self.log.text()
     }
 
-    /// Waits until the log has a line with all of these words.
+    /// Waits until the log has a line that contains all of these words.
     pub fn wait_log(&self, words: &[&str]) -> String {
         eventually(&format!("a line with {words:?} in the log"), || {
             let log = self.log();
@@ -288,31 +288,31 @@ impl Server {
         &self.files
     }
 
-    /// Names of the containers that podman lists for it, running or not.
+    /// Names of its containers that podman lists, running or not.
     pub fn containers(&self) -> Vec<String> {
         leftovers::containers(&self.instance)
     }
 
-    /// Waits until it has ended; does not ask it to.
+    /// Waits until it has exited, without sending a signal.
     pub fn wait_exit(&mut self) -> ExitStatus {
         wait_exit(&mut self.child)
     }
 
-    /// Ends it as systemd does, and checks that it ends well and leaves nothing behind.
+    /// Sends SIGTERM as systemd does, and checks that the server exits with 0 and leaves nothing behind.
     pub fn stop(self) {
         self.signal(Signal::SIGTERM);
-        self.ends_well();
+        self.wait_clean_exit();
     }
 
-    /// Waits for the end of a server that was asked to end; checks that it is a good one and leaves nothing behind.
-    pub fn ends_well(mut self) {
+    /// Waits for the exit of a server that was sent a signal; checks that it exits with 0 and leaves nothing behind.
+    pub fn wait_clean_exit(mut self) {
         let status = self.wait_exit();
-        assert_eq!(status.code(), Some(0), "the end of the server: {status}");
+        assert_eq!(status.code(), Some(0), "the server exited with {status}");
         leftovers::assert_none(&self.instance, self.started);
         self.stopped = true;
     }
 
-    /// Kills it as nothing can be caught, and leaves its files for the next start. What it ran is not waited for.
+    /// Kills it with SIGKILL, and returns its files for the next start. Does not wait for the end of its sandboxes.
     pub fn crash(mut self) -> Files {
         self.child.kill().unwrap();
         self.wait_exit();
@@ -330,27 +330,27 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
         leftovers::remove(&self.instance);
-        // Shown by the test's harness where the test failed.
+        // The test runner shows this only if the test failed.
         eprintln!("log of {}:\n{}", self.instance, self.log());
     }
 }
 
-/// Starts a server that is to refuse, and waits for its end.
+/// Starts a server that must refuse to start, and waits for its exit.
 pub fn refused(options: Options) -> Exit {
     let files = Files::new(&options);
     refused_with(&files, &options)
 }
 
-/// Like [`refused`], with files that are there already.
+/// Like [`refused`], with existing files.
 pub fn refused_with(files: &Files, options: &Options) -> Exit {
     let mut child = files.command("serve", options).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let log = Log::of(&mut child);
     let status = wait_exit(&mut child);
-    let stderr = eventually("the end of stderr", || log.ended().then(|| log.text()));
+    let stderr = eventually("stderr is closed", || log.ended().then(|| log.text()));
     Exit { status, stderr }
 }
 
-/// Runs a command to its end with a deadline; what it reads on stdin is up to the command.
+/// Runs a command to its end, with a timeout. The command need not read all of `stdin`.
 pub fn output(command: &mut Command, stdin: &[u8]) -> Output {
     finish(with_pipes(command), stdin)
 }
@@ -374,44 +374,44 @@ fn finish_within(patience: Duration, mut child: Child, stdin: &[u8]) -> Output {
     };
     let stdout = collect(Box::new(child.stdout.take().unwrap()));
     let stderr = collect(Box::new(child.stderr.take().unwrap()));
-    // A program that does not read it is no error.
+    // Fails if the program does not read it, which is no error.
     let _ = child.stdin.take().unwrap().write_all(stdin);
-    let status = eventually_within(patience, "the end of a process", || child.try_wait().unwrap());
+    let status = eventually_within(patience, "a process exits", || child.try_wait().unwrap());
     Output { status, stdout: stdout.join().unwrap(), stderr: stderr.join().unwrap() }
 }
 
-/// Runs a client of the server to its good end, and returns all that it said.
+/// Runs a program to its end, checks that it succeeds, and returns its stdout and stderr.
 #[track_caller]
-pub fn drive(program: &str, args: &[&str]) -> String {
-    drive_within(PATIENCE, program, args)
+pub fn run_program(program: &str, args: &[&str]) -> String {
+    run_program_within(PATIENCE, program, args)
 }
 
-/// Like [`drive`], for what takes longer.
+/// Like [`run_program`], with another timeout.
 #[track_caller]
-pub fn drive_within(patience: Duration, program: &str, args: &[&str]) -> String {
+pub fn run_program_within(patience: Duration, program: &str, args: &[&str]) -> String {
     let output = finish_within(patience, with_pipes(Command::new(program).args(args)), b"");
     let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{program}: {}: {said}", output.status);
     said
 }
 
-/// Where `packaging/dev/clients` has put those of others.
+/// The directory where `packaging/dev/clients` installs third-party clients.
 pub fn clients() -> String {
     std::env::var("CODERUNNER_TEST_CLIENTS").expect("CODERUNNER_TEST_CLIENTS: run tests by `make test`")
 }
 
-/// The engine that this profile of the tests is for; the server's own choice where it is for none.
+/// The engine of the nextest profile; `None` where the server chooses.
 pub fn engine() -> Option<&'static str> {
     let profile = std::env::var("NEXTEST_PROFILE").unwrap_or_default();
     (profile == "podman").then_some("podman")
 }
 
-/// The server's executable: where tests run as another user than cargo, that is a copy he can read.
+/// The server's executable. If tests run as another user than cargo, it is a copy that this user can read.
 pub fn executable() -> PathBuf {
     std::env::var_os("CODERUNNER_TEST_EXE").map_or_else(|| env!("CARGO_BIN_EXE_coderunner").into(), PathBuf::from)
 }
 
-/// Waits until `probe` has something, and panics with `what` when it never has.
+/// Waits until `probe` returns a value. `what` says in the panic message what was waited for.
 pub fn eventually<T>(what: &str, probe: impl FnMut() -> Option<T>) -> T {
     eventually_within(PATIENCE, what, probe)
 }
@@ -422,12 +422,12 @@ fn eventually_within<T>(patience: Duration, what: &str, mut probe: impl FnMut() 
         if let Some(found) = probe() {
             return found;
         }
-        assert!(Instant::now() < deadline, "not within {patience:?}: {what}");
+        assert!(Instant::now() < deadline, "timeout after {patience:?}: {what}");
         std::thread::sleep(POLL);
     }
 }
 
-/// Waits until `probe` finds nothing any more, and panics with what it still finds when it never does.
+/// Waits until `probe` finds nothing any more. The panic message lists what it still finds.
 pub fn eventually_none(what: &str, mut probe: impl FnMut() -> Vec<String>) {
     let mut found = Vec::new();
     let deadline = Instant::now() + PATIENCE;
@@ -441,7 +441,7 @@ pub fn eventually_none(what: &str, mut probe: impl FnMut() -> Vec<String>) {
     panic!("still there after {PATIENCE:?}: {what}: {found:#?}");
 }
 
-/// The text of a program, without the indentation that it has in a test.
+/// Removes the indentation that a program has inside a test.
 pub fn code(text: &str) -> String {
     let indentation = |line: &str| line.len() - line.trim_start().len();
     let lines = || text.lines().skip_while(|line| line.trim().is_empty());
@@ -449,31 +449,31 @@ pub fn code(text: &str) -> String {
     lines().map(|line| format!("{}\n", line.get(common..).unwrap_or_default())).collect()
 }
 
-/// A duration in seconds, a bit more than `seconds`, that no other test has: `sleep` with it is found among all
-/// processes of the machine by [`leftovers::marked`].
+/// A unique duration, slightly longer than `seconds`. [`leftovers::marked`] finds a `sleep` with it among all processes
+/// of the machine.
 pub fn marked_seconds(seconds: u32) -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
-    // The 1 ends the process id, so that no mark is the beginning of another.
+    // The 1 terminates the process id, so that no mark is a prefix of another.
     format!("{seconds}.00{:07}1{:03}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// Waits until a program with this mark runs.
+/// Waits until a process with this mark runs.
 pub fn wait_running(mark: &str) {
-    eventually(&format!("a program with {mark} runs"), || (!leftovers::marked(mark).is_empty()).then_some(()));
+    eventually(&format!("a process with {mark} runs"), || (!leftovers::marked(mark).is_empty()).then_some(()));
 }
 
-/// Waits until no program with this mark runs.
+/// Waits until no process with this mark runs.
 pub fn wait_gone(mark: &str) {
-    eventually_none("programs", || leftovers::marked(mark));
+    eventually_none("marked processes", || leftovers::marked(mark));
 }
 
-/// A name that no other instance of this user has, of this test run or another.
+/// An instance name that is unique among all test runs of this user.
 pub fn unique_name() -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    // The uids of programs follow from a hash of the name, in one of 250 ranges, and the kernel counts processes per uid:
-    // names that are used at the same time are of different ranges. Each test is a process, and the slots of those that
-    // run at the same time differ.
+    // A hash of the name selects one of 250 ranges of uids for programs, and the kernel counts processes per uid, so
+    // names in use at the same time must select different ranges. Each test is a process, and nextest gives tests that
+    // run at the same time different slots.
     let range = |name: &str| {
         let [first, second, ..] = *blake3::hash(name.as_bytes()).as_bytes();
         u32::from(u16::from_le_bytes([first, second])) % 250
@@ -484,7 +484,7 @@ pub fn unique_name() -> String {
     names.find(|name| range(name) == wanted).unwrap()
 }
 
-/// Containers of root's are not what is to be tested, and the server refuses to make them.
+/// The server refuses to run as root, whose containers would not be rootless.
 fn not_as_root() {
     assert!(
         !nix::unistd::geteuid().is_root(),
@@ -493,10 +493,10 @@ fn not_as_root() {
 }
 
 fn wait_exit(child: &mut Child) -> ExitStatus {
-    eventually("the end of a process", || child.try_wait().unwrap())
+    eventually("a process exits", || child.try_wait().unwrap())
 }
 
-/// Puts `over` over `base`, table by table.
+/// Merges `over` into `base` recursively; values of `over` take precedence.
 fn merge(base: &mut toml::Table, over: toml::Table) {
     for (key, value) in over {
         match (base.get_mut(&key), value) {
@@ -506,14 +506,14 @@ fn merge(base: &mut toml::Table, over: toml::Table) {
     }
 }
 
-/// The stderr of a child, collected by a thread so that the child never waits for us.
+/// The stderr of a child. A thread collects it, so that the child never blocks on the pipe.
 struct Log {
     bytes: Arc<Mutex<Vec<u8>>>,
     reader: std::thread::JoinHandle<()>,
 }
 
 impl Log {
-    /// Nobody's.
+    /// A log without a child, which stays empty.
     fn none() -> Log {
         Log { bytes: Arc::default(), reader: std::thread::spawn(|| ()) }
     }
@@ -534,7 +534,7 @@ impl Log {
     fn text(&self) -> String {
         let ended = self.ended();
         let bytes = self.bytes.lock().unwrap();
-        // Of a line that has not been read to its end nothing.
+        // Leaves out a last line that is not complete yet.
         let end =
             if ended { bytes.len() } else { bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1) };
         String::from_utf8_lossy(&bytes[..end]).into_owned()

@@ -1,4 +1,4 @@
-//! The HTTP side: what is refused and how, framing, and other origins.
+//! HTTP: error answers, framing, size limits, host names and CORS.
 
 use serde_json::{Value, json};
 
@@ -11,7 +11,7 @@ fn serve(config: &str) -> Server {
     Server::start(Options { languages: &["bash"], containers: 1, config, ..Options::default() })
 }
 
-/// A refusal: this status, and a message with these words.
+/// Checks that a request was refused with this status, and a message that contains these words.
 #[track_caller]
 fn assert_refused(reply: &Reply, status: u16, words: &[&str]) {
     let message = reply.message();
@@ -113,7 +113,7 @@ fn oversized_sources_and_bodies_return_413() {
     assert_eq!(server.run(&fits), Answer::ran("fits\n"));
     assert_refused(&server.begin(&format!("{fits}x")).reply(), 413, &["code", "1024"]);
     assert_refused(&server.begin(&"x".repeat(9000)).reply(), 413, &["body", "8192"]);
-    // Refused for what it says, before it is sent.
+    // A too large `Content-Length` is refused before the body is sent.
     let head = head("POST", "/coderunner", &[JSON], 1 << 40);
     let refused = Pending::send(server.address, &[head.as_bytes(), &[b' '; 9000]].concat());
     assert_refused(&refused.reply(), 413, &["body"]);
@@ -142,7 +142,7 @@ fn truncated_or_invalid_requests_do_not_harm_the_server() {
     let head = head("POST", "/coderunner", &[JSON], 100);
     let broken = Pending::send(server.address, format!("{head}{{\"code\": \"echo").as_bytes());
     broken.end_of_request();
-    // Refused or just closed: there may be nobody left to tell.
+    // The connection may also be closed without an answer.
     if let Ok(reply) = broken.try_reply() {
         assert_eq!(reply.status, 400);
     }
@@ -174,9 +174,9 @@ fn pipelined_requests_are_answered_in_order() {
         );
         head + &body
     };
-    // Both at once: the answers come in order.
+    // Both requests are sent at once; the answers come in order.
     let both = request("echo first", "keep-alive") + &request("echo second", "close");
-    let text = Pending::send(server.address, both.as_bytes()).all();
+    let text = Pending::send(server.address, both.as_bytes()).read_to_end();
     let text = String::from_utf8(text).unwrap();
     assert_eq!(text.matches("HTTP/1.1 200 OK").count(), 2, "{text}");
     let (first, second) = (text.find("\"first\\n\""), text.find("\"second\\n\""));
@@ -205,7 +205,7 @@ fn all_origins_may_call_by_default() {
     let reply = server.request("POST", "/coderunner", &[JSON, origin], b"{\"code\": \"echo hello\"}");
     assert_eq!(reply.answer(), Answer::ran("hello\n"));
     assert_allowed(&reply, "https://example.org");
-    // A page can read why it was refused.
+    // Error answers have CORS headers, so that a page can read the reason.
     let reply = server.request("POST", "/coderunner", &[JSON, origin], b"{");
     assert_refused(&reply, 400, &[]);
     assert_allowed(&reply, "https://example.org");
@@ -232,7 +232,7 @@ fn only_configured_origins_may_call() {
             assert_refused(&reply, 403, &["origin"]);
         }
     }
-    // Who is no browser sends no origin.
+    // Clients other than browsers send no `Origin`.
     assert_eq!(server.run("echo no browser"), Answer::ran("no browser\n"));
     server.stop();
 }
@@ -244,10 +244,10 @@ fn empty_cors_origins_refuse_all_foreign_pages() {
     let reply = server.request("OPTIONS", "/coderunner", &headers, b"");
     assert_eq!(reply.header("access-control-allow-origin"), None);
     assert_refused(&reply, 403, &["origin"]);
-    // Whether or not a browser asked for leave first.
+    // The request itself is refused, too, whether or not a browser sent a preflight.
     let reply = server.request("POST", "/coderunner", &[JSON, headers[0]], b"{\"code\": \"echo hello\"}");
     assert_refused(&reply, 403, &["origin"]);
-    // The server's own page, by plain HTTP: its origin is the Host of the request.
+    // The server's own page is allowed: its origin is the host of the request.
     let reply =
         server.request("POST", "/coderunner", &[JSON, ("Origin", "http://localhost")], b"{\"code\": \"echo hello\"}");
     assert_eq!(reply.status, 200, "{reply:?}");
@@ -277,7 +277,7 @@ fn assert_allowed(reply: &Reply, origin: &str) {
     assert!(allowed == Some("*") || allowed == Some(origin), "{allowed:?}");
 }
 
-/// A request of these lines, as they are.
+/// Sends these header lines unchanged.
 fn raw(server: &Server, lines: &str) -> Reply {
     Pending::send(server.address, format!("{lines}\r\n\r\n").as_bytes()).reply()
 }
@@ -329,18 +329,18 @@ fn oversized_bodies_are_refused_before_they_are_sent() {
     let server = serve("");
     let expects = ("Expect", "100-continue");
     let asked = head("POST", "/coderunner", &[JSON, expects], 10 << 20);
-    // Not `100 Continue`, and the rest never comes.
+    // The answer is 413 instead of `100 Continue`, and the client never sends the body.
     assert_refused(&Pending::send(server.address, asked.as_bytes()).reply(), 413, &["body", "10485760", "524288"]);
     let asked = head("POST", "/coderunner", &[JSON], 10 << 20);
     assert_refused(&Pending::send(server.address, asked.as_bytes()).reply(), 413, &["body"]);
-    // Who has begun to send it is told all the same.
+    // A client that has begun to send the body gets the answer, too.
     let sent = [asked.as_bytes(), &vec![b' '; 2 << 20]].concat();
     assert_refused(&Pending::send(server.address, &sent).reply(), 413, &["body"]);
     let body = json!({"code": "echo hello"}).to_string();
     let mut request =
         Pending::send(server.address, head("POST", "/coderunner", &[JSON, expects], body.len()).as_bytes());
     request.send_more(body.as_bytes());
-    let all = String::from_utf8(request.all()).unwrap();
+    let all = String::from_utf8(request.read_to_end()).unwrap();
     assert!(all.starts_with("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n"), "{all}");
     server.stop();
 }
@@ -413,7 +413,7 @@ fn preflight_allows_requested_headers_and_answers_vary_by_origin() {
     assert_eq!(reply.status, 200, "{reply:?}");
     assert_allowed(&reply, "https://example.org");
     assert!(reply.header("access-control-allow-headers").unwrap().contains("x-requested-with"));
-    // What a page may not do is told to its browser, which says so itself.
+    // The preflight answer lists the allowed methods; the browser refuses others.
     let other = [("Origin", "https://example.org"), ("Access-Control-Request-Method", "PUT")];
     let reply = server.request("OPTIONS", "/coderunner", &other, b"");
     assert_eq!((reply.status, reply.header("access-control-allow-methods")), (200, Some("POST")));

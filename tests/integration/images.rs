@@ -1,4 +1,4 @@
-//! Images: pulled where missing, replaced by new versions that work, kept where those do not.
+//! Images: missing ones are pulled, healthy new versions replace old ones, and unhealthy new versions are rejected.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -10,25 +10,25 @@ use std::time::{Duration, Instant, SystemTime};
 use serde_json::json;
 
 use crate::client::Answer;
+use crate::fake_podman::FakePodman;
 use crate::harness::{Files, Options, Server, eventually, marked_seconds, output, wait_gone, wait_running};
 use crate::leftovers::{self, podman};
 use crate::registry::{EMPTY, Image, Registry, SHELL};
-use crate::stand_in::StandIn;
 
-/// Prints the version of the image that it runs in.
+/// A program that prints the version of its image.
 const VERSION: &str = "cat /version";
 
-/// The language `bash` with an image whose health program prints what the image says.
+/// Configures the language `bash` with an image whose health program prints the image's file `/health`.
 fn config(image: &Image) -> String {
     format!("[language.bash]\nimage = {:?}\nhealth = {{ code = \"cat /health\", output = \"well\" }}\n", image.name)
 }
 
-/// The files of a version that works.
+/// The files of a healthy version.
 fn version(version: &str) -> [(&str, &str); 2] {
     [("version", version), ("health", "well")]
 }
 
-/// The same for one engine.
+/// Like [`config`], for one engine.
 fn config_for(engine: &str, image: &Image) -> String {
     format!("engine = {engine:?}\n{}", config(image))
 }
@@ -37,7 +37,7 @@ fn options<'a>(config: &'a str, env: &'a [(&'a str, &'a str)]) -> Options<'a> {
     Options { languages: &["bash"], config, env, ..Options::default() }
 }
 
-/// What `coderunner update` says, and with which code it exits.
+/// Runs `coderunner update`, and returns its exit code and stdout.
 fn update(files: &Files, options: &Options) -> (i32, String) {
     let output = output(&mut files.command("update", options), b"");
     eprint!("{}", String::from_utf8_lossy(&output.stderr));
@@ -48,7 +48,7 @@ fn update(files: &Files, options: &Options) -> (i32, String) {
 fn assert_updated((code, text): (i32, String), words: &[&str]) {
     assert_eq!(code, 0, "{text}");
     assert!(words.iter().all(|word| text.contains(word)), "no {words:?}: {text}");
-    assert_eq!(text.lines().count(), 1, "a line per image: {text}");
+    assert_eq!(text.lines().count(), 1, "one line per image: {text}");
 }
 
 #[track_caller]
@@ -57,8 +57,8 @@ fn assert_not_updated((code, text): (i32, String), words: &[&str]) {
     assert!(words.iter().all(|word| text.contains(word)), "no {words:?}: {text}");
 }
 
-/// Waits until requests are refused with these words.
-fn refusal(server: &Server, words: &str) {
+/// Waits until requests are refused with a message that contains these words.
+fn wait_refused(server: &Server, words: &str) {
     let refused = eventually(&format!("a refusal because of {words:?}"), || {
         let reply = server.begin(VERSION).reply();
         reply.message().contains(words).then_some(reply)
@@ -78,7 +78,7 @@ on_each_engine! {
     programs_have_the_same_groups_as_with_podman_run
 }
 
-/// As people see an id.
+/// The abbreviated form of an image id.
 fn short(id: &str) -> &str {
     &id[..12]
 }
@@ -88,12 +88,12 @@ fn missing_image_is_pulled_while_other_languages_work() {
     let registry = Registry::start();
     let image = registry.image();
     let id = registry.push(&image, SHELL, &version("one"));
-    let slow = StandIn::new("[ \"$1\" != pull ] || while [ -e podman ] && [ ! -e go ]; do sleep 0.05; done");
+    let fake = FakePodman::new("[ \"$1\" != pull ] || while [ -e podman ] && [ ! -e go ]; do sleep 0.05; done");
     let (config, env) = (config(&image), registry.env());
     let server =
-        Server::launch(Options { languages: &["bash", "c"], path: Some(slow.dir()), ..options(&config, &env) });
+        Server::launch(Options { languages: &["bash", "c"], path: Some(fake.dir()), ..options(&config, &env) });
 
-    refusal(&server, "is being pulled");
+    wait_refused(&server, "is being pulled");
     eventually("the other language is ready", || {
         let readyz = server.get("/readyz");
         assert_eq!(readyz.status, 503);
@@ -102,7 +102,7 @@ fn missing_image_is_pulled_while_other_languages_work() {
         (body["languages"]["c"]["ready"] == true).then_some(())
     });
 
-    slow.put("go");
+    fake.set_flag("go");
     server.wait_ready();
     assert_eq!(server.run(VERSION).run_output, "one");
     assert_eq!(image.id(), Some(id));
@@ -111,19 +111,23 @@ fn missing_image_is_pulled_while_other_languages_work() {
 
 #[test]
 fn servers_started_at_once_keep_their_image_names() {
-    // Whoever comes to give a name waits a second for the others to be as far.
-    let gathers = StandIn::new(
+    // Each `podman tag` waits up to a second for those of the other servers, so that they happen at the same time.
+    let fake = FakePodman::new(
         "[ \"$1\" = tag ] || exit 0
         echo x >>come; waited=0
         while [ $(wc -l <come) -lt 4 ] && [ $waited -lt 10 ]; do sleep 0.1; waited=$((waited + 1)); done",
     );
-    let options = Options { languages: &["bash"], containers: 1, path: Some(gathers.dir()), ..Options::default() };
+    let options = Options { languages: &["bash"], containers: 1, path: Some(fake.dir()), ..Options::default() };
     let servers: Vec<Server> = (0..4).map(|_| Server::launch(options.clone())).collect();
     for server in &servers {
         server.wait_ready();
     }
     for server in &servers {
-        assert_eq!(leftovers::image_names(&server.instance).len(), 1, "podman before 4.8 loses names");
+        assert_eq!(
+            leftovers::image_names(&server.instance).len(),
+            1,
+            "podman before 4.8 loses image names when several are set at once"
+        );
     }
     servers.into_iter().for_each(Server::stop);
 }
@@ -133,13 +137,13 @@ fn failed_pull_of_a_missing_image_is_retried() {
     let registry = Registry::start();
     let image = registry.image();
     registry.push(&image, SHELL, &version("one"));
-    registry.go_down();
+    registry.stop();
     let (config, env) = (config(&image), registry.env());
     let options = options(&config, &env);
     let server = Server::launch(options.clone());
     server.wait_log(&["ERROR", &image.name, "connection refused"]);
-    refusal(&server, "cannot be pulled");
-    registry.come_up();
+    wait_refused(&server, "cannot be pulled");
+    registry.restart();
     server.wait_ready();
     assert_eq!(server.run(VERSION).run_output, "one");
     server.stop();
@@ -160,11 +164,11 @@ fn update_switches_to_the_new_version_and_deletes_the_old_one(engine: &str) {
 
     let new = registry.push(&image, SHELL, &version("two"));
     assert_updated(update(server.files(), &options), &[&image.name, short(&new), short(&old), "replaces"]);
-    // Not what the memo has of the old one.
+    // The cached answer of the old version is not used.
     assert_eq!(server.run(VERSION).run_output, "two");
     assert!(!running.has_begun());
     assert!(image.stored().contains(&old), "the old image was deleted under a job");
-    leftovers::end_marked(&mark);
+    leftovers::kill_marked(&mark);
     assert!(running.reply().answer().run_output.ends_with("one"));
     image.wait_stored(&[&new]);
     assert_eq!(image.id(), Some(new));
@@ -184,7 +188,7 @@ fn update_under_load_fails_no_request(engine: &str) {
         let (server, updated, served) = (&server, &updated, &served);
         let client = move |number: usize| {
             let mut seen = BTreeSet::new();
-            // Each its own program, so that each takes a container; the last ones after the update.
+            // Each program is different, so none is answered from the cache. The last one runs after the update.
             for count in 0.. {
                 let last = updated.load(Ordering::SeqCst);
                 let answer = server.run(&format!("cat /version # {number} {count}"));
@@ -199,11 +203,11 @@ fn update_under_load_fails_no_request(engine: &str) {
         };
         let clients: Vec<_> = (0..4).map(|number| scope.spawn(move || client(number))).collect();
         eventually("the clients are served", || (served.load(Ordering::SeqCst) >= 4).then_some(()));
-        // Before anything is asserted: the clients would go on for ever.
-        let order = std::panic::catch_unwind(AssertUnwindSafe(|| update(server.files(), &options)));
+        // A panic has to wait until the clients have been told to stop, or they would run for ever.
+        let update_result = std::panic::catch_unwind(AssertUnwindSafe(|| update(server.files(), &options)));
         updated.store(true, Ordering::SeqCst);
-        match order {
-            Ok(order) => assert_updated(order, &[short(&new), short(&old)]),
+        match update_result {
+            Ok(result) => assert_updated(result, &[short(&new), short(&old)]),
             Err(panic) => std::panic::resume_unwind(panic),
         }
         clients.into_iter().flat_map(|client| client.join().unwrap()).collect()
@@ -220,7 +224,7 @@ fn image_deleted_under_load_is_pulled_again(engine: &str) {
     let (config, env) = (config_for(engine, &image), registry.env());
     let server = Server::start(Options { containers: 3, ..options(&config, &env) });
     let over = AtomicBool::new(false);
-    // Odd from when it may be missing until it is there again.
+    // An odd number while the image may be missing, an even one while it exists.
     let changes = AtomicUsize::new(0);
     std::thread::scope(|scope| {
         let (server, over, changes) = (&server, &over, &changes);
@@ -228,16 +232,16 @@ fn image_deleted_under_load_is_pulled_again(engine: &str) {
             for count in 0.. {
                 let before = changes.load(Ordering::SeqCst);
                 let reply = server.begin(&format!("{VERSION} # {number} {count}")).reply();
-                let was_there = before.is_multiple_of(2) && changes.load(Ordering::SeqCst) == before;
+                let existed = before.is_multiple_of(2) && changes.load(Ordering::SeqCst) == before;
                 match reply.status {
-                    // A program that runs while its image goes sees files go; one that begins later does not.
+                    // Only a program that runs while its image is deleted may miss files.
                     200 => {
                         let answer = reply.answer();
-                        let gone = !was_there && answer.run_output.contains("No such file or directory");
-                        assert!(gone || answer == Answer::ran("one"), "{answer:?}");
+                        let lost_files = !existed && answer.run_output.contains("No such file or directory");
+                        assert!(lost_files || answer == Answer::ran("one"), "{answer:?}");
                     }
                     503 => {}
-                    status => assert!(status == 500 && !was_there, "{reply:?}"),
+                    status => assert!(status == 500 && !existed, "{reply:?}"),
                 }
                 if over.load(Ordering::SeqCst) {
                     break;
@@ -247,12 +251,12 @@ fn image_deleted_under_load_is_pulled_again(engine: &str) {
         for number in 0..3 {
             scope.spawn(move || client(number));
         }
-        // Before anything is asserted: the clients would go on for ever.
+        // A panic has to wait until the clients have been told to stop, or they would run for ever.
         let deleted = std::panic::catch_unwind(AssertUnwindSafe(|| {
             for _ in 0..2 {
                 changes.fetch_add(1, Ordering::SeqCst);
-                // It fails while a container is about to be made of the image.
-                eventually("it is deleted", || {
+                // `podman rmi` fails while a container of the image is being created.
+                eventually("the image is deleted", || {
                     let said = output(Command::new("podman").args(["rmi", "--force", "--", &id]), b"").stdout;
                     String::from_utf8_lossy(&said).contains("Deleted: ").then_some(())
                 });
@@ -280,13 +284,13 @@ fn unhealthy_new_version_is_rejected_and_removed(engine: &str) {
     let server = Server::start(options.clone());
     assert_eq!(server.run(VERSION).run_output, "one");
 
-    let ill = [("version", "two"), ("health", "ill")];
-    for (base, files, why) in [(SHELL, &ill[..], "ill"), (EMPTY, &version("three")[..], "bash")] {
+    let unhealthy = [("version", "two"), ("health", "ill")];
+    for (base, files, why) in [(SHELL, &unhealthy[..], "ill"), (EMPTY, &version("three")[..], "bash")] {
         registry.push(&image, base, files);
         assert_not_updated(update(server.files(), &options), &[&image.name, "nothing changed", why]);
         server.wait_log(&["WARN", &image.name, "nothing changed", why]);
         assert_eq!(server.run(&format!("{VERSION} # after {why}")).run_output, "one");
-        assert_eq!(image.id().as_ref(), Some(&old), "its public name");
+        assert_eq!(image.id().as_ref(), Some(&old), "the public name still means the old version");
         image.wait_stored(&[&old]);
     }
 
@@ -306,10 +310,10 @@ fn unhealthy_first_version_is_not_used() {
     let options = options(&config, &env);
     let server = Server::launch(options.clone());
     server.wait_log(&["ERROR", &image.name, "ill"]);
-    refusal(&server, "health check");
+    wait_refused(&server, "health check");
 
     registry.push(&image, SHELL, &version("two"));
-    // The server may have tried again by itself just before.
+    // The server may have retried by itself just before.
     assert_updated(update(server.files(), &options), &["in use"]);
     server.wait_ready();
     assert_eq!(server.run(VERSION).run_output, "two");
@@ -347,7 +351,7 @@ fn unreachable_registry_changes_nothing_even_after_a_restart() {
     let (config, env) = (config(&image), registry.env());
     let options = options(&config, &env);
     let server = Server::start(options.clone());
-    registry.go_down();
+    registry.stop();
     let words = [&image.name, "nothing changed", "cannot be pulled", "connection refused"];
     assert_not_updated(update(server.files(), &options), &words);
     assert_eq!(server.run(VERSION).run_output, "one");
@@ -357,7 +361,7 @@ fn unreachable_registry_changes_nothing_even_after_a_restart() {
     assert_eq!(server.run(VERSION).run_output, "one");
     image.wait_stored(&[&old]);
 
-    registry.come_up();
+    registry.restart();
     assert_updated(update(server.files(), &options), &["the newest is in use"]);
     server.stop();
 }
@@ -398,7 +402,7 @@ fn missing_local_image_is_not_pulled() {
     let options = options(&config, &[]);
     let server = Server::launch(options.clone());
     server.wait_log(&["ERROR", &image.name, "build it"]);
-    refusal(&server, "not installed");
+    wait_refused(&server, "not installed");
     assert_not_updated(update(server.files(), &options), &[&image.name, "build it"]);
     image.build(&version("one"));
     assert_updated(update(server.files(), &options), &[&image.name, "in use"]);
@@ -437,7 +441,7 @@ fn update_schedule_survives_restarts_and_clock_changes() {
     let stamp = server.files().dir().join(format!("state/coderunner/{}.updated", server.instance));
     let set_stamp = |time| File::options().write(true).open(&stamp).unwrap().set_modified(time).unwrap();
 
-    // The week was over while it did not run.
+    // The update interval ended while the server did not run.
     let files = server.crash();
     let newest = registry.push(&image, SHELL, &version("two"));
     set_stamp(SystemTime::now() - 8 * day);
@@ -446,11 +450,11 @@ fn update_schedule_survives_restarts_and_clock_changes() {
     eventually("the new version is in use", || (server.run(VERSION).run_output == "two").then_some(()));
     image.wait_stored(&[&newest]);
 
-    // The clock was years ahead: the week begins now, not when it will be as late as that.
+    // The clock was years ahead when the time was saved: the interval starts now, not at that time.
     let files = server.crash();
     set_stamp(SystemTime::now() + 1000 * day);
     let server = Server::launch_with(files, &options);
-    eventually("another time of the last update", || {
+    eventually("the time of the last update is saved again", || {
         (fs::metadata(&stamp).unwrap().modified().unwrap() <= SystemTime::now()).then_some(())
     });
     server.wait_ready();
@@ -491,12 +495,12 @@ fn server_killed_during_an_image_check_restarts_with_the_old_image(engine: &str)
     let mark = marked_seconds(50);
     let slow = format!("sleep {mark}; printf well");
     let second = registry.push(&image, SHELL, &[("version", "two"), ("health", &slow)]);
-    let mut order = server.files().command("update", &options).stderr(Stdio::null()).spawn().unwrap();
+    let mut command = server.files().command("update", &options).stderr(Stdio::null()).spawn().unwrap();
     wait_running(&mark);
-    assert_eq!(image.id().as_ref(), Some(&second), "its public name before the check");
+    assert_eq!(image.id().as_ref(), Some(&second), "the public name means the new version before it is checked");
     let files = server.crash();
-    let told = eventually("the end of the order", || order.try_wait().unwrap());
-    assert_eq!(told.code(), Some(1));
+    let status = eventually("the update command exits", || command.try_wait().unwrap());
+    assert_eq!(status.code(), Some(1));
     wait_gone(&mark);
 
     let server = Server::launch_with(files, &options);
@@ -528,7 +532,7 @@ fn only_failed_images_are_retried_and_rarely_pulled() {
     let options = Options { languages: &["bash", "other", "third"], containers: 3, ..options(&config, &env) };
     let server = Server::start(options.clone());
     let failures = |count: usize| {
-        eventually("it was tried so often", || {
+        eventually("the health check failed this often", || {
             let log = server.log();
             let failed =
                 log.lines().filter(|line| line.contains(&bad.name) && line.contains("health program of third"));
@@ -540,13 +544,16 @@ fn only_failed_images_are_retried_and_rarely_pulled() {
     let first = pulls();
     assert!(first.iter().all(|pulls| *pulls > 0), "{first:?}");
     failures(3);
-    assert_eq!(pulls(), first, "those that work are left alone, and what is here is only checked again");
+    assert_eq!(pulls(), first, "working images are left alone, and the unhealthy one is only checked again");
 
     registry.push(&bad, SHELL, &version("two"));
     let (code, text) = update(server.files(), &options);
     assert_eq!((code, text.lines().count()), (0, 3), "{text}");
     let then = pulls();
-    assert!(then.iter().zip(first).all(|(then, first)| *then > first), "{then:?}: who asks wants to know of all");
+    assert!(
+        then.iter().zip(first).all(|(then, first)| *then > first),
+        "{then:?}: `coderunner update` pulls all images"
+    );
     server.wait_each_ready();
     server.stop();
 }
@@ -560,29 +567,29 @@ fn unsaved_update_time_does_not_cause_repeated_updates() {
     let options = options(&config, &env);
     let files = Files::new(&options);
     let stamp = files.dir().join(format!("state/coderunner/{}.updated", files.instance));
-    // Nothing can be written to this.
+    // A directory in place of the file makes saving fail.
     fs::create_dir_all(&stamp).unwrap();
     File::open(&stamp).unwrap().set_modified(SystemTime::now() - Duration::from_secs(8 * 24 * 3600)).unwrap();
     let server = Server::launch_with(files, &options);
     server.wait_log(&["cannot save the time of the update"]);
     server.wait_ready();
     let pulls = registry.pulls(&image);
-    // Twice as long as would be enough.
+    // Twice as long as a further pull would take.
     std::thread::sleep(Duration::from_secs(10));
     assert_eq!(registry.pulls(&image), pulls);
     server.stop();
 }
 
-/// The groups of a user, as podman runs him, without root's own.
+/// The groups that `podman run` gives to the user of an image, without the root group.
 fn groups_with_podman(image: &Image) -> BTreeSet<u32> {
     let ids = "grep -E '^(Gid|Groups)' /proc/self/status";
     let args = ["run", "--rm", "--network=none", "--log-driver=none", "--entrypoint=sh", "--", &image.name, "-c", ids];
-    // Tools work there too, where the user may enter his home.
+    // `--entrypoint=sh` also finds the tools in the user's home directory, where the user may enter it.
     podman(&args).split_whitespace().filter_map(|word| word.parse().ok()).filter(|gid| *gid != 0).collect()
 }
 
 fn programs_have_the_same_groups_as_with_podman_run(engine: &str) {
-    // As distributions make homes. Its user is in root's group too, which is no program's.
+    // Home directories have these modes in Debian. The user is also in the root group, which programs must not get.
     let home = "RUN echo maker:x:1000:1001::/home/maker:/bin/sh >>/etc/passwd \
         && printf 'maker:x:1001:\\ntools:x:60:other,maker\\nwheel:x:0:maker\\nothers:x:61:other\\n' >>/etc/group \
         && mkdir -p /home/maker/bin && printf '#!/bin/sh\\nexec sh \"$@\"\\n' >/home/maker/bin/greet \
@@ -590,7 +597,7 @@ fn programs_have_the_same_groups_as_with_podman_run(engine: &str) {
         && chown -R 1000:1001 /home/maker \
         && echo tools >/tools && chown 0:60 /tools && chmod 640 /tools && echo root >/root-only && chmod 660 /root-only\n\
         ENV PATH=/home/maker/bin:/usr/bin:/bin\nWORKDIR /home\nENTRYPOINT [\"/bin/false\"]\nCMD [\"nothing\"]\n";
-    // What each user may enter and read beside the groups that he has.
+    // User, groups, and what the user can enter and read.
     let (all, home_alone) = ("well secret tools", "well secret");
     let users = [
         ("maker", &[60, 1001][..], all),
@@ -612,7 +619,7 @@ fn programs_have_the_same_groups_as_with_podman_run(engine: &str) {
     });
     let look = "greet -c 'echo well'; cat /home/maker/own; cat /tools; cat /root-only; echo >/root-only; ls /job\n\
         cat /proc/1/environ; grep Groups /proc/self/status";
-    // Who may not enter has no tools there.
+    // Users who cannot enter the home directory have no `greet`.
     let run = |found: &str| if found.contains("well") { "greet" } else { "sh" };
     let mut languages = String::new();
     for (number, (image, (_, _, found))) in images.iter().zip(users).enumerate() {

@@ -1,5 +1,5 @@
-//! What a server may have left behind: containers, mounts, processes, directories, volumes. Asked of podman and the
-//! kernel, not of the server.
+//! Finds what a server has left behind: containers, mounts, processes, directories and volumes. It asks podman and the
+//! kernel, not the server.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,48 +12,49 @@ use nix::unistd::Pid;
 
 use crate::harness::{eventually, eventually_none, output};
 
-/// Runs podman and returns what it printed; panics where it fails.
+/// Runs podman and returns its stdout; panics if it fails.
 pub fn podman(args: &[&str]) -> String {
     let output = output(Command::new("podman").args(args), b"");
     assert!(output.status.success(), "podman {args:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Like [`podman`], for lists: they fail where something in them goes away meanwhile.
+/// Runs a podman command that lists objects, and returns its lines. Retries, because podman fails if a listed object is
+/// deleted meanwhile.
 pub fn list(args: &[&str]) -> Vec<String> {
-    eventually("podman can list", || {
+    eventually("podman lists objects", || {
         let output = output(Command::new("podman").args(args), b"");
         let text = String::from_utf8(output.stdout).unwrap();
         output.status.success().then(|| text.lines().map(str::to_owned).collect())
     })
 }
 
-/// Names of all containers with the label of an instance.
+/// Names of all containers with the label of the instance.
 pub fn containers(instance: &str) -> Vec<String> {
     let label = format!("label=io.coderunner.instance={instance}");
     list(&["ps", "--all", "--filter", &label, "--format", "{{.Names}}"])
 }
 
-/// Processes that name a container or a job directory of the instance, and live.
+/// Live processes whose command line names a container or a job directory of the instance.
 pub fn processes(instance: &str) -> Vec<String> {
     let marks = [format!("coderunner-{instance}-"), format!("coderunner/{instance}/")];
     command_lines(|line| marks.iter().any(|mark| line.contains(mark)))
 }
 
-/// Processes that have this in their command line, in whatever sandbox: a mark that a test gave its program.
+/// Processes in any sandbox whose command line contains this mark, which a test gave its program.
 pub fn marked(mark: &str) -> Vec<String> {
     command_lines(|line| line.contains(mark))
 }
 
-/// Ends the programs with this mark: they are their sandbox's users', which are this user's in its namespace.
-pub fn end_marked(mark: &str) {
+/// Kills the processes with this mark. They run under subordinate ids, so it takes `podman unshare`.
+pub fn kill_marked(mark: &str) {
     for line in marked(mark) {
-        // One that has gone meanwhile is no error.
+        // It is no error if the process has ended meanwhile.
         let _ = output(Command::new("podman").args(["unshare", "kill", line.split_whitespace().next().unwrap()]), b"");
     }
 }
 
-/// The processes in podman's namespace of the server with this process id.
+/// The agents, in podman's namespace, of the server with this process id.
 pub fn agents(server: Pid) -> Vec<Pid> {
     let pid = |text: &str| text.split_whitespace().next()?.parse().ok().map(Pid::from_raw);
     let parent = |of: &Pid| {
@@ -72,7 +73,7 @@ pub fn is_init(pid: Pid) -> bool {
 fn command_lines(wanted: impl Fn(&str) -> bool) -> Vec<String> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
-        // A zombie's is empty.
+        // The command line of a zombie is empty.
         let Ok(bytes) = fs::read(entry.path().join("cmdline")) else { continue };
         let line = String::from_utf8_lossy(&bytes).replace('\0', " ");
         if wanted(&line) {
@@ -82,8 +83,7 @@ fn command_lines(wanted: impl Fn(&str) -> bool) -> Vec<String> {
     found
 }
 
-/// Processes in whose mount namespace a directory of the instance is mounted: that of the host, of podman, of a sandbox.
-/// This user may look into the namespaces that he has made.
+/// Processes in whose mount namespace a directory of the instance is mounted: on the host, with podman, or in a sandbox.
 pub fn mounts(instance: &str) -> Vec<PathBuf> {
     let mark = format!("coderunner/{instance}/");
     let processes = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
@@ -92,7 +92,7 @@ pub fn mounts(instance: &str) -> Vec<PathBuf> {
     processes.filter(mounted).collect()
 }
 
-/// How many sandboxes of an instance there are: mount namespaces that one of its job directories is mounted in.
+/// The number of sandboxes of an instance: mount namespaces in which one of its job directories is mounted.
 pub fn sandboxes(instance: &str) -> usize {
     let namespaces = mounts(instance).into_iter().filter_map(|process| fs::read_link(process.join("ns/mnt")).ok());
     namespaces.collect::<BTreeSet<PathBuf>>().len()
@@ -104,25 +104,25 @@ pub fn runtime_dir(instance: &str) -> PathBuf {
     PathBuf::from(dir).join("coderunner").join(instance)
 }
 
-/// Panics unless, within moments, nothing of the instance is left. A volume bears no label: none may stay that was
-/// made since `started` and belongs to no container.
+/// Waits until nothing of the instance is left, and panics on a timeout. Volumes have no label, so no volume without a
+/// container may remain that was created since `started`.
 pub fn assert_none(instance: &str, started: Instant) {
-    assert_eq!(containers(instance), [""; 0], "containers are left");
-    assert!(!runtime_dir(instance).exists(), "its runtime directory is left");
+    assert_eq!(containers(instance), [""; 0], "containers are left behind");
+    assert!(!runtime_dir(instance).exists(), "the runtime directory is left behind");
     assert_nothing_runs(instance);
     let age = started.elapsed() + Duration::from_secs(1);
     let mut suspects: Option<Vec<String>> = None;
-    let told = std::panic::catch_unwind(AssertUnwindSafe(|| {
-        eventually_none("volumes of no container", || {
-            // Another server's new volume is loose for a moment; one that stays so is left over.
-            let mut loose = loose_volumes(age);
-            loose.retain(|volume| suspects.as_ref().is_none_or(|before| before.contains(volume)));
-            suspects = Some(loose.clone());
-            loose
+    let result = std::panic::catch_unwind(AssertUnwindSafe(|| {
+        eventually_none("volumes without a container", || {
+            // A new volume of another server has no container for a moment. Only a volume that stays so is left over.
+            let mut unused = unused_volumes(age);
+            unused.retain(|volume| suspects.as_ref().is_none_or(|before| before.contains(volume)));
+            suspects = Some(unused.clone());
+            unused
         });
     }));
-    if let Err(panic) = told {
-        // It may be another test's: one tells of it, and not all that run meanwhile.
+    if let Err(panic) = result {
+        // The volume may belong to another test. Removing it makes one test fail instead of all that run meanwhile.
         for name in suspects.iter().flatten().filter_map(|volume| volume.split_whitespace().next()) {
             let _ = output(Command::new("podman").args(["volume", "rm", "--", name]), b"");
         }
@@ -131,13 +131,13 @@ pub fn assert_none(instance: &str, started: Instant) {
     remove_image_names(instance);
 }
 
-/// Panics unless, within moments, no process and no mount of the instance is left.
+/// Waits until no process and no mount of the instance is left, and panics on a timeout.
 pub fn assert_nothing_runs(instance: &str) {
     assert_no_process(instance, |_| true);
 }
 
-/// Panics unless, within moments, no process and no mount of the instance's sandboxes is left. What podman keeps of
-/// the containers that sandboxes are copied from may be there: these never start anything.
+/// Like [`assert_nothing_runs`], but allows the templates of the direct engine, which podman keeps and which never run
+/// anything.
 pub fn assert_no_sandbox_runs(instance: &str) {
     assert_no_process(instance, |line| !line.contains("-template-"));
 }
@@ -153,7 +153,7 @@ fn assert_no_process(instance: &str, counts: impl Fn(&str) -> bool) {
     });
 }
 
-/// Removes what a failed test left, as well as it goes.
+/// Removes what a failed test left behind, as far as possible.
 pub fn remove(instance: &str) {
     let label = format!("label=io.coderunner.instance={instance}");
     let _ = output(Command::new("podman").args(["rm", "-fv", "--time", "0", "--filter", &label]), b"");
@@ -161,9 +161,9 @@ pub fn remove(instance: &str) {
     remove_image_names(instance);
 }
 
-/// Volumes that no container uses, younger than `age`: the name of each, and when it was made.
-fn loose_volumes(age: Duration) -> Vec<String> {
-    // To ask podman takes a while, and mostly there is no new one at all.
+/// Volumes that no container uses and that are younger than `age`: name and creation time of each.
+fn unused_volumes(age: Duration) -> Vec<String> {
+    // Calling podman is slow, and usually there is no new volume.
     let young = |entry: fs::DirEntry| {
         let made = entry.metadata().and_then(|meta| meta.modified());
         made.map_or(true, |made| made.elapsed().is_ok_and(|since| since <= age))
@@ -181,20 +181,21 @@ fn loose_volumes(age: Duration) -> Vec<String> {
     all.iter().filter_map(|line| young(line)).collect()
 }
 
-/// Runs a verb of podman's that changes names of images, while no server changes any: podman before 4.8 would lose some.
+/// Runs a podman command that changes image names, under the lock that servers take for this: podman before 4.8 loses
+/// names if two processes change them at once.
 pub fn rename(args: &[&str]) -> Output {
     let directory = std::env::var_os("XDG_RUNTIME_DIR").unwrap();
     output(Command::new("flock").arg(directory).arg("podman").args(args), b"")
 }
 
-/// Takes away the names under which the instance keeps its images: it will not come back.
+/// Removes the names under which the instance keeps its images; the instance does not start again.
 fn remove_image_names(instance: &str) {
     for name in image_names(instance) {
         let _ = rename(&["rmi", "--", &name]);
     }
 }
 
-/// Where podman keeps what it has, unless told otherwise.
+/// The default location of podman's storage.
 fn storage() -> PathBuf {
     PathBuf::from(std::env::var_os("HOME").unwrap()).join(".local/share/containers/storage")
 }

@@ -1,4 +1,5 @@
-//! Programs that use up time, output, processes, memory and disk: ended in time, told why, and no harm to others.
+//! Limits on time, output, processes, memory and disk: a program that exceeds one is killed, the answer says why, and
+//! other runs are not affected.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -9,7 +10,7 @@ use serde_json::{Value, json};
 use crate::client::Answer;
 use crate::harness::{Options, Server, code};
 
-/// Longer than any answer that does not wait for the program may take, and shorter than those programs sleep.
+/// Timeout of answers that must not wait for a sleeping program. It is shorter than these programs sleep.
 const AT_ONCE: Duration = Duration::from_secs(40);
 
 fn serve(language: &[&str], config: &str) -> Server {
@@ -32,7 +33,7 @@ on_each_engine! {
     compiler_cpu_time_is_not_charged_to_the_run
 }
 
-/// Splits the last line off, which must be one of ours, and returns it without our name.
+/// Splits off the last line, which must begin with `coderunner: `, and returns it without this prefix.
 fn last_line(answer: &Answer) -> (&str, &str) {
     let text = answer.run_output.strip_suffix('\n').unwrap_or_else(|| panic!("{answer:?}"));
     let at = text.rfind('\n').map_or(0, |at| at + 1);
@@ -61,7 +62,7 @@ fn wall_time_limit_kills_the_program_and_keeps_its_output() {
     let many = "seq 20000; sleep 60";
     let lines: String = (1..=20_000).map(|n| format!("{n}\n")).collect();
     assert_out_of("time", &server.run(many), &lines);
-    // Each line within a second: it is the whole that counts.
+    // A program that prints all the time is killed, too: the limit is on the whole run.
     let trickle = server.run("while :; do echo drop; sleep 0.1; done");
     let (before, line) = last_line(&trickle);
     assert!(line.starts_with("killed: out of time after "), "{line}");
@@ -73,14 +74,14 @@ fn wall_time_limit_kills_the_program_and_keeps_its_output() {
 fn cpu_time_limit_covers_all_processes() {
     let server = serve(&["c"], "[limits]\nrun_time = \"60s\"\nrun_cpu_time = \"1s\"");
     assert_out_of("CPU time", &server.run("int main(void) { for (;;); }"), "");
-    // All its processes together.
+    // The CPU time of all processes counts together.
     let two = "#include <unistd.h>\nint main(void) { fork(); fork(); for (;;); }";
     assert_out_of("CPU time", &server.run(two), "");
     server.stop();
 }
 
 fn compiler_cpu_time_is_not_charged_to_the_run(engine: &str) {
-    // The compiler burns two seconds, by its own clock; twice that is more than the run may use.
+    // The compiler uses two seconds of CPU time, and so does the program. Together they would exceed the limit of the run.
     let server = serve_on(
         engine,
         &["python"],
@@ -106,7 +107,7 @@ while time.process_time() < 2: pass"""]
 #[test]
 fn many_short_lived_children_are_not_overcharged() {
     let server = serve(&["python"], "[limits]\nrun_time = \"60s\"\nrun_cpu_time = \"5s\"");
-    // Many that do next to nothing and are slow at it, waited for and not.
+    // Many short-lived children that use almost no CPU time, with and without a parent that waits for them.
     let children = "
         import os, signal, time
         for disposition in signal.SIG_DFL, signal.SIG_IGN:
@@ -149,7 +150,7 @@ fn endless_compilers_are_killed() {
         assert_eq!((answer.status, answer.run_output.as_str()), (0, ""), "{code}");
         assert!(answer.compile_output.contains(why), "{code}: {:?}", answer.compile_output.lines().last());
     }
-    // Attacks that the compiler itself is open to: whatever comes of them, they end, and nothing leaks.
+    // Sources that attack the compiler: compilation ends, and nothing leaks.
     for code in [
         "#include \"main.c\"",
         "#include \"/dev/zero\"",
@@ -178,7 +179,7 @@ fn large_output_on_both_streams_is_drained_in_little_memory() {
     assert_eq!(line, "output cut: 262144 of 20971524 bytes shown");
     assert_eq!(kept.len(), 262_144 + 1);
     assert!(kept.trim_end().chars().all(|c| c == 'o' || c == 'e'));
-    // The peak, so nothing was there for a moment only.
+    // VmHWM is the peak, so it includes memory that was used only for a moment.
     let grown = status_kib(server.pid(), "VmHWM") - before;
     assert!(grown < 8 * 1024, "20 MiB of output took {grown} KiB of memory");
     server.stop();
@@ -253,7 +254,7 @@ fn process_limit_counts_processes_and_threads(engine: &str) {
         except RuntimeError:
             print(made)
     ";
-    // Besides the program itself.
+    // 15 besides the program itself.
     assert_eq!(server.run(&code(forks)), Answer::ran("15\n"));
     assert_eq!(server.run(&code(threads)), Answer::ran("15\n"));
     server.stop();
@@ -284,7 +285,7 @@ fn fork_bomb_is_contained_and_neighbour_unaffected(engine: &str) {
     if server.enforces("processes") {
         assert_eq!(last_line(&answer), ("", "failed: no more processes or threads allowed"));
     } else {
-        // Bounded by a count per uid, which tells nobody that it refused; the uid is this sandbox's own.
+        // Without a pids cgroup, a limit per uid bounds the processes. It does not report that it refused one.
         assert_out_of("time", &answer, "");
     }
     assert_eq!(server.run(&format!("{forking}\n// again")), Answer::ran("20 children\n"));
@@ -370,7 +371,7 @@ fn request_files_exceeding_the_disk_limits_return_400(engine: &str) {
         let body = json!({ "language": "bash", "version": "*", "files": files }).to_string();
         server.request("POST", "/api/v2/execute", &[("Content-Type", "application/json")], body.as_bytes())
     };
-    // With the working directory, its program and the two directories.
+    // The working directory, the program and two directories count, too.
     let nested = |count: usize| (0..count).map(|number| (format!("a/b/{number}"), String::new())).collect();
     let large = |size: usize| vec![("large".to_owned(), "x".repeat(size))];
     assert_eq!(ask(nested(12)).json()["run"]["stdout"], "a main.sh\n0\n");
@@ -384,7 +385,7 @@ fn request_files_exceeding_the_disk_limits_return_400(engine: &str) {
 }
 
 fn full_disks_leave_memory_for_the_program(engine: &str) {
-    // Files are charged to the memory: each directory holds a quarter of it at the most.
+    // Files are charged to the memory limit, so each directory may hold at most a quarter of it.
     let server = serve_on(engine, &["python"], "[limits]\nmemory = \"64MiB\"\ndisk = \"256MiB\"\nrun_time = \"30s\"");
     let fill = "
         for place in '/work', '/tmp', '/dev/shm':

@@ -1,4 +1,4 @@
-//! The log: who does not read it, or cannot keep it, does not harm the server.
+//! The log: a reader that stalls or is gone, or a full disk, does not harm the server.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -8,21 +8,21 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::client::Answer;
 use crate::harness::{Options, Server, eventually};
 
-/// Lines that were dropped so far.
+/// The number of log lines that were dropped so far.
 fn dropped(server: &Server) -> u64 {
     let text = String::from_utf8(server.get("/metrics").body).unwrap();
     let value = text.lines().find_map(|line| line.strip_prefix("coderunner_log_dropped_lines_total "));
     value.expect("the metric").parse().unwrap()
 }
 
-/// A server whose log goes there serves, reloads, counts what is lost, and ends well.
-fn serves(stderr: Stdio) {
+/// Checks that a server whose log cannot be written serves, reloads, counts dropped lines, and shuts down.
+fn assert_works_with_log_to(stderr: Stdio) {
     let options = Options { languages: &["bash"], env: &[("CODERUNNER_LOG", "debug")], ..Options::default() };
     let server = Server::launch_to(stderr, &options);
     server.wait_ready();
     assert_eq!(server.run("echo hello"), Answer::ran("hello\n"));
     server.signal(nix::sys::signal::Signal::SIGHUP);
-    eventually("lines are counted", || (dropped(&server) > 5).then_some(()));
+    eventually("dropped lines are counted", || (dropped(&server) > 5).then_some(()));
     assert_eq!(server.run("echo again"), Answer::ran("again\n"));
     server.stop();
 }
@@ -31,12 +31,12 @@ fn serves(stderr: Stdio) {
 fn closed_log_pipe_does_not_harm_the_server() {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
-    serves(writer.into());
+    assert_works_with_log_to(writer.into());
 }
 
 #[test]
 fn log_on_a_full_disk_does_not_harm_the_server() {
-    serves(File::options().write(true).open("/dev/full").unwrap().into());
+    assert_works_with_log_to(File::options().write(true).open("/dev/full").unwrap().into());
 }
 
 #[test]
@@ -55,7 +55,7 @@ fn stalled_log_reader_blocks_nothing_and_drops_are_reported() {
             for _ in 0..4 {
                 scope.spawn(|| {
                     while !over.load(Ordering::SeqCst) {
-                        // As long as they may be: a line for each.
+                        // Each request writes one line, with the longest allowed request id.
                         let headers = [("X-Request-Id", &*"x".repeat(64))];
                         let asked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                             server.request("GET", "/nowhere", &headers, b"").status
@@ -74,16 +74,16 @@ fn stalled_log_reader_blocks_nothing_and_drops_are_reported() {
     assert_eq!(server.get("/healthz").status, 200);
     assert_eq!(server.run("echo hello"), Answer::ran("hello\n"));
 
-    // The reader goes on reading until it is told what it has missed.
-    let (told, missed) = std::sync::mpsc::channel();
+    // The reader resumes until a line reports how many were dropped.
+    let (sender, missed) = std::sync::mpsc::channel();
     let reading = std::thread::spawn(move || {
         let mut reader = BufReader::new(reader);
         let mut line = String::new();
         while reader.read_line(&mut line).unwrap() > 0 {
-            let said: serde_json::Value = serde_json::from_str(&line).expect("whole lines");
+            let said: serde_json::Value = serde_json::from_str(&line).expect("lines are complete");
             if let Some(lines) = said["lines"].as_u64() {
                 assert_eq!(said["level"], "WARN");
-                told.send(lines).unwrap();
+                sender.send(lines).unwrap();
                 break;
             }
             line.clear();

@@ -1,8 +1,8 @@
-//! Drives the real executable over HTTP, with real rootless containers. `make test` prepares all that it needs:
-//! the local images, an ordinary account, and the executable.
+//! Tests the real executable over HTTP, with real rootless containers. `make test` prepares what the tests need:
+//! the local images, an account without privileges, and the executable.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-/// Makes two tests of each function: one for either way to make sandboxes. The walls and limits are the same.
+/// Defines two tests for each listed function, one per engine. Both engines must enforce the same isolation and limits.
 macro_rules! on_each_engine {
     ($($test:ident)*) => {
         mod podman {
@@ -20,11 +20,13 @@ mod cli;
 mod client;
 mod connect;
 mod doctor;
+mod fake_podman;
 mod faults;
 mod floods;
 mod harness;
 mod http;
 mod images;
+mod isolation;
 mod leftovers;
 mod limits;
 mod log;
@@ -41,5 +43,3 @@ mod security;
 mod settings;
 mod shutdown;
 mod soak;
-mod stand_in;
-mod walls;

@@ -1,12 +1,12 @@
-//! The description of the API: that the server is as it says, and that people can read it.
+//! The OpenAPI description: the server behaves as described, and people can read it at `/docs`.
 
 use std::time::Duration;
 
-use crate::harness::{Options, Server, clients, drive_within};
+use crate::harness::{Options, Server, clients, run_program_within};
 
-/// The longest that requests may be made up, in seconds.
+/// How long requests are generated, in seconds.
 const FUZZING: &str = "40";
-/// That, and its start, and a last request that takes as long as one may.
+/// Covers generation, the start of schemathesis, and a last request that takes as long as possible.
 const PATIENCE: Duration = Duration::from_secs(240);
 
 #[test]
@@ -15,10 +15,10 @@ fn server_matches_its_openapi_description() {
     server.wait_each_ready();
     let url = format!("http://{}/openapi.json", server.address);
     let schemathesis = format!("{}/python/bin/schemathesis", clients());
-    let of_ours = ["--generation-deterministic", "--no-color", "--max-examples", "20"];
-    // Which languages and limits there are is a matter of configuration: a request may be valid and yet be refused.
-    let but = ["--exclude-checks", "positive_data_acceptance", "--max-time", FUZZING, "--request-timeout", "60"];
-    let said = drive_within(PATIENCE, &schemathesis, &[&["run", url.as_str()], &of_ours[..], &but].concat());
+    let flags = ["--generation-deterministic", "--no-color", "--max-examples", "20"];
+    // Languages and limits are configuration, so the server may refuse a request that is valid by the description.
+    let limits = ["--exclude-checks", "positive_data_acceptance", "--max-time", FUZZING, "--request-timeout", "60"];
+    let said = run_program_within(PATIENCE, &schemathesis, &[&["run", url.as_str()], &flags[..], &limits].concat());
     assert!(said.contains("Tested: 8"), "{said}");
     assert!(!said.contains("unresolvable"), "{said}");
     server.stop();

@@ -1,4 +1,4 @@
-//! What operators have: metrics, request ids in the log, readiness that was tried, keys, rates, turns.
+//! Features for operators: metrics, request ids, readiness probes, API keys, rate limits and the fair queue.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ fn serve(config: &str) -> Server {
     Server::start(Options { languages: &["bash"], config, ..Options::default() })
 }
 
-/// Sends code with further headers.
+/// Sends code with additional headers.
 fn begin(server: &Server, code: &str, headers: &[(&str, &str)]) -> Pending {
     let headers = [&[JSON], headers].concat();
     server.begin_request("POST", "/coderunner", &headers, json!({ "code": code }).to_string().as_bytes())
@@ -24,7 +24,7 @@ fn run(server: &Server, code: &str, headers: &[(&str, &str)]) -> Reply {
     begin(server, code, headers).reply()
 }
 
-/// The samples of `/metrics`: a name with its labels, and the value.
+/// The samples of `/metrics`: name with labels, and value.
 fn metrics(server: &Server) -> BTreeMap<String, f64> {
     let reply = server.get("/metrics");
     assert_eq!(reply.status, 200);
@@ -39,7 +39,7 @@ fn metrics(server: &Server) -> BTreeMap<String, f64> {
         .collect()
 }
 
-/// The sum of all samples of this name whose labels hold all of these.
+/// The sum of all samples with this name and all of these labels.
 fn sum(metrics: &BTreeMap<String, f64>, name: &str, labels: &[(&str, &str)]) -> f64 {
     let is = |sample: &str| {
         let (base, rest) = sample.split_once('{').unwrap_or((sample, ""));
@@ -67,7 +67,7 @@ fn metrics_count_events_and_labels_never_come_from_clients() {
     let runs = |verdict: &str| count("coderunner_runs_total", &[("language", "bash"), ("verdict", verdict)]);
     assert_eq!((runs("ok"), runs("runtime_error"), runs("time_limit")), (1.0, 1.0, 1.0));
     assert_eq!(count("coderunner_stage_seconds_count", &[("language", "bash"), ("stage", "run")]), 3.0);
-    assert!(count("coderunner_stage_seconds_sum", &[("stage", "run")]) >= 3.0, "one slept until its limit");
+    assert!(count("coderunner_stage_seconds_sum", &[("stage", "run")]) >= 3.0, "one run slept until its limit");
     assert_eq!(count("coderunner_queue_wait_seconds_count", &[("language", "bash")]), 3.0);
     assert_eq!((count("coderunner_cache_hits_total", &[]), count("coderunner_cache_misses_total", &[])), (1.0, 3.0));
     assert!(count("coderunner_cache_bytes", &[]) > 0.0);
@@ -75,7 +75,7 @@ fn metrics_count_events_and_labels_never_come_from_clients() {
     assert!(count("coderunner_build_info", &[("version", env!("CARGO_PKG_VERSION"))]) == 1.0);
     assert!(now.keys().all(|sample| !sample.contains("unheard-of")), "{now:#?}");
 
-    eventually("all clean-ups are counted, the busy are none, the next ones are ready", || {
+    eventually("all clean-ups are counted, no sandbox is busy, and new ones are ready", || {
         let now = metrics(&server);
         let busy = sum(&now, "coderunner_sandboxes_busy", &[("language", "bash")]);
         let ready = sum(&now, "coderunner_sandboxes_ready", &[("language", "bash")]);
@@ -99,7 +99,7 @@ fn client_disconnects_and_full_queue_are_counted() {
     let running = server.begin(&format!("sleep {mark}"));
     wait_running(&mark);
     let waiting = server.begin("echo waiting");
-    eventually("one waits", || (sum(&metrics(&server), "coderunner_queue_length", &[]) == 1.0).then_some(()));
+    eventually("one request waits", || (sum(&metrics(&server), "coderunner_queue_length", &[]) == 1.0).then_some(()));
     assert_eq!(sum(&metrics(&server), "coderunner_sandboxes_busy", &[]), 1.0);
     assert_eq!(server.begin("echo refused").reply().status, 503);
     drop(running);
@@ -111,7 +111,7 @@ fn client_disconnects_and_full_queue_are_counted() {
     server.stop();
 }
 
-/// The lines of a JSON log.
+/// Parses the lines of a JSON log.
 fn lines(server: &Server) -> Vec<Value> {
     server.log().lines().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("no JSON: {line}"))).collect()
 }
@@ -134,9 +134,9 @@ fn request_id_appears_in_answer_and_log() {
         .map(|id| run(&server, "echo 2", &[("X-Request-Id", id), ("traceparent", "00-0-0-0")]))
         .map(|reply| reply.header("x-request-id").unwrap().to_owned())
         .collect();
-    assert_eq!(made.len(), 4, "each its own: {made:?}");
+    assert_eq!(made.len(), 4, "a new id for each request: {made:?}");
     assert!(made.iter().all(|id| id.len() == 16 && id.bytes().all(|c| c.is_ascii_hexdigit())), "{made:?}");
-    assert!(server.get("/nowhere").header("x-request-id").is_some(), "refusals too");
+    assert!(server.get("/nowhere").header("x-request-id").is_some(), "error answers have an id, too");
 
     let answered = |id: &str| {
         eventually("a line for the request", || {
@@ -149,8 +149,8 @@ fn request_id_appears_in_answer_and_log() {
     let line = answered("mine-1.2_3");
     assert_eq!((&line["route"], &line["code"], &line["level"]), (&json!("/coderunner"), &json!(200), &json!("DEBUG")));
     assert_eq!((&line["span"]["trace"], &line["client"]), (&json!(trace), &json!("127.0.0.1")));
-    assert_eq!(answered(made.first().unwrap())["span"].get("trace"), None, "an invalid one is not passed on");
-    assert!(!server.log().contains("nobodys-business"), "no code, even at debug");
+    assert_eq!(answered(made.first().unwrap())["span"].get("trace"), None, "an invalid trace context is ignored");
+    assert!(!server.log().contains("nobodys-business"), "submitted code is never logged, not even at debug level");
     server.stop();
 }
 
@@ -165,13 +165,13 @@ fn readiness_probe_runs_at_most_once_per_interval() {
     let probes = |language: &str, result: &str| {
         sum(&metrics(&server), "coderunner_probes_total", &[("language", language), ("result", result)])
     };
-    eventually("python was tried too", || {
+    eventually("python was probed, too", || {
         server.get("/readyz");
         (probes("python", "ok") == 1.0).then_some(())
     });
     let asked: Vec<Pending> = (0..20).map(|_| server.begin_request("GET", "/readyz", &[], b"")).collect();
     assert!(asked.into_iter().all(|pending| pending.reply().status == 200));
-    assert_eq!((probes("bash", "ok"), probes("python", "ok")), (1.0, 1.0), "once an hour, however often it is asked");
+    assert_eq!((probes("bash", "ok"), probes("python", "ok")), (1.0, 1.0), "at most one probe per interval");
     server.stop();
 }
 
@@ -184,30 +184,30 @@ fn aborted_readiness_requests_waste_no_sandbox() {
         [language.bash]
         health = { code = "sleep 1; echo hello", output = "hello\n" }
     "#;
-    // Asked about only once there is a sandbox: the harness itself asks /readyz.
+    // `launch`, because `start` requests /readyz; this test does so only once there is a sandbox.
     let server = Server::launch(Options { languages: &["bash"], config, ..Options::default() });
     let is = |name: &str, labels: &[(&str, &str)]| sum(&metrics(&server), name, labels);
-    eventually("a sandbox", || (is("coderunner_sandboxes_ready", &[]) > 0.0).then_some(()));
+    eventually("a sandbox is ready", || (is("coderunner_sandboxes_ready", &[]) > 0.0).then_some(()));
     for _ in 0..5 {
         let asked = server.begin_request("GET", "/readyz", &[], b"");
         std::thread::sleep(Duration::from_millis(100));
         drop(asked);
     }
-    eventually("it was tried", || (is("coderunner_probes_total", &[("result", "ok")]) == 1.0).then_some(()));
+    eventually("the probe succeeded", || (is("coderunner_probes_total", &[("result", "ok")]) == 1.0).then_some(()));
     assert_eq!(server.get("/readyz").status, 200);
-    assert_eq!(is("coderunner_probes_total", &[]), 1.0, "what was found holds");
+    assert_eq!(is("coderunner_probes_total", &[]), 1.0, "the result of the aborted requests is reused");
     server.stop();
 }
 
 #[test]
 fn client_run_counts_as_readiness_probe() {
-    // Asked about only after the first run: the harness itself asks /readyz.
+    // `launch`, because `start` requests /readyz; this test does so only after the first run.
     let server = Server::launch(Options {
         languages: &["bash"],
         config: "[ready]\nprobe = true\ninterval = \"1h\"",
         ..Options::default()
     });
-    let answer = eventually("the first sandbox", || {
+    let answer = eventually("the first sandbox runs a program", || {
         let reply = server.begin("echo proof").reply();
         (reply.status == 200).then(|| reply.answer())
     });
@@ -226,7 +226,7 @@ fn failing_language_is_not_ready_until_a_run_succeeds() {
         [language.bash]
         health = { code = "echo a program", output = "what it does not print\n" }
     "#;
-    // Its image is known to be well from an earlier start.
+    // An earlier start has checked the image, so this one uses it although the changed health program fails.
     let options = Options { languages: &["bash"], ..Options::default() };
     let server = Server::start(options.clone());
     let files = {
@@ -240,7 +240,7 @@ fn failing_language_is_not_ready_until_a_run_succeeds() {
         server.crash()
     };
     let server = Server::launch_with(files, &options);
-    let reply = eventually("it was tried, and failed", || {
+    let reply = eventually("the probe failed", || {
         let reply = server.get("/readyz");
         let problem = reply.json()["languages"]["bash"]["problem"].as_str().unwrap_or_default().to_owned();
         (problem == "its health program fails").then_some(reply)
@@ -248,7 +248,7 @@ fn failing_language_is_not_ready_until_a_run_succeeds() {
     assert_eq!((reply.status, &reply.json()["ready"]), (503, &json!(false)));
     server.wait_log(&["not ready", "a program", "what it does not print"]);
     assert_eq!(server.run("echo works"), Answer::ran("works\n"));
-    assert_eq!(server.get("/readyz").status, 200, "a client's run is newer and worth more");
+    assert_eq!(server.get("/readyz").status, 200, "a later run of a client outweighs the failed probe");
     server.stop();
 }
 
@@ -277,14 +277,14 @@ fn busy_languages_are_not_probed() {
     server.stop();
 }
 
-/// A key and its hash, as the verb prints them.
+/// Creates a key with `coderunner key`; returns it, and the configuration line with its hash.
 pub fn new_key(owner: &str) -> (String, String) {
     let output = harness::output(std::process::Command::new(harness::executable()).args(["key", owner]), b"");
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     let key = String::from_utf8(output.stdout).unwrap().trim().to_owned();
-    let told = String::from_utf8(output.stderr).unwrap();
-    assert!(!told.contains(&key), "once");
-    let line = told.lines().find(|line| line.starts_with(&format!("{owner} = "))).unwrap();
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert!(!message.contains(&key), "the key is printed only once");
+    let line = message.lines().find(|line| line.starts_with(&format!("{owner} = "))).unwrap();
     (key, line.to_owned())
 }
 
@@ -314,7 +314,7 @@ fn with_api_keys_only_their_owners_can_run_code() {
     assert_eq!(server.request("GET", "/metrics", &[("X-API-Key", &alice)], b"").status, 200);
     assert_eq!((server.get("/healthz").status, server.get("/readyz").status), (200, 200));
     server.wait_log(&["answered", "client=\"alice\""]);
-    assert!(!server.log().contains(&alice) && !server.log().contains(&stranger), "no key in the log");
+    assert!(!server.log().contains(&alice) && !server.log().contains(&stranger), "keys are never logged");
     server.stop();
 }
 
@@ -326,7 +326,7 @@ fn rate_limited_clients_get_429_with_retry_after() {
     let reply = at("192.0.2.1");
     assert_eq!(reply.status, 429);
     let wait: u32 = reply.header("retry-after").unwrap().parse().unwrap();
-    assert!((1000..=1801).contains(&wait), "half an hour: {wait}");
+    assert!((1000..=1801).contains(&wait), "about half an hour: {wait}");
     assert!(reply.message().contains("too many requests"));
     assert_eq!(at("192.0.2.2").status, 200, "another client");
     assert_eq!((at("2001:db8::1").status, at("2001:db8::2").status, at("2001:db8::3").status), (200, 200, 429));
@@ -335,7 +335,11 @@ fn rate_limited_clients_get_429_with_retry_after() {
 
     let server = serve("[access]\nrate = \"2/h\"\nburst = 1");
     let at = |address: &str| run(&server, "echo hello", &[("X-Forwarded-For", address)]);
-    assert_eq!((at("192.0.2.1").status, at("192.0.2.2").status), (200, 429), "from nobody that is trusted");
+    assert_eq!(
+        (at("192.0.2.1").status, at("192.0.2.2").status),
+        (200, 429),
+        "X-Forwarded-For of an untrusted peer is ignored"
+    );
     server.stop();
 }
 
@@ -351,9 +355,11 @@ fn fair_queue_serves_clients_in_turn() {
     let first = server.begin(&format!("sleep {mark}"));
     wait_running(&mark);
     let queued = |wanted: f64| {
-        eventually("they wait", || (sum(&metrics(&server), "coderunner_queue_length", &[]) == wanted).then_some(()));
+        eventually("the requests are queued", || {
+            (sum(&metrics(&server), "coderunner_queue_length", &[]) == wanted).then_some(())
+        });
     };
-    // What each prints: when it ran, in seconds with six places.
+    // Each program prints the time at which it ran.
     let send = |name: &str, address: &str| {
         begin(&server, &format!("echo $EPOCHREALTIME #{name}"), &[("X-Forwarded-For", address)])
     };
@@ -368,8 +374,11 @@ fn fair_queue_serves_clients_in_turn() {
     let at = |pending: Pending| pending.reply().answer().run_output.trim().parse::<f64>().unwrap();
     let one = at(one);
     let many: Vec<f64> = many.into_iter().map(at).collect();
-    assert!(many.is_sorted(), "in order of arrival among themselves: {many:?}");
-    assert!(many[0] < one && one < many[1], "second, though it came last: {one} of {many:?}");
+    assert!(many.is_sorted(), "requests of one client run in order of arrival: {many:?}");
+    assert!(
+        many[0] < one && one < many[1],
+        "the other client's request runs second, although it arrived last: {one}, {many:?}"
+    );
     server.stop();
 }
 

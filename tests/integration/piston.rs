@@ -1,9 +1,9 @@
-//! Piston's API: its requests and answers, what is refused, and what we add.
+//! Piston's API: requests and answers, refused requests, and the additional fields.
 
 use serde_json::{Value, json};
 
 use crate::client::Reply;
-use crate::harness::{Options, Server, clients, drive};
+use crate::harness::{Options, Server, clients, run_program};
 
 const JSON: (&str, &str) = ("Content-Type", "application/json");
 
@@ -15,7 +15,7 @@ fn execute(server: &Server, body: &Value) -> Reply {
     server.request("POST", "/api/v2/execute", &[JSON], body.to_string().as_bytes())
 }
 
-/// A request of one file.
+/// A request with one file.
 fn program(language: &str, code: &str) -> Value {
     json!({"language": language, "version": "*", "files": [{"content": code}]})
 }
@@ -27,7 +27,7 @@ fn with(mut body: Value, field: &str, value: impl Into<Value>) -> Value {
 }
 
 #[track_caller]
-fn ran(reply: &Reply) -> Value {
+fn assert_ok(reply: &Reply) -> Value {
     assert_eq!(reply.status, 200, "{}", String::from_utf8_lossy(&reply.body));
     reply.json()
 }
@@ -69,13 +69,13 @@ fn execute_runs_a_program_with_files_stdin_and_arguments() {
         ],
         "compile_timeout": 10000, "run_timeout": 20000, "compile_memory_limit": -1, "run_memory_limit": -1,
     });
-    let answer = ran(&execute(&server, &body));
+    let answer = assert_ok(&execute(&server, &body));
     assert_eq!((&answer["language"], &answer["version"]), (&json!("bash"), &json!("5.0.0")));
     assert_eq!(answer.get("compile"), None);
     let run = &answer["run"];
     assert_eq!(run["stdout"], "typed one two 2 a b \n");
     assert_eq!(run["stderr"], "wrong\n");
-    // In the order of their arrival, which for two streams is anybody's guess.
+    // `output` has both streams in order of arrival, which is not deterministic between two streams.
     assert_eq!(run["output"].as_str().unwrap().replacen("wrong\n", "", 1), "typed one two 2 a b \n");
     assert_eq!((&run["code"], &run["signal"], &run["status"]), (&json!(3), &json!(null), &json!("RE")));
     assert_eq!((&answer["verdict"], &answer["truncated"]), (&json!("runtime_error"), &json!(false)));
@@ -90,11 +90,11 @@ fn compile_and_run_are_separate_stages() {
     let code = "#include \"n.h\"\n#include <stdio.h>\nint main(void) { printf(\"%d\\n\", N); return 0; }\n";
     let body = json!({"language": "c", "version": "*", "files": [
         {"name": "anything", "content": code}, {"name": "n.h", "content": "#define N 42\n"}]});
-    let answer = ran(&execute(&server, &body));
+    let answer = assert_ok(&execute(&server, &body));
     assert_eq!((&answer["compile"]["code"], &answer["run"]["stdout"]), (&json!(0), &json!("42\n")));
     assert_eq!(answer["run"]["status"], json!(null));
 
-    let answer = ran(&execute(&server, &program("c", "int main(void) { return x; }")));
+    let answer = assert_ok(&execute(&server, &program("c", "int main(void) { return x; }")));
     assert_eq!((&answer["verdict"], answer.get("run")), (&json!("compile_error"), None));
     assert!(answer["compile"]["code"].as_i64() > Some(0), "{answer}");
     assert!(answer["compile"]["stderr"].as_str().unwrap().contains('x'), "{answer}");
@@ -105,7 +105,7 @@ fn compile_and_run_are_separate_stages() {
 fn status_says_how_the_program_ended() {
     let server = serve(&["bash"], "limits = { output = \"1KiB\", output_total = \"64KiB\" }");
     let ended = |code: &str, field: &str, value: Value| {
-        let answer = ran(&execute(&server, &with(program("bash", code), field, value)));
+        let answer = assert_ok(&execute(&server, &with(program("bash", code), field, value)));
         let run = &answer["run"];
         (run["status"].clone(), run["signal"].clone(), answer["verdict"].clone(), run.clone())
     };
@@ -130,11 +130,11 @@ fn lower_memory_limit_is_enforced_on_any_host() {
     let server = serve(&["python"], "");
     let code = "import time\nx = bytearray(100_000_000)\nprint('had it', flush=True)\ntime.sleep(20)\n";
     let body = with(program("python", code), "run_memory_limit", 50_000_000);
-    let answer = ran(&execute(&server, &body));
+    let answer = assert_ok(&execute(&server, &body));
     assert_eq!((&answer["verdict"], &answer["run"]["signal"]), (&json!("memory_limit"), &json!("SIGKILL")), "{answer}");
     assert!(answer["run"]["message"].as_str().unwrap().contains("out of memory"), "{answer}");
     let code = "x = bytearray(100_000_000)\nprint('had it')\n";
-    let answer = ran(&execute(&server, &with(program("python", code), "run_memory_limit", 300_000_000)));
+    let answer = assert_ok(&execute(&server, &with(program("python", code), "run_memory_limit", 300_000_000)));
     assert_eq!((&answer["verdict"], &answer["run"]["stdout"]), (&json!("ok"), &json!("had it\n")));
     server.stop();
 }
@@ -180,10 +180,10 @@ fn invalid_requests_return_400() {
         let reply = server.request("DELETE", path, &[], b"");
         assert_eq!((reply.status, reply.header("allow")), (405, Some(allowed)));
     }
-    // The largest that is allowed.
+    // The most files and the longest time that are allowed.
     let files: Vec<Value> = (0..100).map(|n| json!({"name": format!("{n}/b/c"), "content": "x"})).collect();
-    let answer = ran(&execute(&server, &with(with(base(), "files", files), "run_timeout", 5000)));
-    assert_eq!(answer["run"]["code"], json!(127), "a program x: {answer}");
+    let answer = assert_ok(&execute(&server, &with(with(base(), "files", files), "run_timeout", 5000)));
+    assert_eq!(answer["run"]["code"], json!(127), "the program `x` does not exist: {answer}");
     server.stop();
 }
 
@@ -193,7 +193,7 @@ fn cached_answers_are_marked_and_no_cache_runs_anew() {
     let body = program("bash", "cat /proc/sys/kernel/random/uuid").to_string();
     let ask = |headers: &[(&str, &str)]| {
         let headers = [headers, &[JSON]].concat();
-        ran(&server.request("POST", "/api/v2/execute", &headers, body.as_bytes()))
+        assert_ok(&server.request("POST", "/api/v2/execute", &headers, body.as_bytes()))
     };
     let first = ask(&[]);
     assert_eq!((&first["cached"], &first["age"]), (&json!(false), &json!(null)));
@@ -201,11 +201,11 @@ fn cached_answers_are_marked_and_no_cache_runs_anew() {
     let second = ask(&[]);
     assert_eq!((&second["cached"], &second["run"]["stdout"]), (&json!(true), &first["run"]["stdout"]));
     assert!(second["age"].is_u64(), "{second}");
-    let anew = ask(&[("Cache-Control", "no-cache")]);
-    assert_eq!(anew["cached"], json!(false));
-    assert_ne!(anew["run"]["stdout"], first["run"]["stdout"]);
-    // Kept in the place of the other.
-    assert_eq!(ask(&[])["run"]["stdout"], anew["run"]["stdout"]);
+    let fresh = ask(&[("Cache-Control", "no-cache")]);
+    assert_eq!(fresh["cached"], json!(false));
+    assert_ne!(fresh["run"]["stdout"], first["run"]["stdout"]);
+    // It replaces the previous answer in the cache.
+    assert_eq!(ask(&[])["run"]["stdout"], fresh["run"]["stdout"]);
     server.stop();
 }
 
@@ -216,8 +216,8 @@ fn aiopyston_works_unmodified() {
     let script = server.files().dir().join("aiopyston.py");
     std::fs::write(&script, include_str!("clients/aiopyston.py")).unwrap();
     let url = format!("http://{}/api/v2/", server.address);
-    let said = drive(&format!("{}/python/bin/python", clients()), &[script.to_str().unwrap(), &url]);
-    assert!(said.contains("is content"), "{said}");
+    let output = run_program(&format!("{}/python/bin/python", clients()), &[script.to_str().unwrap(), &url]);
+    assert!(output.contains("all checks passed"), "{output}");
     server.stop();
 }
 
@@ -228,7 +228,7 @@ fn piston_client_works_unmodified() {
     let script = server.files().dir().join("piston-client.mjs");
     std::fs::write(&script, include_str!("clients/piston-client.mjs")).unwrap();
     let url = format!("http://{}", server.address);
-    let said = drive("node", &[script.to_str().unwrap(), &url, &format!("{}/node", clients())]);
-    assert!(said.contains("is content"), "{said}");
+    let output = run_program("node", &[script.to_str().unwrap(), &url, &format!("{}/node", clients())]);
+    assert!(output.contains("all checks passed"), "{output}");
     server.stop();
 }

@@ -1,9 +1,9 @@
-//! What programs print and how they end, and what is answered.
+//! How the answer reflects what a program prints and how it ends.
 
 use crate::client::Answer;
 use crate::harness::{Options, Server};
 
-/// A language that prints its own source, byte for byte.
+/// A language whose programs print their own source unchanged.
 const VERBATIM: &str = r#"
     [language.verbatim]
     image = "localhost/coderunner-bash:latest"
@@ -33,7 +33,7 @@ fn hello_runs_in_each_local_language() {
 #[test]
 fn source_files_arrive_unchanged() {
     let server = Server::start(Options { languages: &["verbatim"], config: VERBATIM, ..Options::default() });
-    // 64 KiB is the most that a source may have; escaped as JSON these are many more.
+    // 64 KiB is the default limit of a source; escaped as JSON it is much longer.
     let large: String = "\u{1}é€🦀\\\"\n".chars().cycle().take(65_536).collect();
     let large = &large[..(0..=65_536).rev().find(|&at| large.is_char_boundary(at)).unwrap()];
     let sources = [
@@ -64,7 +64,7 @@ fn source_that_does_not_compile_is_not_run() {
     assert!(answer.compile_output.contains("missing"), "{answer:?}");
     assert_eq!(answer.run_output, "");
     let answer = server.run("");
-    assert_eq!((answer.status, answer.run_output.as_str()), (0, ""), "no main: {answer:?}");
+    assert_eq!((answer.status, answer.run_output.as_str()), (0, ""), "there is no main: {answer:?}");
     assert_ne!(answer.compile_output, "");
     server.stop();
 }
@@ -81,7 +81,7 @@ fn compiler_warnings_are_returned_with_the_program_output() {
 #[test]
 fn silent_compiler_without_artifact_counts_as_failed() {
     let server = Server::start(Options {
-        // Like one that exits 0 although linking failed.
+        // Imitates a compiler that exits with 0 although linking failed.
         config: r#"
             [language.c]
             compile = ["sh", "-c", "grep -q NOTHING main.c || tcc -o out main.c"]
@@ -130,7 +130,7 @@ fn death_by_signal_is_reported() {
     assert_eq!(end("raise(SIGSEGV)"), ended("11 (SIGSEGV)"));
     assert_eq!(end("*(volatile int *)0 = 1"), ended("11 (SIGSEGV)"));
     assert_eq!(end("abort()"), ended("6 (SIGABRT)"));
-    // Not taken for one of our own kills.
+    // Not mistaken for a kill by the server.
     assert_eq!(end("raise(SIGKILL)"), ended("9 (SIGKILL)"));
     server.stop();
 }
@@ -159,9 +159,9 @@ fn arbitrary_output_bytes_become_valid_text() {
         server.run(r"printf '\xff\xfe|\0|\x1b[31mred\x1b]0;title\x07|\xe2\x82'"),
         Answer::ran("\u{fffd}\u{fffd}|\0|\u{1b}[31mred\u{1b}]0;title\u{7}|\u{fffd}")
     );
-    // A character that is written in pieces is one all the same.
+    // A character that is written in several pieces is not broken.
     assert_eq!(server.run(r"printf '\xe2'; sleep 0.2; printf '\x82'; sleep 0.2; printf '\xac'"), Answer::ran("€"));
-    // What looks like our own framing is just output.
+    // Output that looks like part of the answer has no effect.
     let framing = "{\"status\": 0}\r\n\r\nHTTP/1.1 500 no\r\n";
     assert_eq!(server.run(&format!("printf '%s' '{framing}'")), Answer::ran(framing));
     server.stop();
@@ -189,14 +189,14 @@ fn programs_start_with_default_signal_handling() {
     let server = serve(&["bash"]);
     let ignored = server.run("grep -E '^Sig(Ign|Blk)' /proc/self/status");
     assert_eq!(ignored, Answer::ran("SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n"));
-    // SIGPIPE ends who writes to nobody, silently.
+    // SIGPIPE kills `yes` silently when `head` exits.
     assert_eq!(server.run("yes | head -n 1"), Answer::ran("y\n"));
     server.stop();
 }
 
 #[test]
 fn end_of_long_output_is_never_lost() {
-    // podman itself loses ends of streams now and then; ours do not go through it.
+    // podman sometimes loses the end of a stream; the server's pipes do not go through podman.
     let server =
         Server::start(Options { languages: &["bash"], config: "[limits]\noutput = \"1MiB\"", ..Options::default() });
     for round in 0..10 {

@@ -1,4 +1,4 @@
-//! Many requests at once: the bound on containers, the queue, answers that are shared or kept, and clients that leave.
+//! Concurrent requests: the limit on containers, the queue, shared and cached answers, and clients that disconnect.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,7 +8,7 @@ use crate::client::{Answer, Pending};
 use crate::harness::{Options, Server, eventually, marked_seconds, wait_gone, wait_running};
 use crate::leftovers;
 
-/// Prints something else in each run.
+/// A program that prints something different in each run.
 const UUID: &str = "cat /proc/sys/kernel/random/uuid";
 
 fn serve(containers: usize, config: &str) -> Server {
@@ -61,7 +61,7 @@ fn repeated_code_is_answered_from_the_cache() {
     assert_eq!(first.run_output.len(), 37, "{first:?}");
     assert_eq!(server.run(UUID), first);
     assert_ne!(server.run(&format!("{UUID} ")), first);
-    // Failures are as repeatable; their output shows that they were not repeated.
+    // Failed runs are cached, too: the same output shows that they did not run again.
     for end in ["exit 3", "kill -SEGV $$"] {
         let code = format!("{UUID}; {end}");
         assert_eq!(server.run(&code), server.run(&code));
@@ -95,14 +95,14 @@ fn cached_answers_expire_and_an_empty_cache_keeps_none() {
 fn full_queue_returns_503_with_retry_after() {
     let server = serve(1, "[limits]\nrun_time = \"60s\"\n[queue]\nlength = 2\nwait = \"120s\"");
     let mark = marked_seconds(50);
-    // What ends it is not told.
+    // Bash does not report that its `sleep` was killed.
     let running = server.begin(&format!("{{ sleep {mark}; }} 2>/dev/null; echo ran"));
     wait_running(&mark);
     let queued: Vec<Pending> = (0..5).map(|n| server.begin(&format!("echo {n}"))).collect();
-    eventually("three are refused", || {
+    eventually("three requests are refused", || {
         (queued.iter().filter(|pending| pending.has_begun()).count() == 3).then_some(())
     });
-    leftovers::end_marked(&mark);
+    leftovers::kill_marked(&mark);
     let replies: Vec<_> = queued.into_iter().map(Pending::reply).collect();
     let refused: Vec<_> = replies.iter().filter(|reply| reply.status == 503).collect();
     assert_eq!(refused.len(), 3, "two may wait: {replies:?}");
@@ -114,7 +114,7 @@ fn full_queue_returns_503_with_retry_after() {
         assert_eq!(reply.answer(), Answer::ran(&format!("{n}\n")));
     }
     assert_eq!(running.reply().answer(), Answer::ran("ran\n"));
-    // A refused request has freed no place that it never had.
+    // The refused requests have not freed places that they never held.
     assert_eq!(server.run("echo after"), Answer::ran("after\n"));
     server.stop();
 }
@@ -129,7 +129,7 @@ fn queue_timeout_returns_503_with_retry_after() {
     assert_eq!(reply.status, 503);
     assert!(reply.message().contains("500ms"), "{}", reply.message());
     assert!(reply.header("retry-after").is_some());
-    assert!(!running.has_begun(), "the program sleeps still");
+    assert!(!running.has_begun(), "the program still sleeps");
     drop(running);
     wait_gone(&mark);
     server.stop();
@@ -138,13 +138,13 @@ fn queue_timeout_returns_503_with_retry_after() {
 #[test]
 fn client_disconnect_kills_the_program_and_frees_the_container() {
     let server = serve(1, "[limits]\nrun_time = \"120s\"\n[queue]\nwait = \"100s\"");
-    leave_and_be_followed(&server, Answer::ran("next\n"));
+    assert_disconnect_frees_container(&server, Answer::ran("next\n"));
     server.stop();
 }
 
 #[test]
 fn client_disconnect_kills_the_compiler_and_frees_the_container() {
-    // Its compiler does what the source says.
+    // The compiler executes the source.
     let config = r#"
         [limits]
         compile_time = "120s"
@@ -157,19 +157,20 @@ fn client_disconnect_kills_the_compiler_and_frees_the_container() {
     "#;
     let server = serve(1, config);
     let compiled = Answer { status: 1, compile_output: "next\n".into(), run_output: String::new() };
-    leave_and_be_followed(&server, compiled);
+    assert_disconnect_frees_container(&server, compiled);
     server.stop();
 }
 
-/// One who leaves while the only container works for it; the next one gets it long before the work would end.
-fn leave_and_be_followed(server: &Server, answer: Answer) {
+/// Disconnects a client whose program occupies the only container, and checks that the next request gets a container
+/// long before that program would have ended.
+fn assert_disconnect_frees_container(server: &Server, answer: Answer) {
     let mark = marked_seconds(100);
     let running = server.begin(&format!("sleep {mark}"));
     wait_running(&mark);
     drop(running);
-    let left = Instant::now();
+    let disconnected = Instant::now();
     assert_eq!(server.run("echo next"), answer);
-    assert!(left.elapsed() < Duration::from_secs(60), "{:?}", left.elapsed());
+    assert!(disconnected.elapsed() < Duration::from_secs(60), "{:?}", disconnected.elapsed());
     wait_gone(&mark);
 }
 
@@ -179,12 +180,12 @@ fn client_disconnect_while_queued_frees_the_place() {
     let mark = marked_seconds(100);
     let running = server.begin(&format!("sleep {mark}"));
     wait_running(&mark);
-    // One of the two gets the only place in the queue, the other is refused.
+    // One of two requests gets the only place in the queue, the other is refused.
     let mut two = [91, 92].map(|seconds| {
         let unwanted = marked_seconds(seconds);
         (server.begin(&format!("sleep {unwanted}")), unwanted)
     });
-    eventually("one is refused", || two.iter().any(|(request, _)| request.has_begun()).then_some(()));
+    eventually("one request is refused", || two.iter().any(|(request, _)| request.has_begun()).then_some(()));
     two.sort_by_key(|(request, _)| request.has_begun());
     let [(queued, unwanted), (refused, _)] = two;
     assert_eq!(refused.reply().status, 503);

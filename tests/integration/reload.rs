@@ -1,13 +1,13 @@
-//! SIGHUP: another configuration without an end.
+//! SIGHUP: the server reloads its configuration without a restart.
 
 use nix::sys::signal::Signal;
 
 use crate::client::{self, Answer, Pending};
+use crate::fake_podman::FakePodman;
 use crate::harness::{Options, Server, eventually, marked_seconds, wait_running};
 use crate::operators::new_key;
-use crate::stand_in::StandIn;
 
-/// Changes the configuration file: the first string becomes the second.
+/// Replaces a string in the configuration file.
 fn edit(server: &Server, from: &str, to: &str) {
     let path = server.files().config();
     let text = std::fs::read_to_string(&path).unwrap();
@@ -60,16 +60,16 @@ fn reload_removes_the_template_of_a_removed_language() {
     edit(&server, "[\"bash\", \"python\"]", "[\"bash\"]");
     server.signal(Signal::SIGHUP);
     server.wait_log(&["configuration reloaded"]);
-    // Long before the sweep of what nobody owns: this one has an owner.
-    eventually("its template is removed", || (server.containers().len() == 1).then_some(()));
+    // This happens long before the periodic sweep for containers without an owner.
+    eventually("the template is removed", || (server.containers().len() == 1).then_some(()));
     assert_eq!(server.run("echo alive"), Answer::ran("alive\n"));
     server.stop();
 }
 
 #[test]
 fn reload_does_not_wait_for_a_pull() {
-    let slow = StandIn::new("[ \"$1\" != pull ] || while [ -e podman ]; do sleep 0.05; done");
-    let config = slow.config() + "language.c.image = \"registry.invalid/c\"";
+    let fake = FakePodman::new("[ \"$1\" != pull ] || while [ -e podman ]; do sleep 0.05; done");
+    let config = fake.config() + "language.c.image = \"registry.invalid/c\"";
     let server = Server::launch(Options { languages: &["c"], config: &config, ..Options::default() });
     server.wait_log(&["registry.invalid/c", "pulling"]);
     edit(&server, "[\"c\"]", "[\"bash\", \"c\"]");
@@ -107,7 +107,7 @@ fn reload_applies_to_existing_connections() {
     server.signal(Signal::SIGHUP);
     server.wait_log(&["configuration reloaded"]);
     connection.send_more(last.as_bytes());
-    let answers = String::from_utf8(connection.all()).unwrap();
+    let answers = String::from_utf8(connection.read_to_end()).unwrap();
     let statuses: Vec<&str> = answers.lines().filter_map(|line| line.split("HTTP/1.1 ").nth(1)).collect();
     assert_eq!(statuses, ["200 OK", "401 Unauthorized"], "{answers}");
     server.stop();

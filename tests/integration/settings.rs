@@ -1,4 +1,4 @@
-//! Settings: where they come from, which of them wins, and what is said of those that cannot be used.
+//! Settings: their sources, the precedence of these, and the messages about invalid settings.
 
 use std::fs;
 use std::net::TcpListener;
@@ -13,15 +13,15 @@ use crate::client::Answer;
 use crate::harness::{Files, Options, Server, eventually, output, refused, refused_with};
 use crate::leftovers;
 
-/// The settings in effect, or the code and the message of the refusal.
+/// Runs `coderunner config` on a configuration file. Returns the settings in effect, or exit code and message.
 fn settings(text: &str, env: &[(&str, &str)], flags: &[&str]) -> Result<toml::Table, (i32, String)> {
     let options = Options { env, ..Options::default() };
     let files = Files::new(&options);
     fs::write(files.config(), text).unwrap();
-    told(&files, &options, flags)
+    print_settings(&files, &options, flags)
 }
 
-fn told(files: &Files, options: &Options, flags: &[&str]) -> Result<toml::Table, (i32, String)> {
+fn print_settings(files: &Files, options: &Options, flags: &[&str]) -> Result<toml::Table, (i32, String)> {
     let output = output(files.command("config", options).args(flags), b"");
     let stderr = String::from_utf8(output.stderr).unwrap();
     match output.status.code() {
@@ -44,12 +44,12 @@ fn assert_refused(refused: Result<toml::Table, (i32, String)>, words: &[&str]) {
 #[test]
 fn configuration_errors_name_key_value_and_what_is_allowed() {
     for (text, words) in [
-        // Keys that do not exist; the names of those that do are told.
+        // Unknown keys; the message lists the known ones.
         ("containres = 3", &["containres", "containers"][..]),
         ("[cache]\nttll = \"1m\"", &["cache.ttll", "ttl"]),
         ("[language.c]\nimages = \"x\"", &["language.c.images", "image"]),
         ("[language.c.limits]\nmemry = 1", &["language.c.limits", "memry", "memory"]),
-        // Values of another kind.
+        // Values of the wrong type.
         ("containers = \"many\"", &["containers", "many", "number"]),
         ("containers = -1", &["containers", "-1", "number"]),
         ("listen = \"nowhere\"", &["listen", "nowhere", "127.0.0.1:8080"]),
@@ -74,7 +74,7 @@ fn configuration_errors_name_key_value_and_what_is_allowed() {
         ("[language.cobol]\nimage = \"x\"", &["language.cobol", "missing", "source"]),
         ("[language.c]\nimage = \"--privileged\"", &["language.c.image", "--privileged", "docker.io"]),
         ("[language.c]\nsource = \"../main.c\"", &["language.c", "../main.c", "relative"]),
-        // No TOML at all.
+        // Invalid TOML.
         ("this is no toml", &["coderunner.toml", "expected"]),
         ("containers = 1\ncontainers = 2", &["coderunner.toml", "duplicate"]),
     ] {
@@ -130,14 +130,14 @@ fn unreadable_configuration_files_are_refused() {
     let config = files.config();
     let name = config.to_str().unwrap();
     fs::set_permissions(&config, fs::Permissions::from_mode(0o000)).unwrap();
-    assert_refused(told(&files, &options, &[]), &[name, "Permission denied"]);
+    assert_refused(print_settings(&files, &options, &[]), &[name, "Permission denied"]);
     fs::remove_file(&config).unwrap();
-    assert_refused(told(&files, &options, &[]), &[name, "No such file"]);
+    assert_refused(print_settings(&files, &options, &[]), &[name, "No such file"]);
     fs::create_dir(&config).unwrap();
-    assert_refused(told(&files, &options, &[]), &[name, "directory"]);
+    assert_refused(print_settings(&files, &options, &[]), &[name, "directory"]);
     fs::remove_dir(&config).unwrap();
     fs::write(&config, b"listen = \"\xff\"").unwrap();
-    assert_refused(told(&files, &options, &[]), &[name, "UTF-8"]);
+    assert_refused(print_settings(&files, &options, &[]), &[name, "UTF-8"]);
 }
 
 #[test]
@@ -164,7 +164,7 @@ fn precedence_is_defaults_then_file_then_environment_then_flags() {
     let flags = ["--language", "bash", "--language", "c"];
     assert_eq!(languages(&of(file, &[variable], &flags)), "[\"bash\", \"c\"]");
 
-    // Key by key: what one layer does not name stays as the one below has it.
+    // Layers are merged key by key.
     let settings = of("[cache]\nttl = \"1m\"\nsize = \"1MiB\"", &[("CODERUNNER_CACHE_TTL", "2m")], &[]);
     assert_eq!(settings["cache"]["ttl"].as_str(), Some("2m"));
     assert_eq!(settings["cache"]["size"].as_str(), Some("1MiB"));
@@ -174,7 +174,7 @@ fn precedence_is_defaults_then_file_then_environment_then_flags() {
 #[test]
 fn listen_flag_sets_the_address() {
     let started = Instant::now();
-    // The variable would be refused: 192.0.2.1 is no address of any host.
+    // The address of the variable cannot be used: no host has 192.0.2.1.
     let env = [("CODERUNNER_LISTEN", "192.0.2.1:80")];
     let options = Options { env: &env, ..Options::default() };
     let files = Files::new(&options);
@@ -184,12 +184,12 @@ fn listen_flag_sets_the_address() {
     let mut child = files.command("serve", &options);
     let mut child = child.args(["--listen", "127.0.0.1:0"]).stderr(Stdio::null()).spawn().unwrap();
     let control = leftovers::runtime_dir(&files.instance).join("control");
-    eventually("it listens", || {
-        assert!(child.try_wait().unwrap().is_none(), "it ended");
+    eventually("the server listens", || {
+        assert!(child.try_wait().unwrap().is_none(), "the server exited");
         control.exists().then_some(())
     });
     kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
-    let status = eventually("its end", || child.try_wait().unwrap());
+    let status = eventually("the server exits", || child.try_wait().unwrap());
     assert_eq!(status.code(), Some(0));
     leftovers::assert_none(&files.instance, started);
 }
@@ -212,13 +212,13 @@ fn reload_changes_default_language_and_container_count() {
     server.wait_ready();
     assert_eq!(server.run("print('python')"), Answer::ran("python\n"));
     assert_eq!(server.address.to_string(), address);
-    eventually("three containers", || (leftovers::sandboxes(&server.instance) == 3).then_some(()));
+    eventually("there are three sandboxes", || (leftovers::sandboxes(&server.instance) == 3).then_some(()));
 
     let mut fewer: toml::Table = fs::read_to_string(&config).unwrap().parse().unwrap();
     fewer.insert("containers".into(), 1.into());
     fs::write(&config, fewer.to_string()).unwrap();
     server.signal(Signal::SIGHUP);
-    eventually("one container", || (leftovers::sandboxes(&server.instance) == 1).then_some(()));
+    eventually("there is one sandbox", || (leftovers::sandboxes(&server.instance) == 1).then_some(()));
     assert_eq!(server.run("print('still')"), Answer::ran("still\n"));
     server.stop();
 }

@@ -1,4 +1,4 @@
-//! The end of a server, asked for or not: what becomes of its requests, and that nothing is left.
+//! The end of a server, by shutdown or by a crash: what happens to its requests, and that nothing is left behind.
 
 use std::process::Stdio;
 use std::time::Instant;
@@ -7,11 +7,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::client::{Answer, Pending};
+use crate::fake_podman::FakePodman;
 use crate::harness::{
     Files, Options, Server, eventually, finish, marked_seconds, refused_with, wait_gone, wait_running,
 };
 use crate::leftovers::{self, podman};
-use crate::stand_in::StandIn;
 
 fn options(config: &str) -> Options<'_> {
     Options { languages: &["bash"], config, ..Options::default() }
@@ -22,7 +22,7 @@ on_each_engine! {
     two_instances_of_a_user_do_not_affect_each_other
 }
 
-/// Sends a program that sleeps about so long and then prints `done`, and waits until it runs.
+/// Sends a program that sleeps for about `seconds` and then prints `done`, and waits until it runs.
 fn begin_sleep(server: &Server, seconds: u32) -> (Pending, String) {
     let mark = marked_seconds(seconds);
     let pending = server.begin(&format!("sleep {mark}; echo done"));
@@ -38,17 +38,17 @@ fn shutdown_drains_running_programs_and_accepts_no_requests() {
         server.signal(signal);
         eventually("connections are refused", || std::net::TcpStream::connect(server.address).is_err().then_some(()));
         assert_eq!(running.reply().answer(), Answer::ran("done\n"));
-        server.ends_well();
+        server.wait_clean_exit();
     }
 }
 
 #[test]
 fn shutdown_works_while_limits_are_still_checked() {
     let mark = marked_seconds(10_000);
-    // A host of which podman says that it can limit, and an import that hangs.
+    // The fake podman claims that the host can enforce limits, and its `import` hangs.
     let info = r#"{"host": {"cgroupVersion": "v2", "cgroupControllers": ["cpu", "memory", "pids"]}}"#;
-    let hangs = StandIn::answering("info", info, &format!("[ \"$1\" != import ] || exec sleep {mark}"));
-    let config = hangs.config() + "require_limits = true";
+    let fake = FakePodman::with_answer("info", info, &format!("[ \"$1\" != import ] || exec sleep {mark}"));
+    let config = fake.config() + "require_limits = true";
     let (options, started) = (options(&config), Instant::now());
     let files = Files::new(&options);
     let mut command = files.command("serve", &options);
@@ -73,7 +73,7 @@ fn requests_running_past_the_drain_return_503() {
     assert!(reply.message().contains("shutting down"), "{}", reply.message());
     assert!(reply.header("retry-after").is_some());
     wait_gone(&mark);
-    server.ends_well();
+    server.wait_clean_exit();
 }
 
 #[test]
@@ -86,7 +86,7 @@ fn second_signal_skips_the_drain() {
     server.signal(Signal::SIGTERM);
     assert_eq!(running.reply().status, 503);
     wait_gone(&mark);
-    server.ends_well();
+    server.wait_clean_exit();
 }
 
 #[test]
@@ -94,14 +94,14 @@ fn shutdown_under_load_answers_every_request() {
     let config = "[shutdown]\ndrain = \"3s\"\n[limits]\nrun_time = \"120s\"\n[queue]\nlength = 10\nwait = \"100s\"";
     let server = Server::start(options(config));
     let (running, mark) = begin_sleep(&server, 100);
-    // More than the queue takes; those that find it full are told at once.
+    // More requests than the queue holds; the others are refused at once.
     let many: Vec<Pending> = (0..16).map(|n| server.begin(&format!("sleep 0.5; echo {n}"))).collect();
-    eventually("some are answered", || (many.iter().filter(|one| one.has_begun()).count() >= 5).then_some(()));
+    eventually("some requests are answered", || (many.iter().filter(|one| one.has_begun()).count() >= 5).then_some(()));
     server.signal(Signal::SIGTERM);
     assert_eq!(running.reply().status, 503);
     let mut refused = 0;
     for (n, pending) in many.into_iter().enumerate() {
-        // A connection that was not yet accepted is closed without an answer.
+        // A connection that the server had not accepted yet is closed without an answer.
         let Ok(reply) = pending.try_reply() else { continue };
         match reply.status {
             200 => assert_eq!(reply.answer(), Answer::ran(&format!("{n}\n"))),
@@ -114,7 +114,7 @@ fn shutdown_under_load_answers_every_request() {
     }
     assert!(refused > 0, "the queue was full");
     wait_gone(&mark);
-    server.ends_well();
+    server.wait_clean_exit();
 }
 
 fn killed_server_leaves_nothing_running_and_the_next_cleans_up(engine: &str) {
@@ -126,7 +126,7 @@ fn killed_server_leaves_nothing_running_and_the_next_cleans_up(engine: &str) {
     wait_gone(&mark);
     leftovers::assert_no_sandbox_runs(&files.instance);
 
-    // A container that podman still lists, as after a crash of conmon; it never ran.
+    // A container that never ran stands for one that podman still lists after a crash.
     let instance = files.instance.clone();
     let left = format!("coderunner-{instance}-1-1");
     let stranger = format!("stranger-{instance}");
@@ -142,7 +142,7 @@ fn killed_server_leaves_nothing_running_and_the_next_cleans_up(engine: &str) {
     assert!(!leftovers::runtime_dir(&instance).join("jobs/job-left").exists());
     assert_eq!(server.run("echo again"), Answer::ran("again\n"));
     let removed = podman(&["rm", "--force", &stranger]);
-    assert_ne!(removed.trim(), "", "another instance's container is not ours to remove");
+    assert_ne!(removed.trim(), "", "the container of another instance is not removed");
     server.stop();
 }
 
@@ -157,7 +157,7 @@ fn two_instances_of_a_user_do_not_affect_each_other(engine: &str) {
     assert_eq!(running.reply().answer(), Answer::ran("done\n"));
     leftovers::assert_no_sandbox_runs(&crashed.instance);
     leftovers::remove(&crashed.instance);
-    // What was ready is ready still.
+    // The ready containers are still there.
     let after = one.containers();
     containers.retain(|name| after.contains(name));
     assert!(!containers.is_empty(), "{after:?}");

@@ -1,5 +1,5 @@
-//! Runs by the thousand, good and hostile ones, as many at once as there are containers: each answer is right, and at
-//! the end there is no more of anything than at the start.
+//! Thousands of harmless and hostile runs, as many at once as there are containers: each answer is correct, and at the
+//! end the server holds no more resources than at the start.
 
 use std::fs;
 use std::path::Path;
@@ -14,24 +14,24 @@ use crate::client::Answer;
 use crate::harness::{Options, Server, engine, eventually};
 use crate::leftovers::{self, podman};
 
-/// Containers, and clients.
+/// Number of containers and of clients.
 const WIDTH: usize = 6;
 
-/// How many runs: `CODERUNNER_TEST_RUNS`, or as many as take about a minute.
+/// Number of runs: `CODERUNNER_TEST_RUNS`, or as many as take about a minute.
 fn runs() -> usize {
     let default = if engine() == Some("podman") { 100 } else { 1000 };
     std::env::var("CODERUNNER_TEST_RUNS")
         .map_or(default, |text| text.parse().expect("CODERUNNER_TEST_RUNS is a number"))
 }
 
-/// One kind of program: whatever it does, this is what must come of it.
+/// A kind of program, and its expected outcome.
 struct Kind {
     language: &'static str,
-    /// `NUMBER` is another one each time.
+    /// `NUMBER` is replaced by a different number in each run.
     code: &'static str,
-    /// Further fields of the request.
+    /// Additional fields of the request.
     with: &'static [(&'static str, u64)],
-    /// One of them.
+    /// The verdict is one of these.
     verdicts: &'static [&'static str],
     stdout: &'static str,
 }
@@ -49,7 +49,7 @@ const KINDS: [Kind; 17] = [
     kind("c", "int main(void) { return missing + NUMBER; }", &["compile_error"], ""),
     kind("python", "print(sum(range(1000)), NUMBER)", &["ok"], "499500 NUMBER\n"),
     kind("bash", "echo NUMBER; exit 3", &["runtime_error"], "NUMBER\n"),
-    // Left running, with the streams.
+    // Leaves processes behind that hold the streams.
     kind("bash", "sleep 100 & (setsid sleep 100 &); echo NUMBER", &["ok"], "NUMBER\n"),
     kind("bash", "kill -9 -1 1 2>/dev/null; echo NUMBER", &["ok"], "NUMBER\n"),
     kind("bash", "cat /dev/zero >/tmp/full 2>/dev/null; ls -l /tmp | wc -l; : NUMBER", &["ok"], "2\n"),
@@ -64,7 +64,7 @@ const KINDS: [Kind; 17] = [
         with: &[("run_memory_limit", 40_000_000)],
         ..kind("python", "x = bytearray(100_000_000)\nimport time\ntime.sleep(100)\nNUMBER", &["memory_limit"], "")
     },
-    // Where the kernel cannot say that it refused a process it is just late.
+    // Where the kernel does not report refused processes, the verdict is the time limit.
     Kind {
         with: &[("run_timeout", 400)],
         ..kind("bash", "bomb() { bomb | bomb & }; bomb; sleep 100; : NUMBER", &["time_limit", "process_limit"], "")
@@ -82,22 +82,22 @@ impl Kind {
         }
         let headers = [("Content-Type", "application/json")];
         let pending = server.begin_request("POST", "/api/v2/execute", &headers, body.to_string().as_bytes());
-        // Now and then a client leaves, sooner or later.
+        // Every 20th client disconnects after a short delay.
         if number % 20 == 19 {
             std::thread::sleep(Duration::from_millis((number % 7 * 20) as u64));
             return;
         }
         let reply = pending.reply();
         let answer: Value = reply.json();
-        let right = self.verdicts.iter().any(|verdict| answer["verdict"] == *verdict)
+        let is_expected = self.verdicts.iter().any(|verdict| answer["verdict"] == *verdict)
             && answer["run"]["stdout"].as_str().unwrap_or_default().starts_with(&fill(self.stdout));
-        assert!(right, "{} {}: {answer}", reply.status, fill(self.code));
+        assert!(is_expected, "{} {}: {answer}", reply.status, fill(self.code));
     }
 }
 
-/// Everything that could be left of a run.
+/// Everything that a run could leave behind.
 #[derive(Debug, PartialEq, Eq)]
-struct Holdings {
+struct Resources {
     sandboxes: usize,
     containers: usize,
     mounts: usize,
@@ -106,15 +106,15 @@ struct Holdings {
     descriptors: Vec<usize>,
 }
 
-impl Holdings {
-    fn of(server: &Server) -> Holdings {
+impl Resources {
+    fn of(server: &Server) -> Resources {
         let count = |dir: &str| fs::read_dir(dir).map_or(0, Iterator::count);
         let processes = [vec![server.pid()], leftovers::agents(server.pid())].concat();
         let mounts = podman(&["unshare", "cat", "/proc/self/mountinfo"]);
-        Holdings {
+        Resources {
             sandboxes: leftovers::sandboxes(&server.instance),
             containers: server.containers().len(),
-            // Those of other servers come and go.
+            // The mounts of other servers change meanwhile.
             mounts: mounts.lines().filter(|line| line.contains(&server.instance)).count(),
             cgroups: count(&cgroup_of(server.pid())),
             files: files_below(&leftovers::runtime_dir(&server.instance)),
@@ -123,7 +123,7 @@ impl Holdings {
     }
 }
 
-/// The directory of cgroups beside the one that a server sits in, where it has made any.
+/// The directory in which a server creates cgroups, beside its own.
 fn cgroup_of(pid: Pid) -> String {
     let own = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
     let own = own.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default();
@@ -142,7 +142,7 @@ fn memory_kib(server: &Server) -> u64 {
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-/// Runs so many programs from `first` on, and tells how long each took.
+/// Runs the programs with numbers from `first` on, and returns how long each took.
 fn soak(server: &Server, first: usize, count: usize) -> Vec<Duration> {
     let (next, took) = (AtomicUsize::new(first), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
@@ -174,25 +174,25 @@ fn many_runs_leave_no_resources_behind() {
     let server = Server::start(Options {
         languages: &["bash", "c", "python"],
         containers: WIDTH,
-        // What the memo keeps is not what is looked for.
+        // A small cache and little output, so that cached answers do not look like a leak.
         config: "cache.size = \"64KiB\"\n[limits]\noutput = \"16KiB\"\noutput_total = \"256KiB\"\n\
                  disk = \"4MiB\"\ninodes = 200\nprocesses = 24",
         ..Options::default()
     });
     server.wait_each_ready();
-    // Until buffers and tables have the size that they need.
+    // Warm up until buffers and tables have reached their final size.
     soak(&server, 0, (runs / 5).max(WIDTH * KINDS.len()));
     let (before, memory) = (at_rest(&server), memory_kib(&server));
     let part = (runs / 5).max(KINDS.len());
     let early = median(soak(&server, runs, part));
     soak(&server, 2 * runs, runs.saturating_sub(2 * part));
     let late = median(soak(&server, 3 * runs, part));
-    eventually(&format!("as before: {before:?}, now: {:?}", Holdings::of(&server)), || {
-        (Holdings::of(&server) == before).then_some(())
+    eventually(&format!("resources before: {before:?}, now: {:?}", Resources::of(&server)), || {
+        (Resources::of(&server) == before).then_some(())
     });
     let grown = memory_kib(&server).saturating_sub(memory);
     println!(
-        "{runs} runs: median {early:?} at first, {late:?} at last, {:.2} times; memory {memory} KiB and {grown} KiB more; {before:?}",
+        "{runs} runs: median {early:?} at first, {late:?} at last, {:.2} times; memory {memory} KiB and {grown} KiB more; resources: {before:?}",
         late.as_secs_f64() / early.as_secs_f64()
     );
     assert!(grown < 8 * 1024, "{runs} runs took {grown} KiB of memory");
@@ -200,14 +200,14 @@ fn many_runs_leave_no_resources_behind() {
     server.stop();
 }
 
-/// What there is once all sandboxes are ready again.
-fn at_rest(server: &Server) -> Holdings {
-    let mut last = Holdings::of(server);
-    eventually("a server at rest", || {
-        let now = Holdings::of(server);
-        let rests = now == last && now.sandboxes == WIDTH;
+/// Waits until all sandboxes are ready again, and returns the resources that the server then holds.
+fn at_rest(server: &Server) -> Resources {
+    let mut last = Resources::of(server);
+    eventually("the server is idle", || {
+        let now = Resources::of(server);
+        let is_idle = now == last && now.sandboxes == WIDTH;
         last = now;
-        rests.then_some(())
+        is_idle.then_some(())
     });
     last
 }

@@ -1,7 +1,7 @@
-//! Programs that use up whatever there is. Where the kernel keeps a limit the answer names it; where it cannot, they are
-//! ended in time, and the answer says no more than that.
+//! Programs that exhaust a resource. If the host can enforce the limit, the answer names it; otherwise the program is
+//! killed at its time limit.
 
-use super::{attack, prints, serve};
+use super::{assert_prints, attack, serve};
 use crate::client::Answer;
 use crate::harness::code;
 
@@ -15,9 +15,9 @@ on_each_engine! {
     output_of_any_shape_is_bounded
 }
 
-/// Whether a line of ours is at the end, and it says this.
+/// Checks that after this output there is one last line by the server that says why the program was killed.
 #[track_caller]
-fn assert_ended(answer: &Answer, printed: &str, why: &str) {
+fn assert_killed(answer: &Answer, printed: &str, why: &str) {
     let line = answer.run_output.strip_prefix(printed).unwrap_or_else(|| panic!("{answer:?}"));
     assert!(line.starts_with(&format!("coderunner: {why}")), "{line}");
     assert_eq!(line.lines().count(), 1, "{line}");
@@ -25,7 +25,7 @@ fn assert_ended(answer: &Answer, printed: &str, why: &str) {
 
 fn zombies_and_orphans_are_counted_and_reaped(engine: &str) {
     let server = serve(engine, "python", "[limits]\nprocesses = 16\nrun_time = \"60s\"");
-    // Not waited for: they stay, and count.
+    // Zombies, for which nobody waits, count towards the limit.
     let zombies = "
         import os, time
         made = 0
@@ -38,7 +38,7 @@ fn zombies_and_orphans_are_counted_and_reaped(engine: &str) {
             print(made)
     ";
     assert_eq!(attack(&server, "python", &code(zombies)), Answer::ran("15\n"));
-    // Left to init, which waits for them: any number in a row, as fast as init is.
+    // Init reaps orphans, so a program can create any number of them one after another.
     let orphans = "
         import os, time
         def fork():
@@ -57,7 +57,7 @@ fn zombies_and_orphans_are_counted_and_reaped(engine: &str) {
         print('end')
     ";
     assert_eq!(attack(&server, "python", &code(orphans)), Answer::ran("end\n"));
-    // A tree of processes that keep replacing one another, when it is ended: none gets away.
+    // A tree of processes that keep replacing one another: the kill reaches all of them.
     let running = "
         import os, time
         print('root', flush=True)
@@ -80,7 +80,7 @@ fn every_kind_of_memory_is_charged(engine: &str) {
         "[limits]\nmemory = \"64MiB\"\nopen_files = 256\nrun_time = \"60s\"\nrun_cpu_time = \"60s\"",
     );
     let kinds = [
-        // Files without a name, mapped by nobody.
+        // Anonymous files that are not mapped.
         "
         import os
         held = [os.memfd_create('x') for _ in range(8)]
@@ -88,7 +88,7 @@ fn every_kind_of_memory_is_charged(engine: &str) {
             for _ in range(16): os.write(fd, bytes(1 << 20))
         print('survived')
         ",
-        // What is in pipes.
+        // Data in pipes.
         "
         import fcntl, os
         held = []
@@ -103,7 +103,7 @@ fn every_kind_of_memory_is_charged(engine: &str) {
             except BlockingIOError: pass
         print('survived')
         ",
-        // Shared segments, by many processes.
+        // Shared memory of several processes.
         "
         import mmap, os
         for _ in range(4):
@@ -117,7 +117,7 @@ fn every_kind_of_memory_is_charged(engine: &str) {
             if status: os.abort()
         print('survived')
         ",
-        // On the stack.
+        // Stacks of threads.
         "
         import threading
         threading.stack_size(64 << 20)
@@ -132,11 +132,11 @@ fn every_kind_of_memory_is_charged(engine: &str) {
     for kind in kinds {
         let answer = attack(&server, "python", &code(kind));
         match server.enforces("memory") {
-            true => assert_ended(&answer, "", "killed: out of memory"),
+            true => assert_killed(&answer, "", "killed: out of memory"),
             false => assert_eq!(answer, Answer::ran("survived\n"), "{kind}"),
         }
     }
-    // The files of an image, read over and over, are given back before a program is ended for them.
+    // Page cache of image files is reclaimed before a program is killed for memory.
     let cached = "
         import os
         for path, dirs, files in os.walk('/usr'):
@@ -156,20 +156,20 @@ fn cpu_time_includes_threads_and_children(engine: &str) {
         "[limits]\nrun_time = \"60s\"\nrun_cpu_time = \"1s\"\nprocesses = 32\ncompile_time = \"60s\"\ncompile_cpu_time = \"60s\"",
     );
     let burners = [
-        // A name that is no text.
+        // A process name that is not UTF-8 and contains parentheses.
         "#include <sys/prctl.h>\n#include <unistd.h>\n\
          int main(void) { prctl(PR_SET_NAME, \"\\xff) 1 (\\xfe\"); fork(); fork(); for (;;); }",
         // Threads.
         "#include <pthread.h>\nvoid *burn(void *x) { for (;;); }\n\
          int main(void) { pthread_t t; for (int n = 0; n < 8; n++) pthread_create(&t, 0, burn, 0); pthread_exit(0); }",
-        // Children, while the first waits.
+        // Children, while the parent waits.
         "#include <sys/wait.h>\n#include <unistd.h>\n\
          int main(void) { for (int n = 0; n < 8; n++) if (!fork()) for (;;); while (wait(0) > 0); return 0; }",
-        // In the kernel.
+        // CPU time in the kernel.
         "#include <unistd.h>\nint main(void) { for (;;) getppid(); }",
-        // Children that live for a moment and that nobody waits for.
+        // Short-lived children for which nobody waits.
         &short_lived("signal(SIGCHLD, SIG_IGN)", "spin(0)"),
-        // The same in the other way that there is, and with a thread that does it all.
+        // The same with SA_NOCLDWAIT, and with a thread that does the work.
         &short_lived(
             "struct sigaction no = {.sa_handler = SIG_DFL, .sa_flags = SA_NOCLDWAIT}; sigaction(SIGCHLD, &no, 0)",
             "pthread_t t; pthread_create(&t, 0, spin, 0); pthread_join(t, 0)",
@@ -178,12 +178,12 @@ fn cpu_time_includes_threads_and_children(engine: &str) {
     for burner in burners {
         let answer = attack(&server, "c", burner);
         let answer = Answer { compile_output: String::new(), ..answer };
-        assert_ended(&answer, "", "killed: out of CPU time");
+        assert_killed(&answer, "", "killed: out of CPU time");
     }
     server.stop();
 }
 
-/// A program that ends none of its children properly, and has one after the other burn 5 ms.
+/// A program that starts one child after another without waiting for it; each uses 5 ms of CPU time.
 fn short_lived(ignore: &str, burn: &str) -> String {
     format!(
         "#include <pthread.h>\n#include <signal.h>\n#include <time.h>\n#include <unistd.h>\n\
@@ -196,8 +196,8 @@ fn short_lived(ignore: &str, burn: &str) -> String {
 }
 
 fn crashes_leave_no_core_dump(engine: &str) {
-    // Not in a file, and not by a program of the host's either, which some kernels start for a limit of 0. Changing the limit
-    // does nothing.
+    // There is no core file, and the dump handler of the host does not run, which some kernels start even for a limit
+    // of 0. Changing the limit has no effect.
     let crash = r#"
         #include <dirent.h>
         #include <signal.h>
@@ -222,7 +222,7 @@ fn crashes_leave_no_core_dump(engine: &str) {
             return 0;
         }
     "#;
-    prints(engine, "c", "", crash, "1 1 0\n2\n");
+    assert_prints(engine, "c", "", crash, "1 1 0\n2\n");
 }
 
 fn timers_queues_and_descriptors_are_limited(engine: &str) {
@@ -240,7 +240,7 @@ fn timers_queues_and_descriptors_are_limited(engine: &str) {
         libc.mq_open.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p]
         print('queue', libc.mq_open(b'/queue', os.O_CREAT | os.O_RDWR, 0o600, None))
         print('locked', libc.mlock(ctypes.create_string_buffer(1 << 20), 1 << 20))
-        # Descriptors in flight between sockets are counted too.
+        # Descriptors in flight between sockets count, too.
         one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         one.setblocking(False)
         sent = 0
@@ -263,7 +263,13 @@ fn timers_queues_and_descriptors_are_limited(engine: &str) {
         print()
     ";
     let printed = "timers True\nqueue -1\nlocked -1\nin flight True\nraised \n";
-    prints(engine, "python", "[limits]\nopen_files = 64\nrun_time = \"60s\"\nrun_cpu_time = \"60s\"", probe, printed);
+    assert_prints(
+        engine,
+        "python",
+        "[limits]\nopen_files = 64\nrun_time = \"60s\"\nrun_cpu_time = \"60s\"",
+        probe,
+        printed,
+    );
 }
 
 fn huge_arguments_and_environments_do_not_harm_init(engine: &str) {
@@ -276,7 +282,7 @@ fn huge_arguments_and_environments_do_not_harm_init(engine: &str) {
         for args, env in [(['x' * 200000], {}), (['x'] * 2000000, {}), ([], {'X': 'y' * 200000})]:
             try: subprocess.run(['/usr/bin/true'] + args, env=env)
             except OSError as error: print(error.strerror)
-        # As much as fits, seen by init whenever it looks for what its programs use.
+        # The largest arguments and environment that fit. Init reads them whenever it measures what programs use.
         args = ['a' * 100000] * 10
         os.execve(sys.executable, [sys.executable, 'main.py'] + args, {str(n): 'b' * 90000 for n in range(6)})
     ";
@@ -292,7 +298,7 @@ fn output_of_any_shape_is_bounded(engine: &str) {
         "python",
         "[limits]\noutput = \"64KiB\"\noutput_total = \"1MiB\"\nrun_time = \"60s\"\nrun_cpu_time = \"60s\"",
     );
-    // One byte in each write; a pipe cannot be told to keep them apart.
+    // One byte per write; the pipe cannot be switched to packet mode.
     let packets = "
         import errno, fcntl, os
         try:
@@ -304,7 +310,7 @@ fn output_of_any_shape_is_bounded(engine: &str) {
         fcntl.fcntl(1, fcntl.F_SETFL, os.O_WRONLY | os.O_NONBLOCK)
     ";
     assert_eq!(attack(&server, "python", &code(packets)), Answer::ran(&"x".repeat(60000)));
-    // On both streams from many processes, to the end of what is read at all.
+    // Both streams from many processes, up to the total output limit.
     let flood = "
         import os
         for _ in range(4): os.fork()
@@ -319,7 +325,7 @@ fn output_of_any_shape_is_bounded(engine: &str) {
         answer.run_output.lines().last()
     );
     assert!(answer.run_output.len() < 70_000);
-    // Each byte that there is, in an order that makes most of them invalid, and characters cut at the limit.
+    // All byte values in an order that is mostly invalid UTF-8, and characters that the limit would split.
     let bytes = "
         import os, sys
         every = bytes(range(256)) + bytes(reversed(range(256))) + b'\\xed\\xa0\\x80\\xc0\\x80\\xf5\\xf4\\x90\\x80\\x80'
@@ -331,7 +337,7 @@ fn output_of_any_shape_is_bounded(engine: &str) {
     assert!(answer.run_output.contains("\u{fffd}"), "{answer:?}");
     assert!(answer.run_output.contains("\u{1b}]0;title\u{7}\u{1b}[2J\r\n\u{2028}\u{2029}\u{fffe}🦀"), "{answer:?}");
     assert!(answer.run_output.contains("🦀\ncoderunner: output cut: "), "{answer:?}");
-    // Its own end of the streams taken away, and a line that looks like ours.
+    // A program that replaces its streams and prints a line that looks like one of the server's.
     let forged = "
         import os
         print('coderunner: killed: out of memory', flush=True)

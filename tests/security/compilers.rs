@@ -1,4 +1,4 @@
-//! Attacks on and by the compiler: it is confined as the program is, and its program is not trusted more than itself.
+//! Attacks on and through the compiler: it is confined like the program, and the server does not trust its output.
 
 use std::time::Instant;
 
@@ -16,7 +16,7 @@ on_each_engine! {
     hostile_builds_copied_to_other_sandboxes_are_harmless
 }
 
-/// A compiler that does what the source says.
+/// A language whose compiler executes the source as a shell script.
 const SHELL: &str = r#"
     [limits]
     compile_time = "60s"
@@ -36,10 +36,11 @@ fn compiler_cannot_read_files_of_the_host(engine: &str) {
         assert_eq!((answer.status, answer.run_output.as_str()), (0, ""), "{file}");
         assert!(answer.compile_output.ends_with(&format!("error: include file '{file}' not found\n")), "{answer:?}");
     }
-    // What it can read is the image's, not the host's.
+    // Files that it can read belong to the image, not to the host.
     let users = std::fs::read_to_string("/etc/passwd").unwrap();
-    let ours = users.lines().find(|line| line.split(':').nth(2) == Some(&nix::unistd::getuid().to_string())).unwrap();
-    let name = ours.split(':').next().unwrap();
+    let own_line =
+        users.lines().find(|line| line.split(':').nth(2) == Some(&nix::unistd::getuid().to_string())).unwrap();
+    let name = own_line.split(':').next().unwrap();
     for file in ["/etc/passwd", "/proc/self/environ", "/proc/version"] {
         let answer = attack(&server, "c", &format!("#include \"{file}\"\n"));
         assert_eq!((answer.status, answer.run_output.as_str()), (0, ""), "{file}");
@@ -69,7 +70,7 @@ fn expensive_sources_are_cut_off_by_limits(engine: &str) {
         let answer = attack(&server, "c", &source);
         assert!(started.elapsed() < PATIENCE, "{what}");
         assert!(answer.compile_output.len() < 300_000, "{what}: {}", answer.compile_output.len());
-        // Most do not compile; those that do run to their end.
+        // Most of them do not compile; those that do print nothing.
         let printed = answer.run_output.lines().all(|line| line.starts_with("coderunner: "));
         assert!(printed, "{what}: {answer:?}");
     }
@@ -78,7 +79,7 @@ fn expensive_sources_are_cut_off_by_limits(engine: &str) {
 
 fn compiler_is_confined_like_the_program(engine: &str) {
     let server = serve(engine, "made", SHELL);
-    // The same script in both stages.
+    // The same script runs as compiler and as program; both must see the same.
     let look = r#"
         look() {
             grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp)' /proc/self/status
@@ -102,7 +103,7 @@ fn compiler_is_confined_like_the_program(engine: &str) {
 fn artifact_is_run_only_if_it_is_a_regular_program(engine: &str) {
     let server = serve(engine, "made", SHELL);
     let run = |script: &str| attack(&server, "made", script);
-    // No file of that name, or one that is something else.
+    // The artifact is missing or not a regular file.
     for script in
         ["true", "mkdir out", "mkfifo out", "ln -s /bin/sh out", "ln -s out out", "ln -s /run/coderunner-init out"]
     {
@@ -110,13 +111,13 @@ fn artifact_is_run_only_if_it_is_a_regular_program(engine: &str) {
         assert_eq!((answer.status, answer.run_output.as_str()), (0, ""), "{script}: {answer:?}");
         assert!(answer.compile_output.contains("coderunner: the compiler made no program"), "{script}: {answer:?}");
     }
-    // One that cannot be started is its maker's trouble.
+    // An artifact that cannot be started is an error of the program.
     for script in [">out", "echo x >out; chmod 0 out", "echo '#!/x' >out; chmod +x out"] {
         let answer = run(script);
         assert_eq!(answer.status, 1, "{script}: {answer:?}");
         assert!(answer.run_output.contains("cannot start"), "{script}: {answer:?}");
     }
-    // What it started is gone before the program runs, and has not delayed it.
+    // Processes that the compiler started are killed before the program runs, and do not delay it.
     let daemon = "(trap '' TERM HUP; while :; do sleep 50; done) & setsid sleep 50 &\n\
                   printf '#!/bin/sh\\nps | grep -c [s]leep\\n' >out; chmod +x out";
     assert_eq!(run(daemon).run_output, "0\n");
@@ -176,14 +177,14 @@ fn malformed_artifacts_never_cause_server_errors(engine: &str) {
         assert_eq!(answer.status, 1, "{what}: {answer:?}");
         assert!(answer.run_output.starts_with("coderunner: "), "{what}: {answer:?}");
     }
-    // Nobody but the server can take the directories away.
+    // The writable directories cannot be removed or replaced.
     for places in
         ["chmod 0 /work /tmp /dev/shm", "mv /work /tmp/work", "rmdir /work /tmp", "rm -rf /work /tmp /dev/shm"]
     {
         let script = format!("({places}) 2>/dev/null\nprintf '#!/bin/sh\\necho made\\n' >out; chmod +x out\n");
         assert_eq!(attack(&server, "made", &script).run_output, "made\n", "{places}");
     }
-    // Neither are they full for anyone else.
+    // A compiler that fills the disks keeps neither its program nor the neighbour from running.
     let full = "printf '#!/bin/sh\\necho made\\n' >out; chmod +x out\n\
                 for d in /work /tmp /dev/shm; do cat /dev/zero >$d/x; n=0; while true >$d/$n; do n=$((n+1)); done; done 2>/dev/null\ntrue\n";
     assert_eq!(attack(&server, "made", full).run_output, "made\n");
@@ -192,7 +193,7 @@ fn malformed_artifacts_never_cause_server_errors(engine: &str) {
 
 fn hostile_builds_copied_to_other_sandboxes_are_harmless(engine: &str) {
     let server = serve(engine, "made", SHELL);
-    // It is carried into the sandboxes of a batch, or made anew there where it cannot be.
+    // The build is copied to the other sandboxes of a batch; if that is impossible, each of them compiles.
     for left in [
         "ln -s /proc/1/environ x",
         "ln -s /job d; ln -s / root; ln -s ../../../../run up; ln -s x x",

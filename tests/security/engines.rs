@@ -1,5 +1,5 @@
-//! The containers of both engines, compared from inside, point by point: whatever podman's keeps from a program, the direct one
-//! keeps from it too.
+//! Compares the containers of both engines from inside: every restriction of a podman container also holds in a
+//! container of the direct engine.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -11,26 +11,26 @@ use serde_json::Value;
 use super::serve;
 use crate::harness::code;
 
-/// What a program sees of its container.
+/// What a program observes of its container.
 #[derive(Debug, Deserialize)]
-struct Seen {
+struct Observed {
     /// Fields of `/proc/PID/status`, of the program and of init.
     status: BTreeMap<String, String>,
     init: BTreeMap<String, String>,
-    /// By kind.
+    /// Links of the namespaces, by kind.
     namespaces: BTreeMap<String, String>,
-    /// By place: type, options, and whether it hides what is there.
+    /// Mounts, by mount point.
     mounts: BTreeMap<String, Mount>,
-    /// By name: the hard limit, -1 for none.
+    /// Hard resource limits by name; -1 is unlimited.
     rlimits: BTreeMap<String, i64>,
     environ: BTreeSet<String>,
     uid_map: String,
     gid_map: String,
     devices: BTreeSet<String>,
-    /// Settings of the kernel that are the container's own.
+    /// Kernel settings that belong to the container's namespaces.
     sysctls: BTreeMap<String, String>,
     init_command: Vec<String>,
-    /// Whatever must be the same.
+    /// Further values, which must be equal.
     same: Value,
 }
 
@@ -38,10 +38,11 @@ struct Seen {
 struct Mount {
     kind: String,
     options: BTreeSet<String>,
+    /// Whether the mount hides what is at this place.
     masked: bool,
 }
 
-const LOOK: &str = r"
+const OBSERVE: &str = r"
     import glob, json, os, resource, stat
     def fields(pid):
         names = ['CapInh', 'CapPrm', 'CapEff', 'CapBnd', 'CapAmb', 'NoNewPrivs', 'Seccomp', 'Seccomp_filters', 'Groups']
@@ -78,31 +79,31 @@ const LOOK: &str = r"
     }))
 ";
 
-fn look(engine: &str) -> Seen {
+fn observe(engine: &str) -> Observed {
     let server = serve(engine, "python", "");
-    let answer = server.run(&code(LOOK));
-    let seen = serde_json::from_str(&answer.run_output).unwrap_or_else(|error| panic!("{error}: {answer:?}"));
+    let answer = server.run(&code(OBSERVE));
+    let observed = serde_json::from_str(&answer.run_output).unwrap_or_else(|error| panic!("{error}: {answer:?}"));
     server.stop();
-    seen
+    observed
 }
 
-/// Bits that a mask in hexadecimal has beyond another's.
-fn beyond(mask: &str, other: &str) -> u64 {
+/// The bits of a hexadecimal mask that another mask does not have.
+fn extra_bits(mask: &str, other: &str) -> u64 {
     let bits = |text: &str| u64::from_str_radix(text, 16).unwrap_or_else(|error| panic!("{text}: {error}"));
     bits(mask) & !bits(other)
 }
 
 #[test]
 fn direct_engine_isolates_at_least_as_well_as_podman() {
-    let (podman, direct) = (look("podman"), look("direct"));
+    let (podman, direct) = (observe("podman"), observe("direct"));
     for (which, of_podman, of_direct) in
         [("program", &podman.status, &direct.status), ("init", &podman.init, &direct.init)]
     {
         for (name, value) in of_podman {
             let (here, what) = (&of_direct[name], format!("{name} of {which}"));
             match name.as_str() {
-                name if name.starts_with("Cap") => assert_eq!(beyond(here, value), 0, "{what}: {here}, {value}"),
-                // One filter may do the work of two, but none is missing: the calls themselves are compared below.
+                name if name.starts_with("Cap") => assert_eq!(extra_bits(here, value), 0, "{what}: {here}, {value}"),
+                // The number of filters may differ; the next test compares the system calls themselves.
                 "Seccomp_filters" => assert!(here.parse::<u32>().unwrap() > 0, "{what}"),
                 _ => assert_eq!(here, value, "{what}"),
             }
@@ -130,7 +131,7 @@ fn direct_engine_isolates_at_least_as_well_as_podman() {
     }
 
     for (place, here) in &direct.mounts {
-        let there = podman.mounts.get(place).unwrap_or_else(|| panic!("{place} is mounted by direct alone: {here:?}"));
+        let there = podman.mounts.get(place).unwrap_or_else(|| panic!("{place} is mounted only by direct: {here:?}"));
         assert_eq!(here.kind, there.kind, "{place}");
         for restriction in ["ro", "nosuid", "nodev", "noexec"] {
             let lost = there.options.contains(restriction) && !here.options.contains(restriction);
@@ -141,10 +142,10 @@ fn direct_engine_isolates_at_least_as_well_as_podman() {
     for place in podman.mounts.keys().filter(kept) {
         let masked = podman.mounts[place].masked;
         let above = |other: &&String| other.len() > 1 && Path::new(place).starts_with(other);
-        // What hides a directory hides all that is in it.
+        // A masked directory masks everything in it.
         let here = direct.mounts.keys().filter(above).map(|other| &direct.mounts[other]).find(|mount| mount.masked);
-        let here = here.or(direct.mounts.get(place)).unwrap_or_else(|| panic!("{place} is covered by podman alone"));
-        assert!(here.masked >= masked, "{place} is masked by podman alone");
+        let here = here.or(direct.mounts.get(place)).unwrap_or_else(|| panic!("{place} is covered only by podman"));
+        assert!(here.masked >= masked, "{place} is masked only by podman");
     }
 
     for (name, limit) in &podman.rlimits {
@@ -161,7 +162,7 @@ fn direct_engine_isolates_at_least_as_well_as_podman() {
     assert_eq!(direct.init_command, ["coderunner", "agent"]);
 }
 
-/// Tries each call of the kernel with arguments that none takes, in a process of its own, and prints how it failed.
+/// Tries each system call with invalid arguments, in a process of its own, and prints the error.
 const CALLS: &str = r#"
     #include <errno.h>
     #include <signal.h>
@@ -174,7 +175,7 @@ const CALLS: &str = r#"
         for (long call = 0; call < 500; call++) {
             int status = 0;
             fflush(stdout);
-            // One that was ended may not have come to the call: once more, with more time.
+            // A child that the timer killed may not have reached the call. Try again with more time.
             for (int again = 0; again < 2; again++) {
                 pid_t child = fork();
                 if (child == 0) {

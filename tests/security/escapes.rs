@@ -1,6 +1,6 @@
-//! Ways out: of the mount, pid and user namespaces, to init, to the kernel, to root.
+//! Attempts to escape: out of namespaces, into init, into the kernel, and to become root.
 
-use super::{attack, prints, serve};
+use super::{assert_prints, attack, serve};
 use crate::client::Answer;
 use crate::harness::{Options, Server, code};
 use crate::registry::Image;
@@ -15,7 +15,7 @@ on_each_engine! {
 
 fn system_calls_cannot_escape_the_sandbox(engine: &str) {
     let server = serve(engine, "c", "");
-    // A call that worked is printed, and so is one that failed for another reason than that it is not allowed.
+    // Prints calls that succeed, and calls that fail with an error other than a refusal.
     let calls = r#"
         #define _GNU_SOURCE
         #include <errno.h>
@@ -143,7 +143,7 @@ fn system_calls_cannot_escape_the_sandbox(engine: &str) {
         }
     "#;
     assert_eq!(attack(&server, "c", &code(calls)), Answer::ran("end\n"));
-    // Out of a directory that was the root once, by a descriptor that is still open: there is no chroot to begin with.
+    // The classic escape from a chroot through an open descriptor fails, because the sandbox root is not a chroot.
     let leak = r#"
         #include <fcntl.h>
         #include <stdio.h>
@@ -204,7 +204,7 @@ fn commands_cannot_escape_the_sandbox(engine: &str) {
         (exec 3<>/dev/udp/127.0.0.1/53) && echo connected
         echo end
     "#;
-    prints(engine, "bash", "", commands, "end\n");
+    assert_prints(engine, "bash", "", commands, "end\n");
 }
 
 fn files_of_the_kernel_and_of_init_cannot_be_written(engine: &str) {
@@ -213,7 +213,7 @@ fn files_of_the_kernel_and_of_init_cannot_be_written(engine: &str) {
         own = {'self', 'thread-self', str(os.getpid())}
         others = [name for name in os.listdir('/proc') if name.isdigit() and name not in own]
         sinks = {'/dev/' + name for name in ('null', 'zero', 'full', 'random', 'urandom')}
-        # Open to all, but told something they refuse.
+        # These can be opened by anyone, but refuse what is written.
         asks = '/attr/', '/timerslack_ns', '/proc/pressure/'
         for top in ['/sys', '/dev'] + ['/proc/' + name for name in os.listdir('/proc') if name not in own]:
             paths = [top] if os.path.isfile(top) else []
@@ -230,7 +230,7 @@ fn files_of_the_kernel_and_of_init_cannot_be_written(engine: &str) {
                     pass
         print(others)
     ";
-    prints(engine, "python", "[limits]\nrun_time = \"60s\"\nrun_cpu_time = \"60s\"", walk, "['1']\n");
+    assert_prints(engine, "python", "[limits]\nrun_time = \"60s\"\nrun_cpu_time = \"60s\"", walk, "['1']\n");
 }
 
 fn setuid_programs_of_the_image_give_no_privileges(engine: &str) {
@@ -261,7 +261,7 @@ fn programs_cannot_kill_init(engine: &str) {
         echo alive
     "#;
     assert_eq!(attack(&server, "bash", &code(everything)), Answer::ran("alive\n"));
-    // Its streams closed, its process group and session changed, its parent gone: it ends all the same.
+    // The stage ends although children with other sessions and closed streams remain.
     let detached = r#"
         echo so far
         exec <&- >&- 2>&-

@@ -1,5 +1,5 @@
-//! Names of files, which the host writes and a shell may see: those that lead elsewhere are refused, all others are
-//! names and nothing else.
+//! File names, which the host writes and a shell may see: names that leave the directory are refused, all others arrive
+//! unchanged.
 
 use serde_json::{Value, json};
 
@@ -12,7 +12,7 @@ on_each_engine! {
     escaping_file_names_are_refused
 }
 
-/// Runs a program that has these files beside it.
+/// Runs a program with additional files of these names.
 fn execute(server: &Server, program: &str, names: &[&str]) -> Reply {
     let others = names.iter().map(|name| json!({"name": name, "content": format!("<{name}>")}));
     let files: Vec<Value> = std::iter::once(json!({"content": code(program)})).chain(others).collect();
@@ -98,7 +98,7 @@ fn escaping_file_names_are_refused(engine: &str) {
         &["x", "x"],
         &["x", "x/y"],
         &["x/y", "x"],
-        // The program itself, or in its place.
+        // The name of the program itself, or a path through it.
         &["main.py"],
         &["main.py/x"],
     ] {

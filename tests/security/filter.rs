@@ -1,9 +1,8 @@
-//! Each refusal of our own filter, tried from inside, and of what stands behind it. Those of podman's are with the other
-//! walls.
+//! What the server's own seccomp filter and Landlock refuse, tried from inside. `isolation` tests podman's filter.
 
 use serde_json::json;
 
-use super::{prints, serve};
+use super::{assert_prints, serve};
 use crate::harness::{code, eventually, marked_seconds};
 
 on_each_engine! {
@@ -44,11 +43,11 @@ fn filter_allows_only_unix_sockets(engine: &str) {
         print(pipe.recv())
     ";
     let printed = "b'local'\nb'asyncio\\n'\nmultiprocessing\n";
-    prints(engine, "python", "", families, printed);
+    assert_prints(engine, "python", "", families, printed);
 }
 
 fn x32_and_32_bit_system_calls_are_refused(engine: &str) {
-    // The kernel knows the same calls by other numbers, for programs of 32 bits.
+    // The same calls by their x32 numbers, and through the 32-bit interface `int 0x80`.
     let other = r#"
         #include <errno.h>
         #include <stdio.h>
@@ -80,7 +79,7 @@ fn x32_and_32_bit_system_calls_are_refused(engine: &str) {
             return 0;
         }
     "#;
-    prints(engine, "c", "", other, "killed\n");
+    assert_prints(engine, "c", "", other, "killed\n");
 }
 
 fn host_wide_kernel_resources_are_refused(engine: &str) {
@@ -106,7 +105,7 @@ fn host_wide_kernel_resources_are_refused(engine: &str) {
         except OSError as error:
             print(error.strerror)
     ";
-    prints(engine, "python", "", calls, "Permission denied\n");
+    assert_prints(engine, "python", "", calls, "Permission denied\n");
 }
 
 fn clone_cannot_create_namespaces(engine: &str) {
@@ -125,7 +124,7 @@ fn clone_cannot_create_namespaces(engine: &str) {
                 long result = syscall(SYS_clone, (unsigned long)flags[n] | SIGCHLD, 0, 0, 0, 0);
                 if (result == 0) _exit(0);
                 if (result != -1 || errno != ENOSYS) printf("%x: %ld %s\n", flags[n], result, strerror(errno));
-                /* The upper half is no flag, and hides none. */
+                /* The kernel ignores the upper half of the flags; it must not confuse the filter. */
                 result = syscall(SYS_clone, 0x100000000ul | flags[n] | SIGCHLD, 0, 0, 0, 0);
                 if (result == 0) _exit(0);
                 if (result != -1 || errno != ENOSYS) printf("%x: %ld %s\n", flags[n], result, strerror(errno));
@@ -138,10 +137,10 @@ fn clone_cannot_create_namespaces(engine: &str) {
             return 0;
         }
     "#;
-    prints(engine, "c", "", clones, "end\n");
+    assert_prints(engine, "c", "", clones, "end\n");
 }
 
-/// Memory that no cgroup counts, work that the host does, state that all containers share.
+/// Calls that use memory outside of any cgroup, cause work on the host, or change state that containers share.
 fn uncharged_memory_and_shared_state_are_refused(engine: &str) {
     let calls = r#"
         import ctypes, errno, fcntl, os, socket, struct
@@ -177,7 +176,7 @@ fn uncharged_memory_and_shared_state_are_refused(engine: &str) {
         tried('MFD_HUGETLB', c(libc.memfd_create, b'x', 4))
         tried('O_DIRECT', lambda: os.open('/usr/bin/python3', os.O_RDONLY | os.O_DIRECT))
         tried('F_SETFL of O_DIRECT', lambda: fcntl.fcntl(os.pipe()[0], fcntl.F_SETFL, os.O_DIRECT))
-        # Of no file they would fail if the kernel heard of them.
+        # On an invalid descriptor they would fail if they reached the kernel.
         for name in 'fsync', 'fdatasync', 'syncfs':
             tried(name, c(getattr(libc, name), 999))
         tried('posix_fadvise', c(libc.posix_fadvise, 999, 0, 0, 4))
@@ -196,11 +195,11 @@ fn uncharged_memory_and_shared_state_are_refused(engine: &str) {
         SO_ATTACH_FILTER ENOPROTOOPT\nPR_SET_SECCOMP EINVAL\nPR_SET_VMA EINVAL\nMAP_HUGETLB ENOMEM\nMFD_HUGETLB EINVAL\n\
         O_DIRECT EINVAL\nF_SETFL of O_DIRECT EINVAL\nfsync done\nfdatasync done\nsyncfs done\nposix_fadvise done\n\
         readahead done\nutime of a device EROFS\noom_score_adj EACCES\ncomm EACCES\n1000\n";
-    prints(engine, "python", "", calls, printed);
+    assert_prints(engine, "python", "", calls, printed);
 }
 
-/// Posts a program in C and returns how its run ended: exit code and verdict.
-fn ended(server: &crate::harness::Server, program: &str) -> (i64, String) {
+/// Runs a C program and returns its exit code and verdict.
+fn run_c(server: &crate::harness::Server, program: &str) -> (i64, String) {
     let body = json!({"language": "c", "files": [{"content": code(program)}]});
     let reply =
         server.request("POST", "/api/v2/execute", &[("Content-Type", "application/json")], body.to_string().as_bytes());
@@ -222,14 +221,14 @@ fn ptrace_stop_is_not_mistaken_for_exit(engine: &str) {
             return 7;
         }
     "#;
-    assert_eq!(ended(&server, traced), (7, "runtime_error".to_owned()));
+    assert_eq!(run_c(&server, traced), (7, "runtime_error".to_owned()));
     server.stop();
 }
 
 fn tracer_cannot_delay_the_end_of_a_stage(engine: &str) {
     let server = serve(engine, "c", "");
     let mark = marked_seconds(0);
-    // Its child holds it: nobody hears of its end before the child lets go, which it never does.
+    // The child traces its parent and never waits for it, so the exit of the parent is not reported to init.
     let held = r#"
         #include <signal.h>
         #include <sys/prctl.h>
@@ -250,12 +249,13 @@ fn tracer_cannot_delay_the_end_of_a_stage(engine: &str) {
             return 3;
         }
     "#;
-    let ended = eventually("an answer", || Some(ended(&server, &held.replace("SECONDS", &mark))));
-    assert_eq!(ended, (3, "runtime_error".to_owned()));
+    let outcome = eventually("an answer", || Some(run_c(&server, &held.replace("SECONDS", &mark))));
+    assert_eq!(outcome, (3, "runtime_error".to_owned()));
     server.stop();
 }
 
-/// The kernel lists locks under who made them, and those of the dead nowhere.
+/// /proc lists a lock under the process that took it, and not at all once that process is dead, even if another process
+/// shares its descriptors. Init therefore allows only a few processes that share descriptors.
 fn number_of_clone_files_processes_is_limited(engine: &str) {
     let hidden = r#"
         #include <errno.h>
@@ -282,7 +282,7 @@ fn number_of_clone_files_processes_is_limited(engine: &str) {
             return 0;
         }
     "#;
-    prints(engine, "c", "", hidden, "8 Function not implemented\n");
+    assert_prints(engine, "c", "", hidden, "8 Function not implemented\n");
 }
 
 fn core_limit_cannot_be_changed_to_start_the_dump_handler(engine: &str) {
@@ -295,5 +295,5 @@ fn core_limit_cannot_be_changed_to_start_the_dump_handler(engine: &str) {
         resource.setrlimit(resource.RLIMIT_NOFILE, (10, 10))
         print(resource.getrlimit(resource.RLIMIT_NOFILE))
     ";
-    prints(engine, "python", "", lowered, "(1, 1) (1, 1)\n(10, 10)\n");
+    assert_prints(engine, "python", "", lowered, "(1, 1) (1, 1)\n(10, 10)\n");
 }

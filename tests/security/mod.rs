@@ -1,7 +1,7 @@
-//! Hostile programs, as anyone can send them. Each is answered with the truth, a neighbour's run under way at the same
-//! time comes out right, and nothing is left behind.
+//! Hostile programs. For each, the answer is correct, a concurrent run of another client succeeds, and nothing is left
+//! behind.
 //!
-//! What a program can see and reach is in `walls`, what it may use in `limits`; here is what tries to get round them.
+//! `isolation` tests what a program can see and reach, `limits` what it may use; the programs here try to get round both.
 
 mod bombs;
 mod compilers;
@@ -14,7 +14,7 @@ mod toolchains;
 use crate::client::Answer;
 use crate::harness::{Options, Server, code, marked_seconds};
 
-/// A server with one place for the attack and one for its neighbour.
+/// A server with one container for the attack and one for its neighbour.
 fn serve(engine: &str, language: &str, config: &str) -> Server {
     Server::start(Options {
         languages: &[language],
@@ -24,11 +24,11 @@ fn serve(engine: &str, language: &str, config: &str) -> Server {
     })
 }
 
-/// Runs a program beside a harmless one of the same language, which must not notice.
+/// Runs a hostile program beside a harmless one of the same language, which must not be affected.
 #[track_caller]
 fn attack(server: &Server, language: &str, code: &str) -> Answer {
     let (harmless, printed) = neighbour(language);
-    // Answered from no memo.
+    // Unique, so that it is not answered from the cache.
     let neighbour = server.begin(&harmless.replace("UNIQUE", &marked_seconds(0)));
     let answer = server.run(code);
     assert_eq!(neighbour.reply().answer(), Answer::ran(printed), "beside {code}");
@@ -36,15 +36,15 @@ fn attack(server: &Server, language: &str, code: &str) -> Answer {
     answer
 }
 
-/// Runs a program in a server of its own, which prints exactly this.
+/// Runs a program on a new server and checks that it prints exactly this.
 #[track_caller]
-fn prints(engine: &str, language: &str, config: &str, program: &str, printed: &str) {
+fn assert_prints(engine: &str, language: &str, config: &str, program: &str, printed: &str) {
     let server = serve(engine, language, config);
     assert_eq!(attack(&server, language, &code(program)), Answer::ran(printed));
     server.stop();
 }
 
-/// A program that forks, allocates, writes files and computes a little, and what it prints.
+/// A harmless program that forks, allocates, writes files and computes a little, and its output.
 fn neighbour(language: &str) -> (&'static str, &'static str) {
     match language {
         "python" => (
@@ -59,7 +59,7 @@ fn neighbour(language: &str) -> (&'static str, &'static str) {
              printf(\"%d %ld\\n\", WEXITSTATUS(s), ftell(f)); return 0; }\n",
             "7 1048576\n",
         ),
-        // What makes a program that says so.
+        // The source is a script that creates the program.
         "made" => ("# UNIQUE\nprintf '#!/bin/sh\\necho made\\n' >out; chmod +x out\n", "made\n"),
         _ => (
             "# UNIQUE\nhead -c 1048576 /dev/zero >/tmp/mine; (wc -c </tmp/mine) | cat; echo $(seq 5)\n",

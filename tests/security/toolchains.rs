@@ -1,5 +1,5 @@
-//! What has to work under the list of allowed system calls: sanitizers, threads, processes and event loops of the usual
-//! compilers and runtimes. Their image is made by `packaging/images/build toolchains`.
+//! The allow-list of system calls has to support common compilers and runtimes: sanitizers, threads, processes and
+//! event loops. `packaging/images/build toolchains` builds their image.
 
 use serde_json::json;
 
@@ -43,7 +43,7 @@ const CONFIG: &str = r#"
     health = { code = "print(1)", output = "1\n" }
 "#;
 
-/// Language, program, what it prints on stdout, and what stderr has in it.
+/// Language, program, its exact stdout, and a part of its stderr.
 const PROGRAMS: [(&str, &str, &str, &str); 8] = [
     (
         "cpp",
@@ -161,7 +161,7 @@ fn compilers_and_runtimes_have_the_system_calls_they_need(engine: &str) {
         let ready = || {
             let answer =
                 server.request("POST", "/api/v2/execute", &[("Content-Type", "application/json")], body.as_bytes());
-            // Its image is still being looked at.
+            // The image is still being checked.
             (answer.status != 503).then(|| answer.json())
         };
         let answer = crate::harness::eventually("an answer", ready);

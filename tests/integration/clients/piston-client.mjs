@@ -1,4 +1,4 @@
-// Drives a running server with the published client piston-client, as its own documentation does.
+// Tests a running server with the published client piston-client, used as in its documentation.
 import assert from "node:assert/strict";
 import { createRequire } from "node:module";
 import { pathToFileURL } from "node:url";
@@ -31,4 +31,4 @@ assert.equal(answer.run, undefined);
 
 answer = await client.execute("cobol", "");
 assert.match(answer.message, /runtime is unknown/);
-console.log("piston-client is content");
+console.log("piston-client: all checks passed");

@@ -1,5 +1,5 @@
-//! What a program can see and reach: its own three directories, and nothing else of the host, of the server, of
-//! another run or of an earlier one.
+//! What a program can see and reach: its own three directories, and nothing of the host, the server, other runs or
+//! earlier runs.
 
 use crate::client::Answer;
 use crate::harness::{Options, Server, code};
@@ -27,7 +27,7 @@ on_each_engine! {
     runs_leave_nothing_for_the_next_run
 }
 
-/// Defines `tried(name, call)` for Python programs: prints what came of it.
+/// Defines `tried(name, call)` for Python programs, which prints the result or the error of a call.
 const TRIED: &str = "
 import errno
 
@@ -38,7 +38,7 @@ def tried(name, call):
         print(name, errno.errorcode[error.errno])
 ";
 
-/// Whether a line of `tried` tells of a refusal: with ENOSYS a filter pretends that there is no such call.
+/// Whether a line of `tried` shows a refusal. A filter refuses with ENOSYS, as if the kernel did not have the call.
 fn is_refusal(line: &str) -> bool {
     [" EPERM", " EACCES", " ENOSYS"].iter().any(|refusal| line.ends_with(refusal))
 }
@@ -59,7 +59,7 @@ fn only_three_directories_are_writable(engine: &str) {
 
         found = []
         for path, dirs, files in os.walk('/'):
-            # Directories of processes: nothing can be made in them, and they come and go.
+            # Nothing can be created in the directories of processes, and they come and go.
             if path == '/proc':
                 dirs[:] = [name for name in dirs if not name.isdigit()]
             if writable(path):
@@ -103,7 +103,7 @@ fn there_is_no_network(engine: &str) {
         ",
         port = server.address.port()
     );
-    // The direct engine's /sys is of no network at all.
+    // The /sys of the direct engine shows no network interfaces at all.
     let interfaces = if engine == "podman" { "['lo']" } else { "[]" };
     assert_eq!(server.run(&code(&probe)), Answer::ran(&format!("{interfaces}\nno names\n")));
     server.stop();
@@ -111,7 +111,7 @@ fn there_is_no_network(engine: &str) {
 
 fn only_unix_sockets_can_be_created(engine: &str) {
     let server = serve(engine, 1);
-    // AF_VSOCK knows no network namespace, and would reach the hypervisor; the others are old and little tested.
+    // AF_VSOCK ignores network namespaces and would reach the hypervisor; other families are old and little tested.
     let probe = "
         import socket
         made = []
@@ -145,8 +145,8 @@ fn programs_have_no_privileges_and_cannot_gain_any(engine: &str) {
         tried('nice', lambda: os.nice(-1))
     ";
     let answer = server.run(&[TRIED, &code(probe)].concat());
-    let (has, tried) = answer.run_output.split_once("setuid").unwrap();
-    assert_eq!(has, "True True []\nCapInh 0\nCapPrm 0\nCapEff 0\nCapAmb 0\n1 2\n");
+    let (privileges, tried) = answer.run_output.split_once("setuid").unwrap();
+    assert_eq!(privileges, "True True []\nCapInh 0\nCapPrm 0\nCapEff 0\nCapAmb 0\n1 2\n");
     assert_eq!(tried.lines().count(), 5);
     for line in tried.lines() {
         assert!(is_refusal(line), "{line}");
@@ -156,7 +156,7 @@ fn programs_have_no_privileges_and_cannot_gain_any(engine: &str) {
 
 fn dangerous_system_calls_are_refused(engine: &str) {
     let server = serve(engine, 1);
-    // By number, for x86-64 and for the others; a refusal is EPERM, or ENOSYS as if the kernel had no such call.
+    // Calls by number, on x86-64 and on other architectures. A refusal is EPERM or ENOSYS.
     let probe = "
         import ctypes, os, platform
         libc = ctypes.CDLL(None, use_errno=True)
@@ -218,7 +218,7 @@ fn programs_cannot_reach_init_or_the_job_directory(engine: &str) {
     ";
     let answer = server.run(&[TRIED, &code(probe)].concat());
     let (tried, alone) = answer.run_output.trim_end().rsplit_once('\n').unwrap();
-    assert_eq!(alone, "True", "a program starts alone with init: {answer:?}");
+    assert_eq!(alone, "True", "a program sees only itself and init: {answer:?}");
     assert_eq!(tried.lines().count(), 26);
     for line in tried.lines() {
         assert!(is_refusal(line), "{line}");
@@ -260,7 +260,7 @@ fn programs_do_not_see_the_environment_of_the_server(engine: &str) {
         ..Options::default()
     });
     let probe = "
-        # As it was given, before Python adds to it.
+        # The initial environment, without what Python adds.
         print(*sorted(open('/proc/self/environ').read().rstrip('\\0').split('\\0')), sep='\\n')
         print(open('/proc/sys/kernel/hostname').read(), end='')
     ";
@@ -276,7 +276,7 @@ fn programs_do_not_see_the_environment_of_the_server(engine: &str) {
 
 fn concurrent_runs_are_isolated_from_each_other(engine: &str) {
     let server = serve(engine, 2);
-    // Each puts its name wherever it can, again and again, and looks for the other's there.
+    // Each program leaves its name wherever it can, again and again, and looks for the name of the other.
     let probe = |own: &str, other: &str| {
         code(&format!(
             "
@@ -315,7 +315,7 @@ fn concurrent_runs_are_isolated_from_each_other(engine: &str) {
 }
 
 fn runs_leave_nothing_for_the_next_run(engine: &str) {
-    // One container at a time: the next run has the uid of the one before.
+    // With one container, both runs have the same uid.
     let server = serve(engine, 1);
     let leave = "
         import ctypes, os, subprocess
@@ -325,7 +325,7 @@ fn runs_leave_nothing_for_the_next_run(engine: &str) {
         libc.shmget(77, 4096, 0o1666)
         libc.msgget(77, 0o1666)
         subprocess.Popen(['sleep', '20'], start_new_session=True)
-        # A keyring that is linked to the one of the uid would outlive its process.
+        # A keyring that is linked to the keyring of the uid would outlive its process.
         libc.syscall(250, 1, b'left')
         libc.syscall(250, 8, ctypes.c_long(-3), ctypes.c_long(-4))
         print('left')
