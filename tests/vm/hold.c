@@ -1,5 +1,6 @@
-// hold [MODE]: a program that has the kernel hold as much as it can in one way, says so, and stays until it is killed.
-// `uncounted` compares what the machine has lost with what the sandbox's cgroup has counted. Without a MODE, their names.
+// hold [MODE]: makes the kernel hold as much memory as possible in one way, reports it, and waits until it is killed.
+// `uncounted` compares the memory that the machine has lost with what the sandbox's cgroup has counted. Without MODE, lists
+// the modes.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -30,7 +31,7 @@
 #include <time.h>
 #include <unistd.h>
 
-// Of all processes together: more than a quarter of the sandbox's memory, and less than all of it.
+// Bytes for all processes together: more than a quarter of the sandbox's memory, and less than all of it.
 #define GOAL (36 << 20)
 #define PROCESSES 56
 #define FILTER 4000
@@ -39,7 +40,7 @@ static long share = GOAL, held, things;
 static char block[1 << 16], name[300];
 static struct timespec began;
 
-// Whether there is to be one more thing, of so many bytes as one can tell. A slow machine is given less.
+// Whether to create one more object of about this many bytes. Stops after 3 seconds, so that slow machines create fewer.
 static int more(long bytes) {
 	struct timespec now;
 	if (things % 32 == 0 && clock_gettime(CLOCK_MONOTONIC, &now) == 0 && now.tv_sec - began.tv_sec > 3) return 0;
@@ -47,7 +48,7 @@ static int more(long bytes) {
 	things++;
 	return held <= share;
 }
-// The next of many names.
+// Returns a new file name.
 static char *next(const char *directory) {
 	sprintf(name, "%s/%d-%ld", directory, getpid(), things);
 	return name;
@@ -86,7 +87,7 @@ static void filters(void) {
 	struct sock_fprog program = {FILTER, steps};
 	while (more(1 << 16)) {
 		int with = socket(AF_UNIX, SOCK_DGRAM, 0);
-		// Older kernels let a socket have less.
+		// Older kernels allow only shorter filters.
 		for (program.len = FILTER; program.len > 99; program.len /= 2) {
 			program.filter = steps + FILTER - program.len;
 			if (setsockopt(with, SOL_SOCKET, SO_ATTACH_FILTER, &program, sizeof program) == 0) break;
@@ -121,7 +122,7 @@ static void pipes(void) {
 		write(ends[1], block, 1 << 15);
 	}
 }
-// Each with a page of its own that is nearly empty.
+// Each packet takes a page of its own that is nearly empty.
 static void packets(void) {
 	int ends[2];
 	while (more(0) && pipe2(ends, O_NONBLOCK | O_DIRECT) == 0) {
@@ -206,7 +207,7 @@ static void flocks(void) {
 }
 static void locks_by(int how) {
 	int on;
-	// What one file has makes the next one slower.
+	// Few locks per file, because each lock makes the next one on the same file slower.
 	while (more(0) && (on = file()) >= 0) {
 		struct flock lock = {.l_type = F_WRLCK, .l_len = 1};
 		while (lock.l_start < 400 && more(180) && fcntl(on, how, &lock) == 0) lock.l_start += 2;
@@ -305,7 +306,7 @@ static void zombies(void) {
 }
 
 
-// What is no memory, but work that others do, or what they see: so many times, or for ever.
+// Modes that do not hold memory, but cause work on the host or change its state, TIMES times or endlessly.
 #define TIMES 100
 static void garbage(void) {
 	for (; things < TIMES; things++) {
@@ -316,7 +317,7 @@ static void garbage(void) {
 		execl("/tmp/garbage", "garbage", NULL);
 	}
 }
-// Bridges and VLANs are asked of any socket.
+// These ioctls on any socket request the modules for bridges and VLANs.
 static void modules(void) {
 	for (int one = socket(AF_UNIX, SOCK_STREAM, 0); things < TIMES; things++) {
 		ioctl(one, 0x8940, block);
@@ -342,7 +343,7 @@ static void evict(void) {
 	for (int one = open("/usr/bin/tcc", 0);; usleep(10000)) posix_fadvise(one, 0, 0, POSIX_FADV_DONTNEED);
 }
 
-// Those whose bound is for each process have many; what is less is no memory.
+// `many` is 1 for modes with a limit per process, which run in many processes, and -1 for modes that hold no memory.
 static const struct { const char *name; void (*hold)(void); int many; } modes[] = {
 	{"nothing", nothing}, {"memory", memory}, {"acl", acl}, {"xattrs", xattrs}, {"filters", filters, 1},
 	{"own-filters", own_filters, 1}, {"huge", huge}, {"pipes", pipes, 1}, {"packets", packets, 1}, {"streams", streams, 1},
@@ -359,7 +360,7 @@ static const struct { const char *name; void (*hold)(void); int many; } modes[] 
 	{"evict", evict, -1},
 };
 
-// How much of a file is in memory, and how much is not, in pages.
+// Prints how many pages of a file are in memory, and how many are not.
 static int resident(const char *path) {
 	int one = open(path, O_RDONLY), pages = (lseek(one, 0, SEEK_END) + 4095) / 4096, there = 0;
 	unsigned char *each = malloc(pages);
