@@ -1,4 +1,4 @@
-//! Those that run the jobs: bare exec, bwrap and `podman run` here, coderunner in `server`.
+//! The ways to run a job that are compared: bare exec, bwrap and `podman run` here, coderunner in `server`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -19,54 +19,55 @@ pub trait Contender: Sync {
     /// A client that runs the job again and again.
     fn client<'a>(&'a self, job: &'a Job) -> Result<Client<'a>>;
 
-    /// Returns when nothing of the runs before goes on any more, and all is made that is made ahead: the time of that,
-    /// or of the last answer where nothing is made ahead.
+    /// Waits until the previous runs are cleaned up and the pool is full again. Returns when that was; a contender
+    /// without a pool returns the time of the call.
     fn settle(&self) -> Result<Instant>;
 
-    /// How many runs it may answer from what was made ahead.
-    fn made_ahead(&self) -> usize {
+    /// The number of runs that it may serve from its pool.
+    fn pool_size(&self) -> usize {
         0
     }
 
-    /// Whether this process is what runs the programs, so that its own time is part of theirs, and not a client's.
+    /// Whether this process spawns the programs, so that its own CPU time is part of the cost of a run.
     fn runs_here(&self) -> bool;
 }
 
-/// Programs of the host, and the Debian packages that have them.
+/// Programs that must be installed, and their Debian packages.
 const PROGRAMS: [(&str, &str); 5] =
     [("busybox", "busybox-static"), ("tcc", "tcc"), ("gcc", "gcc"), ("bwrap", "bubblewrap"), ("podman", "podman")];
 
-/// Paths of the programs, found once: a search of PATH at each run would count for them.
+/// Paths of the programs. They are looked up once, because a search of PATH in each run would be measured, too.
 pub struct Programs(BTreeMap<&'static str, PathBuf>);
 
 impl Programs {
-    /// All of them, or an error that says what to install.
+    /// Finds all of them, or returns an error that says what to install.
     pub fn find() -> Result<Programs> {
         let dirs: Vec<PathBuf> = std::env::split_paths(&std::env::var_os("PATH").context("no PATH")?).collect();
         let mut found = BTreeMap::new();
         for (program, package) in PROGRAMS {
             let path = dirs.iter().map(|dir| dir.join(program)).find(|path| path.is_file());
-            let missing = || format!("no {program} here: `make setup`, or install Debian's package {package}");
+            let missing =
+                || format!("{program} is not installed: run `make setup`, or install the Debian package {package}");
             found.insert(program, path.with_context(missing)?);
         }
         Ok(Programs(found))
     }
 
-    /// Path of one.
+    /// The path of a program.
     pub fn path(&self, program: &str) -> Result<&Path> {
         let path = self.0.get(program).map(PathBuf::as_path);
         path.with_context(|| format!("{program} is not among PROGRAMS"))
     }
 }
 
-/// The commands of a job, one after the other, with a source that is in this directory.
+/// Returns the commands of a job, to be run one after the other; the directory contains the source.
 type Commands = Box<dyn Fn(&Job, &Path) -> Vec<Command> + Sync>;
 
-/// One whose runs are processes that we start.
+/// A contender whose runs are processes that the bench spawns.
 pub struct Spawning {
     name: &'static str,
-    /// What of a run goes on after its end, at most.
-    wake: Duration,
+    /// The longest time for which clean-up may continue after a run.
+    cleanup: Duration,
     commands: Commands,
 }
 
@@ -80,7 +81,7 @@ impl Contender for Spawning {
         let source = dir.path().join(job.source);
         let mut commands = (self.commands)(job, dir.path());
         Ok(Box::new(move || {
-            // Moved in: the directory lives as long as the client.
+            // Moves the directory into the closure, so that it lives as long as the client.
             let _ = &dir;
             std::fs::write(&source, job.code())?;
             let mut printed = Vec::new();
@@ -97,7 +98,7 @@ impl Contender for Spawning {
 
     fn settle(&self) -> Result<Instant> {
         let now = Instant::now();
-        std::thread::sleep(self.wake);
+        std::thread::sleep(self.cleanup);
         Ok(now)
     }
 
@@ -106,23 +107,23 @@ impl Contender for Spawning {
     }
 }
 
-/// Refuses anything but the output that the job has.
+/// Fails unless the output is that of the job.
 pub fn check(contender: &str, printed: &str) -> Result<()> {
     ensure!(printed == OUTPUT, "{contender} printed {printed:?} instead of {OUTPUT:?}");
     Ok(())
 }
 
-/// The programs themselves, in a directory of the client.
+/// Runs the programs themselves, without any isolation, in a directory of the client.
 pub fn bare(programs: &Programs) -> Spawning {
     let paths = programs.0.clone();
     Spawning {
         name: "bare exec",
-        wake: Duration::ZERO,
+        cleanup: Duration::ZERO,
         commands: Box::new(move |job, dir| {
             let stages = [job.compile, job.run].into_iter();
             let command = |argv: &'static [&'static str]| {
                 let (program, args) = argv.split_first()?;
-                // A name without a slash is on PATH; the other one is what was compiled.
+                // A program of the host, or else the compiled program.
                 let path = paths.get(program).cloned().unwrap_or_else(|| dir.join(program));
                 let mut command = Command::new(path);
                 command.args(args).current_dir(dir);
@@ -133,14 +134,14 @@ pub fn bare(programs: &Programs) -> Spawning {
     }
 }
 
-/// A fresh set of namespaces for each run, the host's programs in it.
+/// Runs the host's programs in new namespaces for each run.
 pub fn bwrap(programs: &Programs) -> Result<Spawning> {
     let path = programs.path("bwrap")?.to_owned();
     let system = system_dirs();
     Ok(Spawning {
         name: "bwrap",
-        // The kernel takes namespaces down in the background.
-        wake: Duration::from_millis(50),
+        // The kernel removes namespaces in the background.
+        cleanup: Duration::from_millis(50),
         commands: Box::new(move |job, dir| {
             let mut command = Command::new(&path);
             command
@@ -157,7 +158,7 @@ pub fn bwrap(programs: &Programs) -> Result<Spawning> {
     })
 }
 
-/// /usr as it is, and what stands beside it as on the host: directories or links.
+/// Arguments that mount /usr, and the directories or links beside it as they are on the host.
 fn system_dirs() -> Vec<String> {
     let mut args: Vec<String> = ["--ro-bind", "/usr", "/usr"].map(str::to_owned).into();
     for dir in ["/bin", "/sbin", "/lib", "/lib32", "/lib64"] {
@@ -166,18 +167,18 @@ fn system_dirs() -> Vec<String> {
             Err(_) => args.extend(["--ro-bind-try", dir, dir].map(str::to_owned)),
         }
     }
-    // Without it the loader searches its directories one by one.
+    // Without this cache the dynamic loader would search its directories one by one.
     args.extend(["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"].map(str::to_owned));
     args
 }
 
-/// A container for each run, as a user of podman would start it.
+/// Starts a container for each run, as a user of podman would.
 pub fn podman_run(programs: &Programs) -> Result<Spawning> {
     let path = programs.path("podman")?.to_owned();
     Ok(Spawning {
         name: "podman run",
         // conmon's clean-up outlives the command.
-        wake: Duration::from_millis(300),
+        cleanup: Duration::from_millis(300),
         commands: Box::new(move |job, dir| {
             let mut command = Command::new(&path);
             command
@@ -190,12 +191,12 @@ pub fn podman_run(programs: &Programs) -> Result<Spawning> {
     })
 }
 
-/// Refuses to begin without the images.
+/// Fails unless the images exist.
 pub fn require_images(programs: &Programs, jobs: &[&Job]) -> Result<()> {
     for job in jobs {
         let status = Command::new(programs.path("podman")?).args(["image", "exists", job.image]).status()?;
         let name = job.image.trim_start_matches("localhost/coderunner-").trim_end_matches(":latest");
-        ensure!(status.success(), "no image {}: packaging/images/build {name}", job.image);
+        ensure!(status.success(), "there is no image {}: run packaging/images/build {name}", job.image);
     }
     Ok(())
 }

@@ -1,8 +1,8 @@
-//! CPU time of everything below this bench, and of nothing else that runs on the machine.
+//! CPU time of all descendants of this bench, and of no other process on the machine.
 //!
-//! What ends is counted by whom reaps it. conmon leaves its parent, so another process stands above the bench as its
-//! subreaper and gets it in the end: together with what still lives the sum misses no process. Only what the kernel
-//! does in the background for nobody (taking a network namespace down: half a millisecond) is not in it.
+//! The kernel adds the CPU time of a process to the parent that reaps it. conmon leaves its parent, so a subreaper runs
+//! above the bench and finally reaps it. Its counters, together with those of the living processes, cover every
+//! process. Only kernel work in the background is missing (removing a network namespace takes half a millisecond).
 
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
@@ -17,10 +17,10 @@ use nix::unistd::{SysconfVar, getppid, sysconf};
 
 use crate::processes::Processes;
 
-/// The flag of a bench that runs below its subreaper.
+/// The flag that says that this process runs below its subreaper.
 pub const REAPED: &str = "--reaped";
 
-/// Runs this program again as a child, reaps all that is left to us, and ends as the child does.
+/// Runs this program again as a child, reaps all orphans, and exits with the code of the child.
 pub fn reap() -> Result<ExitCode> {
     set_child_subreaper(true)?;
     let mut command = Command::new("setpriv");
@@ -38,28 +38,28 @@ pub fn reap() -> Result<ExitCode> {
     }
 }
 
-/// The counters at one time.
+/// The CPU time counters at one time.
 pub struct Reading {
     tree: Duration,
     own: Duration,
 }
 
-/// What was spent since a reading.
+/// CPU time that was used since a reading.
 #[derive(Debug, Clone, Copy)]
 pub struct Spent {
-    /// By all processes below this one.
+    /// By all descendants of this process.
     pub tree: Duration,
-    /// By this one.
+    /// By this process.
     pub own: Duration,
 }
 
 impl Reading {
-    /// The counters now. Exact where no process below is busy.
+    /// Reads the counters. They are exact if no descendant is busy.
     pub fn now() -> Result<Reading> {
         let (us, above) = (std::process::id(), getppid().as_raw().cast_unsigned());
         let hertz = sysconf(SysconfVar::CLK_TCK)?.context("no clock tick")? as f64;
         let processes = Processes::now()?;
-        // The subreaper itself stands for what it reaped; what we reaped ourselves is known more exactly.
+        // The subreaper counts what it reaped. For children that this process reaped, getrusage is more exact.
         let living = processes.below(|id, _| id == above).filter(|(id, _)| *id != us);
         let ticks: u64 = living.map(|(_, process)| process.ticks).sum();
         let tree = used(UsageWho::RUSAGE_CHILDREN)? + Duration::from_secs_f64(ticks as f64 / hertz);
@@ -67,9 +67,9 @@ impl Reading {
         Ok(Reading { tree, own })
     }
 
-    /// What was spent since then.
+    /// The CPU time since the reading.
     pub fn elapsed(&self) -> Result<Spent> {
-        // Before the processes are looked at, which is our own time too.
+        // First, because reading the other processes uses CPU time of this one.
         let own = used(UsageWho::RUSAGE_SELF)?;
         Ok(Spent { tree: Reading::now()?.tree.saturating_sub(self.tree), own: own.saturating_sub(self.own) })
     }

@@ -1,4 +1,4 @@
-//! What a run costs after many others: it must not grow.
+//! The cost of a run after many others, which must not grow.
 
 use anyhow::Result;
 use serde::Serialize;
@@ -12,27 +12,27 @@ use crate::server::Server;
 /// Clients at once.
 const CLIENTS: usize = 4;
 
-/// Runs that are measured each time.
+/// Number of runs in each measurement.
 const RUNS: usize = 20;
 
-/// The cost of runs after others.
+/// The cost of a run after a number of others.
 #[derive(Debug, Clone, Serialize)]
 pub struct Cost {
-    /// Of which server.
+    /// Name of the server.
     pub contender: String,
-    /// How many runs there were before.
+    /// Number of runs before.
     pub after: usize,
     /// CPU time per run.
     pub cpu_ms: f64,
-    /// Wall time per run, until the pool is full again.
+    /// Wall time per run, including the time until the pool is full again.
     pub wall_ms: f64,
     /// Memory of the server in bytes.
     pub server_memory: u64,
-    /// Its open file descriptors.
+    /// Open file descriptors of the server.
     pub descriptors: usize,
 }
 
-/// Measures a server that has not run anything yet.
+/// Measures a new server.
 pub fn measure(server: &Server, job: &Job, after: &[usize]) -> Result<Vec<Cost>> {
     let mut done = 0;
     let mut costs = Vec::new();

@@ -1,4 +1,4 @@
-//! Answers from the cache, against a warp handler that does nothing else than answer the same.
+//! Answers from the cache, compared with a warp handler that only sends the same answer.
 
 use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -12,55 +12,55 @@ use warp::Filter;
 use crate::contenders::Contender;
 use crate::http::Connection;
 use crate::jobs::{JOBS, OUTPUT};
-use crate::load::{Client, Load, Until, percentile, press};
+use crate::load::{Client, Load, Until, percentile, run_load};
 use crate::server::Server;
 
 /// Clients at once.
 const CLIENTS: usize = 4;
 
-/// How often each has its turn, and for how long.
+/// Number and length of the slices of each server.
 const ROUNDS: usize = 5;
 const SLICE: Duration = Duration::from_millis(400);
 
-/// The flag that makes this executable the bare handler.
+/// The flag that makes this executable serve the bare handler.
 pub const BARE_WARP: &str = "--bare-warp";
 
-/// Answers of one server.
+/// The result for one server.
 #[derive(Debug, Clone, Serialize)]
 pub struct Hits {
-    /// Whose.
+    /// Name of the server.
     pub server: String,
-    /// Latency.
+    /// Median latency.
     pub p50_ms: f64,
     /// Throughput.
     pub per_s: f64,
 }
 
-/// What is asked.
+/// The request.
 #[derive(Deserialize)]
-struct Question {
+struct Request {
     #[serde(rename = "code")]
     _code: String,
 }
 
-/// What is answered, as coderunner does.
+/// The answer, in coderunner's format.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Same {
+struct Response {
     status: u8,
     compile_output: &'static str,
     run_output: &'static str,
 }
 
-/// Measures all of them in turn, the bare handler last.
+/// Measures all servers in turn, the bare handler last.
 pub fn measure(servers: &[Server]) -> Result<Vec<Hits>> {
     let code = JOBS[0].code();
     let bare = BareWarp::start()?;
-    let same = Connection::open(bare.address)?.post(&code)?;
+    let expected = Connection::open(bare.address)?.post(&code)?;
     for server in servers {
         let first = server.connect()?.post(&code)?;
         server.verify(&first)?;
-        ensure!(same.body == first.body, "the bare handler answers {:?}", String::from_utf8_lossy(&same.body));
+        ensure!(expected.body == first.body, "the bare handler answers {:?}", String::from_utf8_lossy(&expected.body));
     }
     let ours = servers.iter().map(|server| (server.name().to_owned(), server.address()));
     let all: Vec<(String, SocketAddr)> = ours.chain([("bare warp handler".to_owned(), bare.address)]).collect();
@@ -68,7 +68,7 @@ pub fn measure(servers: &[Server]) -> Result<Vec<Hits>> {
     for _ in 0..ROUNDS {
         for (load, (_, address)) in loads.iter_mut().zip(&all) {
             let clients: Result<Vec<Client>> = (0..CLIENTS).map(|_| client(*address, &code)).collect();
-            let slice = press(clients?, 0, Until::Elapsed(SLICE))?;
+            let slice = run_load(clients?, 0, Until::Elapsed(SLICE))?;
             load.latencies.extend(slice.latencies);
             load.elapsed += slice.elapsed;
         }
@@ -90,7 +90,7 @@ fn client(address: SocketAddr, code: &str) -> Result<Client<'_>> {
     }))
 }
 
-/// The handler in a process of its own, as the server is.
+/// The bare handler in its own process, like the server.
 struct BareWarp {
     child: Child,
     address: SocketAddr,
@@ -104,7 +104,7 @@ impl BareWarp {
         let mut line = String::new();
         let stdout = child.stdout.take().context("no stdout")?;
         BufReader::new(stdout).read_line(&mut line)?;
-        let address = line.trim().parse().with_context(|| format!("the bare handler said {line:?}"))?;
+        let address = line.trim().parse().with_context(|| format!("the bare handler printed {line:?}"))?;
         Ok(BareWarp { child, address })
     }
 }
@@ -116,12 +116,12 @@ impl Drop for BareWarp {
     }
 }
 
-/// Serves until it is killed.
+/// Serves the bare handler until the process is killed.
 pub fn serve_bare() -> Result<()> {
     let routes = warp::path!("coderunner")
         .and(warp::post())
         .and(warp::body::json())
-        .map(|_: Question| warp::reply::json(&Same { status: 1, compile_output: "", run_output: OUTPUT }));
+        .map(|_: Request| warp::reply::json(&Response { status: 1, compile_output: "", run_output: OUTPUT }));
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;

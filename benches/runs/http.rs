@@ -1,4 +1,4 @@
-//! As little of an HTTP client as measuring needs: what it costs is part of what is measured.
+//! A minimal HTTP client. Its own cost is part of what is measured.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -6,16 +6,16 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-/// Longest that the server may be silent.
+/// Timeout of a read or a write.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A connection that is kept for many requests, one at a time.
+/// A persistent connection for many requests, one at a time.
 pub struct Connection {
     stream: TcpStream,
     received: Vec<u8>,
 }
 
-/// What came back.
+/// An answer of the server.
 pub struct Answer {
     /// The status code.
     pub status: u16,
@@ -24,7 +24,7 @@ pub struct Answer {
 }
 
 impl Connection {
-    /// Connects on loopback.
+    /// Connects to a server.
     pub fn open(address: SocketAddr) -> Result<Connection> {
         let stream = TcpStream::connect(address).with_context(|| format!("cannot connect to {address}"))?;
         stream.set_nodelay(true)?;

@@ -1,19 +1,19 @@
-//! The jobs: what every contender runs, each time from a source of its own.
+//! The jobs that every contender runs, each time with a new source.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What every job prints.
+/// The output of every job.
 pub const OUTPUT: &str = "hello\n";
 
 /// A program, and the commands that compile and run it.
 pub struct Job {
-    /// Its name in the table; also that of the language in the server's configuration.
+    /// Its name in the table, and the name of the language in the server's configuration.
     pub name: &'static str,
-    /// Made by packaging/images/build.
+    /// The image, which packaging/images/build makes.
     pub image: &'static str,
     /// Name of the source file.
     pub source: &'static str,
-    /// Argument vector of the compiler; empty where there is none.
+    /// Argument vector of the compiler; empty if there is none.
     pub compile: &'static [&'static str],
     /// Argument vector of the program.
     pub run: &'static [&'static str],
@@ -23,7 +23,7 @@ pub struct Job {
 
 const C: &str = "#include <stdio.h>\nint main(void) { puts(\"hello\"); return 0; }\n";
 
-/// In the order of the tables.
+/// All jobs, in the order of the tables.
 pub const JOBS: [Job; 3] = [
     Job {
         name: "sh",
@@ -55,14 +55,14 @@ pub const JOBS: [Job; 3] = [
 ];
 
 impl Job {
-    /// A source that was never run before, so that no answer comes from a cache.
+    /// A new source, so that no answer comes from a cache.
     pub fn code(&self) -> String {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         format!("{}{} {number}\n", self.program, self.comment)
     }
 
-    /// Compiles and runs in one command, for those that start one.
+    /// A single command that compiles and runs, for contenders that start one process per run.
     pub fn command(&self) -> Vec<String> {
         match self.compile {
             [] => self.run.iter().map(|&arg| arg.into()).collect(),
@@ -73,7 +73,7 @@ impl Job {
         }
     }
 
-    /// The job as a language of the server's configuration.
+    /// The job as a language in the server's configuration.
     pub fn language(&self) -> String {
         let artifact = match self.compile {
             [] => "",

@@ -1,4 +1,4 @@
-//! Load: a number of clients, each with its next run as soon as the last has ended.
+//! Load: a number of clients, each of which starts its next run as soon as the last one has ended.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Barrier, OnceLock};
@@ -6,47 +6,47 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
-/// One run after another for one client.
+/// A client: each call is one run.
 pub type Client<'a> = Box<dyn FnMut() -> Result<()> + Send + 'a>;
 
-/// How long a load lasts.
+/// When a load ends.
 #[derive(Clone, Copy)]
 pub enum Until {
-    /// For this long after the warm-up.
+    /// This long after the warm-up.
     Elapsed(Duration),
-    /// This many runs.
+    /// After this many runs.
     Runs(usize),
 }
 
-/// What was seen of a load.
+/// The measurements of a load.
 #[derive(Default)]
 pub struct Load {
-    /// How long each run took that ended after the warm-up.
+    /// Latency of each run that ended after the warm-up.
     pub latencies: Vec<Duration>,
     /// From the end of the warm-up to the end of the last run.
     pub elapsed: Duration,
-    /// All runs, the warm-up included.
+    /// Number of all runs, including the warm-up.
     pub runs: usize,
 }
 
-/// Has all clients run at once. The first `warm_up` runs are not among the latencies: a server answers them from
-/// what it made ahead, which is not how it goes on.
-pub fn press(clients: Vec<Client>, warm_up: usize, until: Until) -> Result<Load> {
-    let (all_there, failed) = (Barrier::new(clients.len()), AtomicBool::new(false));
+/// Runs all clients at once. The latencies exclude the first `warm_up` runs, which a server answers from its pool and
+/// which therefore do not represent a sustained load.
+pub fn run_load(clients: Vec<Client>, warm_up: usize, until: Until) -> Result<Load> {
+    let (all_started, failed) = (Barrier::new(clients.len()), AtomicBool::new(false));
     let (begun, ended) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let warm = OnceLock::new();
-    let go_on = || match until {
+    let continues = || match until {
         _ if failed.load(Ordering::Relaxed) => false,
         Until::Elapsed(time) => warm.get().is_none_or(|at: &Instant| at.elapsed() < time),
         Until::Runs(runs) => begun.fetch_add(1, Ordering::Relaxed) < runs,
     };
-    let one_after_another = |mut client: Client| {
+    let run_client = |mut client: Client| {
         let mut runs = Vec::new();
-        all_there.wait();
+        all_started.wait();
         if warm_up == 0 {
             warm.get_or_init(Instant::now);
         }
-        while go_on() {
+        while continues() {
             let start = Instant::now();
             client().inspect_err(|_| failed.store(true, Ordering::Relaxed))?;
             let end = Instant::now();
@@ -58,7 +58,7 @@ pub fn press(clients: Vec<Client>, warm_up: usize, until: Until) -> Result<Load>
         Ok::<_, anyhow::Error>(runs)
     };
     let runs: Vec<(Instant, Duration)> = std::thread::scope(|scope| {
-        let run = &one_after_another;
+        let run = &run_client;
         let threads: Vec<_> = clients.into_iter().map(|client| scope.spawn(move || run(client))).collect();
         let join = |thread: std::thread::ScopedJoinHandle<'_, Result<Vec<_>>>| {
             thread.join().map_err(|_| anyhow!("a client panicked")).flatten()
@@ -78,7 +78,7 @@ pub fn press(clients: Vec<Client>, warm_up: usize, until: Until) -> Result<Load>
     })
 }
 
-/// The value below which this share of the samples lies, in milliseconds.
+/// A percentile of the samples in milliseconds; `share` is between 0 and 1.
 pub fn percentile(samples: &[Duration], share: f64) -> f64 {
     let mut sorted = samples.to_vec();
     sorted.sort_unstable();

@@ -1,9 +1,9 @@
-//! What a run costs: bare exec, bwrap, `podman run` and coderunner measured in alternation, in one go.
+//! Measures the cost of a run: bare exec, bwrap, `podman run` and coderunner take turns within one execution.
 //!
-//! Latency at one client is measured with a full pool: each run waits until the one before is cleaned up and its
-//! sandbox made anew. The other loads go on without a pause: latencies are those after the ready sandboxes are used up,
-//! throughput and CPU time go from a full pool to a full pool, so they are what goes on for ever. Everything is bounded
-//! in count and time and stays on loopback.
+//! Latency with one client is measured with a full pool: each run starts only after the previous one has been cleaned
+//! up and its sandbox replaced. The other loads run without pauses. Their latencies are those after the ready sandboxes
+//! have been used up; throughput and CPU time are measured from full pool to full pool, so they are those of a
+//! sustained load. Everything is bounded in count and time, and stays on loopback.
 
 mod contenders;
 mod cpu;
@@ -31,7 +31,7 @@ use report::{BASELINE, Memory, OURS, Report, Start};
 use rounds::Plan;
 use server::{Build, ENGINES, Server};
 
-/// After this long the bench ends itself: something hangs.
+/// The bench exits after this time, because something must hang.
 const QUICK_LIMIT: Duration = Duration::from_secs(1800);
 const LONG_LIMIT: Duration = Duration::from_secs(4 * 3600);
 
@@ -44,19 +44,19 @@ struct Cli {
     /// One job only
     #[arg(long, value_parser = JOBS.map(|job| job.name))]
     job: Option<String>,
-    /// An older executable of coderunner, measured in turn with this one
+    /// An older executable of coderunner to compare with
     #[arg(long, value_name = "FILE")]
     baseline: Option<PathBuf>,
-    /// JSON on standard output, the tables on standard error
+    /// Print JSON on standard output, and the tables on standard error
     #[arg(long)]
     json: bool,
-    /// Given by cargo bench
+    /// Passed by cargo bench
     #[arg(long, hide = true)]
     bench: bool,
-    /// Serve the bare handler instead
+    /// Serve the bare warp handler instead of measuring
     #[arg(long, hide = true)]
     bare_warp: bool,
-    /// Given by the subreaper
+    /// Passed by the subreaper
     #[arg(long, hide = true)]
     reaped: bool,
 }
@@ -74,10 +74,10 @@ fn main() -> ExitCode {
     })
 }
 
-/// Whether what must hold does.
+/// Runs the whole bench. Returns whether all claims hold.
 fn bench(cli: &Cli) -> Result<bool> {
-    ensure!(!cfg!(debug_assertions), "this is a debug build: cargo bench makes the other one");
-    ensure!(!nix::unistd::geteuid().is_root(), "not as root, whose containers are not rootless: make bench");
+    ensure!(!cfg!(debug_assertions), "this is a debug build; cargo bench makes a release build");
+    ensure!(!nix::unistd::geteuid().is_root(), "cannot run as root, whose containers are not rootless: use make bench");
     let start = Instant::now();
     let (plan, limit) = match cli.long {
         false => (quick(), QUICK_LIMIT),
@@ -105,7 +105,7 @@ fn bench(cli: &Cli) -> Result<bool> {
         for server in &servers {
             report.growth.extend(growth::measure(server, &JOBS[0], &plan.growth)?);
         }
-        // The engine has no part in hits.
+        // Cache hits do not depend on the engine, so one is enough.
         if report.hits.is_empty() {
             eprintln!("cache hits");
             report.hits = hits::measure(&servers)?;
@@ -117,7 +117,7 @@ fn bench(cli: &Cli) -> Result<bool> {
     Ok(report.holds())
 }
 
-/// A job by all contenders, those that we spawn and a server of each engine.
+/// Measures a job with all contenders: the spawned ones, and a server per engine and build.
 fn runs(report: &mut Report, job: &Job, spawning: &[Spawning; 3], builds: &[Build], plan: &Plan) -> Result<()> {
     eprintln!("{}: starting {}", job.name, ENGINES.join(", "));
     let each = ENGINES.iter().flat_map(|engine| builds.iter().map(move |build| (build, *engine)));
@@ -131,7 +131,7 @@ fn runs(report: &mut Report, job: &Job, spawning: &[Spawning; 3], builds: &[Buil
     let (bare, bwrap): (&dyn Contender, &dyn Contender) = (bare, bwrap);
     let ours = || servers.iter().map(|server| server as &dyn Contender);
     let all: Vec<&dyn Contender> = [bare, bwrap, podman_run].into_iter().chain(ours()).collect();
-    // `podman run` has nothing ready: at one client its load without a pause tells the same.
+    // `podman run` has no pool, so its sustained load with one client measures the same.
     let warm: Vec<&dyn Contender> = [bare, bwrap].into_iter().chain(ours()).collect();
     report.rows.extend(rounds::measure(job, &all, &warm, plan)?);
     for server in servers {
@@ -154,22 +154,22 @@ fn long() -> Plan {
     Plan { rounds: 10, slice: Duration::from_secs(2), warm_runs: 20, growth: vec![100, 1_000, 10_000] }
 }
 
-/// The server's executable: the release build that cargo made for this bench, or a copy of it.
+/// Path of the server's executable: the release build that cargo made for this bench, or a copy of it.
 fn executable() -> Result<PathBuf> {
     let path = match std::env::var_os("CODERUNNER_TEST_EXE") {
         Some(path) => PathBuf::from(path),
         None => Path::new(env!("CARGO_BIN_EXE_coderunner")).to_owned(),
     };
-    let missing = || format!("no {}: this user must be able to read it (make bench sees to that)", path.display());
+    let missing = || format!("cannot read {}: run make bench, which makes it readable for this user", path.display());
     path.metadata().with_context(missing)?;
     Ok(path)
 }
 
-/// Ends this process, and with it the servers, when the time is over.
+/// Ends this process, and with it the servers, after the time limit.
 fn watch(limit: Duration) {
     std::thread::spawn(move || {
         std::thread::sleep(limit);
-        eprintln!("bench: not done after {} s: something hangs", limit.as_secs());
+        eprintln!("bench: not finished after {} s: something hangs", limit.as_secs());
         std::process::exit(1);
     });
 }

@@ -1,26 +1,26 @@
-//! Processes as /proc shows them.
+//! Reads processes from /proc.
 
 use std::collections::BTreeMap;
 use std::fs::{read, read_dir, read_to_string};
 
 use anyhow::{Context, Result};
 
-/// All processes by their id.
+/// All processes by process id.
 pub struct Processes(BTreeMap<u32, Process>);
 
-/// One of them.
+/// A process.
 pub struct Process {
     parent: u32,
     name: String,
     command_line: Vec<u8>,
-    /// CPU time of it and of the children that it reaped, in clock ticks.
+    /// CPU time of the process and of the children that it reaped, in clock ticks.
     pub ticks: u64,
 }
 
 impl Process {
     fn read(id: u32) -> Option<Process> {
         let stat = read_to_string(format!("/proc/{id}/stat")).ok()?;
-        // The name in parentheses may hold anything.
+        // The name in parentheses may contain any character.
         let (name, fields) = stat.rsplit_once(')')?;
         let fields: Vec<&str> = fields.split_whitespace().collect();
         Some(Process {
@@ -32,7 +32,7 @@ impl Process {
         })
     }
 
-    /// Whether its command line has this in it.
+    /// Whether its command line contains this.
     pub fn mentions(&self, what: &str) -> bool {
         self.command_line.windows(what.len()).any(|part| part == what.as_bytes())
     }
@@ -44,13 +44,13 @@ impl Process {
 }
 
 impl Processes {
-    /// Those there are now.
+    /// Reads all processes.
     pub fn now() -> Result<Processes> {
         let ids = read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
         Ok(Processes(ids.filter_map(|id| Some((id, Process::read(id)?))).collect()))
     }
 
-    /// Those that are, or descend from, one of which this is true.
+    /// The processes for which `is` holds, and their descendants.
     pub fn below(&self, is: impl Fn(u32, &Process) -> bool) -> impl Iterator<Item = (u32, &Process)> {
         let entry = |id: u32| self.0.get(&id).map(|process| (id, process));
         let belongs = move |id: u32| {
@@ -61,7 +61,7 @@ impl Processes {
     }
 }
 
-/// A field of a file of a process that is an amount of memory, in bytes.
+/// Reads a field with an amount of memory from a file in /proc/ID, in bytes.
 pub fn memory(id: u32, file: &str, field: &str) -> Result<u64> {
     let path = format!("/proc/{id}/{file}");
     let text = read_to_string(&path).with_context(|| path.clone())?;

@@ -1,4 +1,4 @@
-//! The tables and the JSON.
+//! The report: tables and JSON.
 
 use std::fmt::Write as _;
 
@@ -9,17 +9,17 @@ use crate::growth::Cost;
 use crate::hits::Hits;
 use crate::rounds::{Pace, Plan, Row};
 
-/// Those against which coderunner is compared, its baseline aside.
+/// The contenders that coderunner is compared with, besides its baseline.
 const RIVALS: [&str; 3] = ["bare exec", "bwrap", "podman run"];
 
-/// The build that is measured, and an older one beside it.
+/// Names of the measured build and of the older one.
 pub const OURS: &str = "coderunner";
 pub const BASELINE: &str = "baseline";
 
-/// How much slower than bare exec an uncached `sh` may be with a full pool.
+/// How much slower than bare exec an uncached run of the job `sh` may be with a full pool.
 const MOST_ABOVE_BARE_MS: f64 = 5.0;
 
-/// From a server's start to its first answer.
+/// The time from the start of a server to its first answer.
 #[derive(Debug, Clone, Serialize)]
 pub struct Start {
     pub contender: String,
@@ -34,11 +34,11 @@ pub struct Memory {
     pub job: &'static str,
     /// RSS of the server.
     pub server: u64,
-    /// PSS of a sandbox and all processes that are there for its sake.
+    /// PSS of a sandbox and of all processes that exist for it.
     pub sandbox: u64,
 }
 
-/// A line of ratios: this contender's number divided by each rival's of the same job and pace.
+/// Ratios: the numbers of a contender, divided by those of a rival for the same job and pace.
 #[derive(Debug, Clone, Serialize)]
 struct Ratio {
     job: &'static str,
@@ -50,7 +50,7 @@ struct Ratio {
     cpu: Option<f64>,
 }
 
-/// Something that must hold.
+/// A claim about performance, and whether it holds.
 #[derive(Debug, Clone, Serialize)]
 struct Claim {
     claim: String,
@@ -73,7 +73,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// An empty one.
+    /// An empty report.
     pub fn new(plan: Plan) -> Report {
         let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
         Report {
@@ -89,12 +89,12 @@ impl Report {
         }
     }
 
-    /// Whether all that must hold does.
+    /// Whether all claims hold.
     pub fn holds(&self) -> bool {
         self.claims().iter().all(|claim| claim.holds)
     }
 
-    /// Prints the tables, and the JSON where it is wanted.
+    /// Prints the tables, and on request the JSON.
     pub fn print(&self, json: bool) -> Result<()> {
         let tables = self.tables();
         if !json {
@@ -109,7 +109,7 @@ impl Report {
         Ok(())
     }
 
-    /// Ours against each rival.
+    /// The ratios of coderunner to each rival.
     fn ratios(&self) -> Vec<Ratio> {
         let ours = self.rows.iter().filter(|row| row.contender.starts_with(OURS));
         let against = |row: &Row, rival: String| {
@@ -133,7 +133,7 @@ impl Report {
         ours.flat_map(|row| rivals(row).filter_map(move |rival| against(row, rival))).collect()
     }
 
-    /// What must hold, checked with the numbers of this run.
+    /// The claims, checked with the numbers of this run.
     fn claims(&self) -> Vec<Claim> {
         let warm = |row: &&Row| (row.job, row.pace) == ("sh", Pace::WarmPool);
         let Some(bare) = self.rows.iter().filter(warm).find(|row| row.contender == RIVALS[0]) else {
@@ -161,10 +161,10 @@ impl Report {
             self.took_s,
         );
         text.push_str(
-            "Clients \"1, warm pool\": before each run the pool is full again. The other loads go on without a pause: \
-             latencies are\nwithout the runs that the pool held ready, runs/s and CPU from a full pool to a full pool. \
-             CPU: user and system time of all\nprocesses that a run takes, those that make its sandbox and clean up \
-             among them.\n",
+            "Clients \"1, warm pool\": the pool is full again before each run. The other loads run without pauses: \
+             latencies exclude\nthe runs that the pool served, runs/s and CPU are measured from full pool to full pool. \
+             CPU: user and system time of\nall processes that a run needs, including those that make its sandbox and \
+             clean up.\n",
         );
         let mut section = |title: &str, left: usize, head: &[&str], lines: Vec<Vec<String>>| {
             if !lines.is_empty() {
@@ -208,7 +208,7 @@ impl Report {
             vec![claim.claim.clone(), claim.measured.clone(), holds.into()]
         };
         let lines = self.claims().iter().map(claim).collect();
-        section("What must hold", 3, &["claim", "measured", "holds"], lines);
+        section("Claims", 3, &["claim", "measured", "holds"], lines);
         text
     }
 }
@@ -230,7 +230,7 @@ fn optional(value: Option<f64>) -> String {
     value.map_or("-".into(), number)
 }
 
-/// Three digits that matter.
+/// Formats a number with about three significant digits.
 fn number(value: f64) -> String {
     match value.abs() {
         v if v < 0.1 => format!("{value:.4}"),
@@ -244,7 +244,7 @@ fn mebibytes(bytes: u64) -> String {
     number(bytes as f64 / f64::from(1 << 20))
 }
 
-/// A table that is readable as it stands and as Markdown; the first `left` columns are words.
+/// Formats a Markdown table with aligned columns; the first `left` columns are left-aligned.
 fn table(left: usize, head: &[&str], lines: &[Vec<String>]) -> String {
     let width = |column: usize| {
         let cells = lines.iter().filter_map(|line| line.get(column)).map(|cell| cell.chars().count());

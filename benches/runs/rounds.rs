@@ -1,5 +1,5 @@
-//! Rounds: each contender a short slice of each load, again and again, so that what else happens on the machine hits
-//! all alike.
+//! Rounds: each contender runs a short slice of each load, again and again, so that other activity on the machine
+//! affects all of them alike.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::contenders::Contender;
 use crate::cpu::Reading;
 use crate::jobs::Job;
-use crate::load::{Until, percentile, press};
+use crate::load::{Until, percentile, run_load};
 
 /// Clients at once.
 const CLIENTS: [usize; 3] = [1, 4, 16];
@@ -18,23 +18,23 @@ const CLIENTS: [usize; 3] = [1, 4, 16];
 /// How much is measured.
 #[derive(Debug, Clone, Serialize)]
 pub struct Plan {
-    /// How often each contender has its turn.
+    /// Number of rounds, in each of which every contender has its turn.
     pub rounds: usize,
-    /// How long a slice lasts.
+    /// Duration of a slice.
     pub slice: Duration,
-    /// Runs with a full pool in each round.
+    /// Number of runs with a full pool in each round.
     pub warm_runs: usize,
-    /// After how many runs their cost is measured.
+    /// The numbers of runs after which the cost of a run is measured.
     pub growth: Vec<usize>,
 }
 
-/// How runs follow each other.
+/// The pause between runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Pace {
-    /// One client that waits until the pool is full before each run.
+    /// One client, which waits before each run until the pool is full.
     WarmPool,
-    /// This many clients without a pause.
+    /// This many clients, without pauses.
     Sustained(usize),
 }
 
@@ -43,19 +43,19 @@ pub enum Pace {
 pub struct Row {
     /// Name of the job.
     pub job: &'static str,
-    /// How runs followed each other.
+    /// The pause between runs.
     pub pace: Pace,
-    /// Who ran them.
+    /// Name of the contender.
     pub contender: String,
-    /// How many runs the percentiles are of; throughput and CPU time are also of those before.
+    /// Number of runs behind the percentiles. Throughput and CPU time also include the warm-up.
     pub runs: usize,
-    /// Latency.
+    /// Median latency.
     pub p50_ms: f64,
-    /// Latency.
+    /// 95th percentile of the latency.
     pub p95_ms: f64,
-    /// Throughput; none where runs were held back.
+    /// Throughput; `None` for runs with pauses.
     pub runs_per_s: Option<f64>,
-    /// CPU time per run of all processes that it takes; none where that is not measured.
+    /// CPU time per run of all processes that it needs; `None` where it is not measured.
     pub cpu_ms: Option<f64>,
 }
 
@@ -91,7 +91,7 @@ pub fn measure(job: &Job, all: &[&dyn Contender], warm: &[&dyn Contender], plan:
     Ok(sums.into_iter().map(row).collect())
 }
 
-/// One run of each contender in turn, each after the one before has settled.
+/// Runs each contender in turn, and waits after each run until it has settled.
 fn warm_runs(job: &Job, contenders: &[&dyn Contender], runs: usize) -> Result<Vec<Vec<Duration>>> {
     let clients: Result<Vec<_>> = contenders.iter().map(|contender| contender.client(job)).collect();
     let mut clients = clients?;
@@ -107,12 +107,12 @@ fn warm_runs(job: &Job, contenders: &[&dyn Contender], runs: usize) -> Result<Ve
     Ok(latencies)
 }
 
-/// What a load came to.
+/// The cost of a load.
 #[derive(Default)]
 pub struct Spent {
     /// Latencies of the runs after the warm-up.
     pub latencies: Vec<Duration>,
-    /// All runs, those that warm up included.
+    /// Number of all runs, including the warm-up.
     pub runs: usize,
     /// Wall time of all runs.
     pub wall: Duration,
@@ -134,15 +134,15 @@ impl Spent {
     }
 }
 
-/// A load. Its wall and CPU time are taken from a full pool to a full pool: what was made ahead and what is cleaned up
-/// later counts for the runs that caused it, so both are those of a load that goes on for ever.
+/// Runs a load. Wall and CPU time are measured from full pool to full pool, so that preparation and clean-up count for
+/// the runs that caused them, and both are those of a sustained load.
 pub fn loaded(contender: &dyn Contender, job: &Job, clients: usize, until: Until) -> Result<Spent> {
     let clients: Result<Vec<_>> = (0..clients).map(|_| contender.client(job)).collect();
     let clients = clients?;
     let before = Reading::now()?;
     let start = Instant::now();
-    // Twice: first what was made ahead, then what has to wait until all of that is cleaned up at once.
-    let load = press(clients, 2 * contender.made_ahead(), until)?;
+    // Twice the pool: first the ready sandboxes, then the runs that wait while all of these are cleaned up at once.
+    let load = run_load(clients, 2 * contender.pool_size(), until)?;
     let settled = contender.settle()?;
     let cpu = before.elapsed()?;
     let own = if contender.runs_here() { cpu.own } else { Duration::ZERO };

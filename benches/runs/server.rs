@@ -1,4 +1,4 @@
-//! coderunner itself: started, asked over HTTP, stopped.
+//! coderunner as a contender: starts a server, calls it over HTTP, and stops it.
 
 use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
@@ -22,42 +22,43 @@ use crate::sandboxes::{self, wait_until_full};
 /// The engines that coderunner has, as `--engine` takes them.
 pub const ENGINES: [&str; 2] = ["podman", "direct"];
 
-/// Containers of each server: the default of the settings.
+/// Containers of each server, as by default.
 const CONTAINERS: usize = 10;
 
-/// Longest that a start, and an end, may take.
+/// Timeouts of the start and the stop of a server.
 const START_TIME: Duration = Duration::from_secs(60);
 const STOP_TIME: Duration = Duration::from_secs(60);
 
-/// Pause between two looks at what changes soon.
-const LOOK: Duration = Duration::from_millis(2);
+/// Pause between two checks of a condition.
+const POLL: Duration = Duration::from_millis(2);
 
-/// An executable of ours.
+/// An executable of coderunner.
 pub struct Build {
     /// Its name in the table.
     pub name: &'static str,
     pub path: PathBuf,
 }
 
-/// A server for one job, its default language.
+/// A server whose default language runs one job.
 pub struct Server {
     name: String,
     instance: String,
     address: SocketAddr,
     child: Child,
-    /// From its start to the first answer of a program that it ran.
+    /// The time from the start of the server to the first answer.
     pub first_answer: Duration,
     dir: TempDir,
 }
 
 impl Server {
-    /// Starts one and waits for its first answer and a full pool.
+    /// Starts a server, and waits for its first answer and a full pool.
     pub fn start(build: &Build, engine: &str, job: &Job) -> Result<Server> {
         let dir = TempDir::new()?;
         let instance = format!("{}{}-{}-{engine}", build.name, std::process::id(), job.name);
-        // Free now; what takes it in between is told by the server.
+        // The address is free now. If another process takes it meanwhile, the server reports that.
         let address = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
-        // Its name is on the server's command line, by which its processes are found.
+        // The instance name is in this path, and so on the command line, by which the processes of the server are
+        // found.
         let config = dir.path().join(format!("{instance}.toml"));
         let text = format!(
             "listen = \"{address}\"\ninstance = \"{instance}\"\nlanguages = [\"{}\"]\ncontainers = {CONTAINERS}\n{}",
@@ -67,7 +68,7 @@ impl Server {
         std::fs::write(&config, text)?;
         let log = File::create(dir.path().join("log"))?;
         let mut command = Command::new("setpriv");
-        // However the bench ends, the server ends with it, in order.
+        // The server shuts down when the bench ends, even if the bench is killed.
         command.args(["--pdeathsig", "TERM", "--"]).arg(&build.path);
         command.args(["serve", "--engine", engine, "--config"]).arg(&config);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
@@ -93,11 +94,11 @@ impl Server {
     fn wait_for_answer(&mut self, job: &Job, start: Instant) -> Result<()> {
         loop {
             if let Some(status) = self.child.try_wait()? {
-                bail!("the server ended at its start with {status}:\n{}", self.log());
+                bail!("the server exited during startup with {status}:\n{}", self.log());
             }
             let answered = match Connection::open(self.address).and_then(|mut to| to.post(&job.code())) {
                 Ok(answer) if answer.status != 503 => Some(answer),
-                // Not listening yet, or no image or sandbox yet.
+                // The server does not listen yet, or has no image or sandbox yet.
                 _ => None,
             };
             if let Some(answer) = answered {
@@ -105,26 +106,26 @@ impl Server {
                 return self.verify(&answer);
             }
             ensure!(start.elapsed() < START_TIME, "no answer after {START_TIME:?}:\n{}", self.log());
-            std::thread::sleep(LOOK);
+            std::thread::sleep(POLL);
         }
     }
 
-    /// A connection to it.
+    /// Opens a connection to the server.
     pub fn connect(&self) -> Result<Connection> {
         Connection::open(self.address)
     }
 
-    /// Its address, for what is measured beside runs.
+    /// The address that the server listens on.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Refuses any answer but that of the job.
+    /// Fails unless the answer is that of the job.
     pub fn verify(&self, answer: &Answer) -> Result<()> {
         let text = || String::from_utf8_lossy(&answer.body).into_owned();
         ensure!(answer.status == 200, "{}: status {}: {}\n{}", self.name, answer.status, text(), self.log());
         let fields: Value = serde_json::from_slice(&answer.body)?;
-        ensure!(fields["status"] == 1, "{}: it did not compile: {}", self.name, text());
+        ensure!(fields["status"] == 1, "{}: the job did not compile: {}", self.name, text());
         check(&self.name, fields["runOutput"].as_str().unwrap_or_default())
     }
 
@@ -133,25 +134,25 @@ impl Server {
         memory(self.child.id(), "status", "VmRSS:")
     }
 
-    /// Memory of an idle sandbox in bytes, with all that is there for its sake.
+    /// Memory of an idle sandbox in bytes, including all processes that exist for it.
     pub fn memory_per_sandbox(&self) -> Result<u64> {
         let look = || {
             self.settle()?;
             sandboxes::memory_per_sandbox(&self.instance, self.child.id())
         };
-        // A process of something periodic may end under our eyes.
+        // A short-lived process may end while its memory is read; a second attempt is enough.
         look().or_else(|_| look())
     }
 
-    /// File descriptors that it has open.
+    /// Number of open file descriptors of the server.
     pub fn descriptors(&self) -> Result<usize> {
         Ok(std::fs::read_dir(format!("/proc/{}/fd", self.child.id()))?.count())
     }
 
-    /// Ends it by SIGTERM; anything but exit code 0 is an error.
+    /// Stops the server with SIGTERM; an exit code other than 0 is an error.
     pub fn stop(mut self) -> Result<()> {
         let status = self.end()?;
-        ensure!(status.success(), "the server ended with {status}:\n{}", self.log());
+        ensure!(status.success(), "the server exited with {status}:\n{}", self.log());
         Ok(())
     }
 
@@ -168,13 +169,13 @@ impl Server {
             if start.elapsed() > STOP_TIME {
                 self.child.kill()?;
                 self.child.wait()?;
-                bail!("the server did not end within {STOP_TIME:?}:\n{}", self.log());
+                bail!("the server did not exit within {STOP_TIME:?}:\n{}", self.log());
             }
-            std::thread::sleep(LOOK);
+            std::thread::sleep(POLL);
         }
     }
 
-    /// The end of its log.
+    /// The last lines of the log.
     fn log(&self) -> String {
         let path: PathBuf = self.dir.path().join("log");
         let text = std::fs::read_to_string(path).unwrap_or_default();
@@ -182,7 +183,7 @@ impl Server {
         lines[lines.len().saturating_sub(20)..].join("\n")
     }
 
-    /// The names that it gave its images, which no later instance uses.
+    /// Removes the names that the server gave its images, which no other instance uses.
     fn forget_images(&self) {
         let hash = blake3::hash(self.instance.as_bytes()).to_hex();
         let ours = format!("localhost/coderunner-current:{}-", &hash[..12]);
@@ -196,7 +197,8 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Nothing to do after stop(); in all other cases there is an error already.
+        // The server has exited already if stop() was called. Otherwise an error is being reported, and this one is
+        // ignored.
         let _ = self.end();
         self.forget_images();
     }
@@ -216,7 +218,7 @@ impl Contender for Server {
         wait_until_full(&self.instance, CONTAINERS)
     }
 
-    fn made_ahead(&self) -> usize {
+    fn pool_size(&self) -> usize {
         CONTAINERS
     }
 
