@@ -48,7 +48,7 @@ pub(super) fn updater(
         last_update: LastUpdate::new(state_dir()?.join(format!("{}.updated", session.instance.name))),
         checks: Checks::default(),
         announce: Box::new(announce),
-        ails: Box::new(ails),
+        has_problem: Box::new(ails),
         pulled: Mutex::default(),
     })
 }

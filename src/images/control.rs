@@ -1,6 +1,6 @@
-//! Orders to a running server: a socket in its runtime directory, which only its user can reach.
+//! The control socket: commands to a running server, on a socket in its runtime directory that only its user can reach.
 //!
-//! There is one order, `update`. The answer is a line per image, and `failed` or `done` at the end.
+//! The only command is `update`. The response is a line per image, then `failed` or `done`.
 
 use std::path::Path;
 use std::time::Duration;
@@ -12,14 +12,14 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::host::print;
-use crate::images::Order;
+use crate::images::UpdateRequest;
 use crate::images::report::{self, Report};
 
-/// How long who connects may take to say what it wants.
-const ORDER_TIME: Duration = Duration::from_secs(5);
+/// How long a client may take to send its command.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Takes orders until `stop`.
-pub async fn serve(listener: UnixListener, updates: mpsc::Sender<Order>, stop: CancellationToken) {
+/// Serves the control socket until `stop`.
+pub async fn serve(listener: UnixListener, updates: mpsc::Sender<UpdateRequest>, stop: CancellationToken) {
     loop {
         let stream = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -31,7 +31,7 @@ pub async fn serve(listener: UnixListener, updates: mpsc::Sender<Order>, stop: C
                 let stop = stop.clone();
                 tokio::spawn(async move {
                     tokio::select! {
-                        _ = answer(stream, updates) => {}
+                        _ = handle(stream, updates) => {}
                         () = stop.cancelled() => {}
                     }
                 });
@@ -44,31 +44,32 @@ pub async fn serve(listener: UnixListener, updates: mpsc::Sender<Order>, stop: C
     }
 }
 
-async fn answer(mut stream: UnixStream, updates: mpsc::Sender<Order>) -> std::io::Result<()> {
-    let mut order = [0; 7];
-    tokio::time::timeout(ORDER_TIME, stream.read_exact(&mut order)).await??;
-    if &order != b"update\n" {
-        return stream.write_all(b"the only order is update\nfailed\n").await;
+async fn handle(mut stream: UnixStream, updates: mpsc::Sender<UpdateRequest>) -> std::io::Result<()> {
+    let mut command = [0; 7];
+    tokio::time::timeout(COMMAND_TIMEOUT, stream.read_exact(&mut command)).await??;
+    if &command != b"update\n" {
+        return stream.write_all(b"the only command is update\nfailed\n").await;
     }
     let (reply, reports) = oneshot::channel();
-    let asked = updates.send(reply).await.is_ok();
+    let sent = updates.send(reply).await.is_ok();
     let (text, ok) = match reports.await {
-        Ok(reports) if asked => summary(&reports),
-        _ => ("given up: the configuration was reloaded, or the server is shutting down\n".to_owned(), false),
+        Ok(reports) if sent => summary(&reports),
+        _ => ("update cancelled: the configuration was reloaded, or the server is shutting down\n".to_owned(), false),
     };
     let end = if ok { "done\n" } else { "failed\n" };
     stream.write_all((text + end).as_bytes()).await
 }
 
-/// The lines of some reports, and whether all went well.
+/// The reports as lines of text, and whether no image failed.
 pub fn summary(reports: &[Report]) -> (String, bool) {
     let text = reports.iter().map(|report| report::line(report) + "\n").collect();
-    (text, report::all_well(reports))
+    (text, report::all_succeeded(reports))
 }
 
-/// Has the server behind this socket update its images; prints its answer. `None` where no server listens.
+/// Asks the server on this socket to update its images and prints its response. Returns whether no image failed, or
+/// `None` if no server listens.
 pub async fn update(socket: &Path) -> anyhow::Result<Option<bool>> {
-    let cannot = || format!("cannot order on {}", socket.display());
+    let cannot = || format!("cannot use the control socket {}", socket.display());
     let mut stream = match UnixStream::connect(socket).await {
         Ok(stream) => stream,
         Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused) => {
@@ -85,5 +86,5 @@ pub async fn update(socket: &Path) -> anyhow::Result<Option<bool>> {
             line => print::stdout(format!("{line}\n"))?,
         }
     }
-    bail!("{}: the server ended in the middle of its answer", cannot())
+    bail!("{}: the server closed the connection before its response was complete", cannot())
 }

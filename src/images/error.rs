@@ -1,4 +1,4 @@
-//! The error of an image that cannot be used.
+//! Why an image cannot be used.
 
 use crate::host::process::ProcessError;
 use crate::sandbox::SandboxError;
@@ -9,27 +9,27 @@ pub enum ImageError {
     /// podman failed.
     #[error(transparent)]
     Podman(#[from] ProcessError),
-    /// The registry has no such image, the registry is down, or the disk is full.
+    /// The pull failed: the registry has no such image, the registry is down, or the disk is full.
     #[error("it cannot be pulled: {0}")]
     Pull(ProcessError),
-    /// It has a local name, and is not on this host.
+    /// The image has a local name and is not on this host.
     #[error("there is no image {0}; a name under localhost/ is never pulled: build it")]
     NoLocal(String),
-    /// No sandbox could be made from it, or the sandbox failed under the health program.
+    /// No sandbox could be made from the image, or the sandbox failed while it ran the health program.
     #[error("its health program could not be run: {0}")]
     Sandbox(#[from] SandboxError),
-    /// The health program did not print what it should.
+    /// The health program did not print the expected output.
     #[error("the health program of {language} fails: {failure}")]
     Unhealthy {
-        /// Whose program.
+        /// The language of the health program.
         language: String,
-        /// How.
+        /// The verdict and the output.
         failure: String,
     },
 }
 
 impl ImageError {
-    /// The reason in words for clients; the log has the details.
+    /// The reason for clients; the log has the details.
     fn reason(&self) -> &'static str {
         match self {
             ImageError::Podman(_) => "podman fails",
@@ -39,7 +39,7 @@ impl ImageError {
         }
     }
 
-    /// The same, while the image is tried again.
+    /// The reason for clients, with the note that the server tries again.
     pub(super) fn trying_again(&self) -> String {
         format!("{}; trying again", self.reason())
     }

@@ -1,4 +1,4 @@
-//! When the images were last updated, which is kept over restarts.
+//! The time of the last image update, which survives restarts.
 
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -6,23 +6,23 @@ use std::time::{Duration, SystemTime};
 
 /// The time of the last update.
 pub struct LastUpdate {
-    /// The file whose time it is.
+    /// The file whose modification time is that of the last update.
     stamp: PathBuf,
-    /// The same of this process: the file may be one that cannot be written.
+    /// The last update of this process: writing the file may fail.
     noted: Mutex<Option<SystemTime>>,
 }
 
 impl LastUpdate {
-    /// The time of a file.
+    /// Keeps the time in this file.
     pub fn new(stamp: PathBuf) -> LastUpdate {
         LastUpdate { stamp, noted: Mutex::default() }
     }
 
-    /// How long it is until the next update. Where there was none, this counts as one.
+    /// Time until the next update, at least 1 s. If there was no update yet, records one now.
     pub(super) fn until_next(&self, interval: Duration) -> Duration {
         let now = SystemTime::now();
         let stamped = std::fs::metadata(&self.stamp).and_then(|meta| meta.modified()).ok();
-        // A time to come, as after the clock was set back, does not count.
+        // Ignore times in the future, as after the clock was set back.
         let last = [stamped, *self.noted()].into_iter().flatten().filter(|time| *time <= now).max();
         let updated = last.unwrap_or_else(|| {
             self.note();
@@ -32,7 +32,7 @@ impl LastUpdate {
         interval.saturating_sub(age).max(Duration::from_secs(1))
     }
 
-    /// Notes an update that ends now.
+    /// Records an update that ends now.
     pub(super) fn note(&self) {
         *self.noted() = Some(SystemTime::now());
         let note = || {

@@ -1,18 +1,18 @@
-//! Images: pulled where missing, updated weekly, checked before they are used, deleted when they are replaced.
+//! Images: pulls missing ones, updates them regularly, checks them before use, and deletes replaced ones.
 //!
-//! The image in use has a name of our own besides its public one. So a pull never changes what sandboxes are
-//! made from: only a new image that passed its health program takes that name, and whatever happens in
-//! between, also a kill, the old one stays in use.
+//! The image in use has a private name besides its public one. A pull changes only the public name, so it does not
+//! affect new sandboxes: only an image that passed its health programs gets the private name. Until then, the old image
+//! stays in use, even if the server is killed.
 //!
 //! ```text
-//! control       orders to update, from other processes
-//!  └ updater      when images are looked for, retried and updated
-//!     ├ prepare      pulling an image, checking it, and taking it into use
-//!     ├ deletion     deleting images that are not used any more
-//!     ├ failures     which images failed, and when they are tried again
-//!     └ last_update  when the images were last updated
-//! names         what images are called on this host
-//! report        what an update came to
+//! control       the control socket: update requests from other processes
+//!  └ updater      decides when images are searched, retried and updated
+//!     ├ prepare      pulls an image, checks it and takes it into use
+//!     ├ deletion     deletes unused images
+//!     ├ failures     failed images, and when they are retried
+//!     └ last_update  the time of the last update
+//! names         private names of images
+//! report        the result of an update
 //! error         why an image cannot be used
 //! ```
 
@@ -27,4 +27,4 @@ mod report;
 mod updater;
 
 pub use last_update::LastUpdate;
-pub use updater::{ImageUpdater, Order, UpdateSettings, Wanted};
+pub use updater::{ImageUpdater, UpdateRequest, UpdateSettings, UpdaterConfig};

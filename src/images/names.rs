@@ -1,31 +1,31 @@
-//! What images are called on this host: names of our own keep those in use apart from those that are pulled.
+//! Private names of images on this host, which keep the images in use apart from pulled ones.
 
-/// Names of the images in use, one for each instance and public name.
+/// Name of the images in use; the tag encodes the instance and the public name.
 const CURRENT: &str = "localhost/coderunner-current";
-/// Names of images that are to be deleted once their last container is gone.
+/// Name of images to delete once their last container is gone.
 const OLD: &str = "localhost/coderunner-old";
 
-/// Whether an image is known to this host only, so that there is nothing to pull.
+/// Whether an image exists on this host only, so that it cannot be pulled.
 pub fn is_local(name: &str) -> bool {
     name.starts_with("localhost/")
 }
 
-/// A short name for a long one, of characters that a tag may have.
+/// A short hash of a name, of characters that are valid in an image tag.
 pub fn tag_of(name: &str) -> String {
     blake3::hash(name.as_bytes()).to_hex().chars().take(12).collect()
 }
 
-/// Our name of the image that an instance uses for a public name.
+/// The private name of the image that an instance uses for a public name.
 pub(super) fn current(instance: &str, name: &str) -> String {
     format!("{CURRENT}:{}-{}", tag_of(instance), tag_of(name))
 }
 
-/// Our name of an image that an instance has to delete.
+/// The private name of an image that an instance has to delete.
 pub(super) fn old(instance: &str, id: &str) -> String {
     format!("{}{}", all_old(instance), tag_of(id))
 }
 
-/// What the names of all images begin with that an instance has to delete.
+/// The common prefix of the names of all images that an instance has to delete.
 pub(super) fn all_old(instance: &str) -> String {
     format!("{OLD}:{}-", tag_of(instance))
 }

@@ -1,4 +1,4 @@
-//! How an image gets into use: it is pulled, checked, and given our name.
+//! Takes an image into use: pulls it, checks it and gives it its private name.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use crate::model::language::Language;
 use crate::scheduler::Image;
 
 impl ImageUpdater {
-    /// Takes the first image of a name into use: the copy on this host, or else a pulled one.
+    /// Takes an image into use when none is: the copy on this host, or else a pulled one.
     pub(super) async fn fetch(&self, name: &str, languages: &[Arc<Language>]) -> Result<(), ImageError> {
         self.pulled().remove(name);
         let id = match self.podman.image_id(name).await? {
@@ -18,7 +18,7 @@ impl ImageUpdater {
             None => {
                 self.announce_all(languages, &Image::Missing("its image is being pulled".into()));
                 let id = self.pull(name).await?;
-                // What the engine keeps of a deleted image with the same id has the files of that one.
+                // The engine may still keep a template of a deleted image with the same id.
                 self.engine.release(Some(&id)).await;
                 id
             }
@@ -31,7 +31,7 @@ impl ImageUpdater {
         Ok(())
     }
 
-    /// Pulls an image whose name has one in use, or may have, and takes the new one into use if it is fit for that.
+    /// Pulls the newest version of an image and takes it into use if it differs from `current` and passes its check.
     pub(super) async fn replace(
         &self,
         name: &str,
@@ -43,13 +43,13 @@ impl ImageUpdater {
         let new = match names::is_local(name) {
             true => public.clone().ok_or_else(|| ImageError::NoLocal(name.into()))?,
             false => match self.pull(name).await {
-                // It cannot be pulled and none is in use: the copy on this host is better than none.
+                // The pull failed and no image is in use: the copy on this host is better than none.
                 Err(error) if current.is_none() => public.clone().ok_or(error)?,
                 pulled => pulled?,
             },
         };
         if let Some(unused) = public.filter(|id| *id != new && Some(id.as_str()) != current) {
-            // It was pulled and never used, as after a kill during its check.
+            // The copy on this host was never used, for instance because the server was killed during its check.
             self.podman.tag(&unused, &names::old(&self.instance, &unused)).await?;
         }
         if Some(new.as_str()) == current {
@@ -57,7 +57,7 @@ impl ImageUpdater {
         }
         if let Err(error) = self.check(&new, languages).await {
             if let (Some(current), false) = (current, names::is_local(name)) {
-                // Has the broken image deleted, and gives the public name back to the one in use.
+                // Mark the broken image for deletion, and give the public name back to the image in use.
                 self.podman.tag(&new, &names::old(&self.instance, &new)).await?;
                 self.podman.tag(current, name).await?;
             }
@@ -71,17 +71,17 @@ impl ImageUpdater {
         Ok(Updated::Replaced { old: current.map(str::to_owned), new })
     }
 
-    /// Checks an image. The engine keeps nothing of one that fails.
+    /// Checks an image. If it fails, the engine releases it.
     async fn check(&self, id: &str, languages: &[Arc<Language>]) -> Result<(), ImageError> {
-        let checked = self.try_out(id, languages).await;
+        let checked = self.run_health_programs(id, languages).await;
         if checked.is_err() {
             self.engine.release(Some(id)).await;
         }
         checked
     }
 
-    /// Runs the health program of each language in a sandbox of the image.
-    async fn try_out(&self, id: &str, languages: &[Arc<Language>]) -> Result<(), ImageError> {
+    /// Runs the health program of each language in a sandbox of the image, up to the first failure.
+    async fn run_health_programs(&self, id: &str, languages: &[Arc<Language>]) -> Result<(), ImageError> {
         for language in languages {
             if let Some(failure) = self.checks.check(&*self.engine, language, id).await? {
                 return Err(ImageError::Unhealthy { language: language.name.clone(), failure });
@@ -90,7 +90,7 @@ impl ImageUpdater {
         Ok(())
     }
 
-    /// Pulls an image; its id.
+    /// Pulls an image and returns its id.
     async fn pull(&self, name: &str) -> Result<String, ImageError> {
         if names::is_local(name) {
             return Err(ImageError::NoLocal(name.into()));

@@ -1,26 +1,26 @@
-//! What an update of images came to, for people and metrics.
+//! The result of an image update, for users and metrics.
 
 use crate::images::error::ImageError;
 
-/// What the update of an image came to.
+/// The result of updating one image.
 #[derive(Debug)]
 pub enum Updated {
-    /// The one in use is the newest.
+    /// The image in use is the newest.
     Unchanged,
-    /// A new one is in use.
+    /// A new image is in use.
     Replaced {
-        /// Id of the one before; `None` where there was none.
+        /// Id of the replaced image, if any.
         old: Option<String>,
-        /// Id of the new one.
+        /// Id of the new image.
         new: String,
     },
-    /// It failed; the image that was in use stays in use.
+    /// The update failed; the image that was in use stays in use.
     Failed(ImageError),
 }
 
 impl Updated {
-    /// The same in a word, for metrics.
-    pub(super) fn word(&self) -> &'static str {
+    /// The result as a label of the metrics.
+    pub(super) fn label(&self) -> &'static str {
         match self {
             Updated::Unchanged => "unchanged",
             Updated::Replaced { .. } => "replaced",
@@ -29,10 +29,10 @@ impl Updated {
     }
 }
 
-/// The name of an image, and what its update came to.
+/// The name of an image and the result of its update.
 pub type Report = (String, Updated);
 
-/// A report as a line for people.
+/// A report as a line of text.
 pub(super) fn line((name, updated): &Report) -> String {
     let short = |id: &str| id.trim_start_matches("sha256:").chars().take(12).collect::<String>();
     match updated {
@@ -44,6 +44,6 @@ pub(super) fn line((name, updated): &Report) -> String {
 }
 
 /// Whether no image failed.
-pub(super) fn all_well(reports: &[Report]) -> bool {
+pub(super) fn all_succeeded(reports: &[Report]) -> bool {
     reports.iter().all(|(_, updated)| !matches!(updated, Updated::Failed(_)))
 }

@@ -1,4 +1,4 @@
-//! The updater: the task that decides when images are looked for, retried and updated.
+//! The updater: the task that decides when images are searched, retried and updated.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,9 +11,9 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::host::process::ProcessError;
-use crate::images::deletion::DELETE_TRIES;
+use crate::images::deletion::DELETE_ATTEMPTS;
 use crate::images::error::ImageError;
-use crate::images::failures::{Failed, Failures};
+use crate::images::failures::{FailureKind, Failures};
 use crate::images::last_update::LastUpdate;
 use crate::images::names;
 use crate::images::report::{self, Report, Updated};
@@ -36,139 +36,141 @@ pub struct UpdateSettings {
     pub pull_timeout: Duration,
 }
 
-/// First and longest time for which sandboxes may fail before their image is looked for: somebody may have deleted it.
-/// It grows, for if the image is there something else is wrong.
-const AILING_FIRST: Duration = Duration::from_secs(5);
-const AILING_LONGEST: Duration = Duration::from_secs(30);
+/// First and longest pause before the updater checks whether the image of a language without sandboxes was deleted. The
+/// pause grows: if the image exists, something else is wrong.
+const RECHECK_FIRST: Duration = Duration::from_secs(5);
+const RECHECK_LONGEST: Duration = Duration::from_secs(30);
 
-/// An order to look for newer images now; the reports go back.
-pub type Order = oneshot::Sender<Vec<Report>>;
+/// A request to update all images now; the updater sends the reports on it.
+pub type UpdateRequest = oneshot::Sender<Vec<Report>>;
 
-/// What is served, and how often and how long images are looked for.
-pub type Wanted = (Vec<Arc<Language>>, UpdateSettings);
+/// The enabled languages and the update settings, which a reload changes.
+pub type UpdaterConfig = (Vec<Arc<Language>>, UpdateSettings);
 
-/// Receives the image of a language.
+/// Called with the name and the image of a language.
 pub type Announce = Box<dyn Fn(&str, Image) + Send + Sync>;
 
 /// Keeps the images of the languages up to date.
 pub struct ImageUpdater {
-    /// The user's podman.
+    /// Runs podman.
     pub podman: Podman,
     /// Makes the sandboxes of health programs.
     pub engine: Arc<dyn Engine>,
-    /// Whose images these are.
+    /// Name of the instance, part of the private image names.
     pub instance: String,
-    /// What is served.
+    /// The enabled languages.
     pub languages: Vec<Arc<Language>>,
-    /// How often, how long.
+    /// Update interval and pull timeout.
     pub settings: UpdateSettings,
-    /// When they were last updated.
+    /// The time of the last update.
     pub last_update: LastUpdate,
-    /// Where health programs run.
+    /// Runs health programs.
     pub checks: health::Checks,
-    /// Receives the image of a language whenever it changes.
+    /// Called whenever the image of a language changes.
     pub announce: Announce,
-    /// Whether sandboxes of a language cannot be made.
-    pub ails: Box<dyn Fn(&str) -> bool + Send + Sync>,
-    /// Names that were pulled when they were last tried.
+    /// Whether no sandboxes of a language can be made.
+    pub has_problem: Box<dyn Fn(&str) -> bool + Send + Sync>,
+    /// Names that were pulled in their last attempt.
     pub pulled: Mutex<BTreeSet<String>>,
 }
 
-/// The name of an image, and the languages that are made from it.
-type Named = (String, Vec<Arc<Language>>);
+/// The name of an image and the languages that use it.
+type ImageGroup = (String, Vec<Arc<Language>>);
 
 impl ImageUpdater {
-    /// Keeps the images of the wanted languages up to date until `stop`.
+    /// Keeps the images of the configured languages up to date until `stop`.
     pub async fn run(
         mut self,
-        mut orders: mpsc::Receiver<Order>,
-        mut wanted: watch::Receiver<Wanted>,
+        mut requests: mpsc::Receiver<UpdateRequest>,
+        mut config: watch::Receiver<UpdaterConfig>,
         stop: CancellationToken,
     ) {
         loop {
             tokio::select! {
-                () = self.keep(&mut orders) => return,
-                // At once, for a pull that is no longer wanted may take long. What is half done is completed when this
-                // begins again.
-                Ok(()) = wanted.changed() => (self.languages, self.settings) = wanted.borrow_and_update().clone(),
+                () = self.serve(&mut requests) => return,
+                // Cancels work in progress, since a pull that is no longer needed may take long. `serve` starts from
+                // the state on this host, so it completes interrupted work.
+                Ok(()) = config.changed() => (self.languages, self.settings) = config.borrow_and_update().clone(),
                 () = stop.cancelled() => return,
             }
         }
     }
 
-    /// Finds or pulls all images, then looks for newer ones whenever it is time or somebody asks.
-    async fn keep(&self, orders: &mut mpsc::Receiver<Order>) {
+    /// Finds or pulls all images, then updates them at each interval and on request.
+    async fn serve(&self, requests: &mut mpsc::Receiver<UpdateRequest>) {
         let mut failures = Failures::default();
-        let mut ailing_backoff = Backoff::new(AILING_FIRST, AILING_LONGEST);
-        self.find(self.by_image(), &mut failures).await;
+        let mut recheck_backoff = Backoff::new(RECHECK_FIRST, RECHECK_LONGEST);
+        self.find_or_pull(self.by_image(), &mut failures).await;
         loop {
             let retry = failures.next();
             tokio::select! {
-                order = orders.recv() => {
-                    let Some(reply) = order else { return };
-                    let reports = self.look_for_all(&mut failures).await;
-                    // Before the wait for jobs on replaced images. The other side may have left.
+                request = requests.recv() => {
+                    let Some(reply) = request else { return };
+                    let reports = self.update_all(&mut failures).await;
+                    // Reply before waiting for jobs on replaced images. The receiver may have left.
                     let _ = reply.send(reports);
-                    self.delete_old(DELETE_TRIES).await;
+                    self.delete_old(DELETE_ATTEMPTS).await;
                 }
                 () = tokio::time::sleep(self.last_update.until_next(self.settings.interval)) => {
-                    self.look_for_all(&mut failures).await;
-                    self.delete_old(DELETE_TRIES).await;
+                    self.update_all(&mut failures).await;
+                    self.delete_old(DELETE_ATTEMPTS).await;
                 }
                 () = tokio::time::sleep_until(retry.unwrap_or_else(Instant::now)), if retry.is_some() => {
-                    self.try_again(&mut failures).await;
+                    self.retry_due(&mut failures).await;
                 }
-                ailing = self.ailing(&failures, &mut ailing_backoff) => self.find(ailing, &mut failures).await,
+                suspects = self.suspects(&failures, &mut recheck_backoff) => {
+                    self.find_or_pull(suspects, &mut failures).await;
+                }
             }
         }
     }
 
-    /// Waits until images may have been deleted: those whose languages have no sandboxes. An image that is known to be
-    /// missing is retried anyway.
-    async fn ailing(&self, failures: &Failures, backoff: &mut Backoff) -> Vec<Named> {
+    /// Waits until some languages have no sandboxes and returns their images, which may have been deleted. Leaves out
+    /// images that are known to be missing, since they are retried anyway.
+    async fn suspects(&self, failures: &Failures, backoff: &mut Backoff) -> Vec<ImageGroup> {
         loop {
             tokio::time::sleep(backoff.pause()).await;
-            let ails = |(name, languages): &Named| {
-                !failures.is_missing(name) && languages.iter().any(|language| (self.ails)(&language.name))
+            let has_problem = |(name, languages): &ImageGroup| {
+                !failures.is_missing(name) && languages.iter().any(|language| (self.has_problem)(&language.name))
             };
-            let ailing: Vec<Named> = self.by_image().into_iter().filter(ails).collect();
-            if !ailing.is_empty() {
+            let suspects: Vec<ImageGroup> = self.by_image().into_iter().filter(has_problem).collect();
+            if !suspects.is_empty() {
                 backoff.failed();
-                return ailing;
+                return suspects;
             }
             backoff.reset();
         }
     }
 
-    /// Tries the failed images again that are due.
-    async fn try_again(&self, failures: &mut Failures) {
+    /// Retries the failed images that are due.
+    async fn retry_due(&self, failures: &mut Failures) {
         let now = Instant::now();
-        let due = self.by_image().into_iter().filter_map(|named| Some((failures.due(&named.0, now)?, named)));
+        let due = self.by_image().into_iter().filter_map(|group| Some((failures.due(&group.0, now)?, group)));
         let (newer, any): (Vec<_>, Vec<_>) = due.partition(|(pull, _)| *pull);
-        let images = |those: Vec<(bool, Named)>| those.into_iter().map(|(_, named)| named).collect::<Vec<_>>();
-        self.find(images(any), failures).await;
+        let images = |those: Vec<(bool, ImageGroup)>| those.into_iter().map(|(_, group)| group).collect::<Vec<_>>();
+        self.find_or_pull(images(any), failures).await;
         if !newer.is_empty() {
-            self.look(images(newer), failures).await;
-            self.delete_old(DELETE_TRIES).await;
+            self.update_images(images(newer), failures).await;
+            self.delete_old(DELETE_ATTEMPTS).await;
         }
     }
 
-    /// Looks for a newer image of each name, uses those that pass their health programs, deletes the others.
+    /// Updates all images, then deletes replaced and broken ones.
     pub async fn update(&self) -> Vec<Report> {
-        let reports = self.look_for_all(&mut Failures::default()).await;
-        self.delete_old(DELETE_TRIES).await;
+        let reports = self.update_all(&mut Failures::default()).await;
+        self.delete_old(DELETE_ATTEMPTS).await;
         reports
     }
 
-    /// Looks for a newer image of each name, and notes that.
-    async fn look_for_all(&self, failures: &mut Failures) -> Vec<Report> {
-        let reports = self.look(self.by_image(), failures).await;
+    /// Updates all images and records the time.
+    async fn update_all(&self, failures: &mut Failures) -> Vec<Report> {
+        let reports = self.update_images(self.by_image(), failures).await;
         self.last_update.note();
         reports
     }
 
-    /// Looks for newer ones of these images, and uses those that pass their health programs.
-    async fn look(&self, images: Vec<Named>, failures: &mut Failures) -> Vec<Report> {
+    /// Pulls the newest versions of these images and takes those into use that pass their health programs.
+    async fn update_images(&self, images: Vec<ImageGroup>, failures: &mut Failures) -> Vec<Report> {
         self.delete_old(1).await;
         let mut reports = Vec::new();
         for (name, languages) in images {
@@ -188,12 +190,12 @@ impl ImageUpdater {
                 Err(error) => Updated::Failed(error.into()),
             };
             let report = (name, updated);
-            metrics::image_update(report.1.word());
+            metrics::image_update(report.1.label());
             match &report.1 {
                 Updated::Failed(error) => {
                     tracing::warn!("image {}", report::line(&report));
-                    let how = Failed { newer: true, kept, ..self.how(&report.0, error) };
-                    failures.note(&report.0, how, Instant::now());
+                    let kind = FailureKind { newer: true, kept, ..self.failure_kind(&report.0, error) };
+                    failures.note(&report.0, kind, Instant::now());
                 }
                 _ => {
                     tracing::info!("image {}", report::line(&report));
@@ -205,24 +207,24 @@ impl ImageUpdater {
         reports
     }
 
-    /// Announces those of these images that are on this host, then pulls the missing ones.
-    async fn find(&self, images: Vec<Named>, failures: &mut Failures) {
+    /// Announces the images that are on this host, then pulls the missing ones.
+    async fn find_or_pull(&self, images: Vec<ImageGroup>, failures: &mut Failures) {
         let mut missing = Vec::new();
         for (name, languages) in images {
             match self.current(&name).await {
                 Ok(Some(id)) => {
                     self.announce_all(&languages, &Image::Ready(id));
-                    failures.found(&name);
+                    failures.note_in_use(&name);
                 }
                 Ok(None) => missing.push((name, languages)),
                 Err(error) => {
                     tracing::error!(image = name, %error, "cannot look for an image");
                     self.announce_all(&languages, &Image::Unknown(ImageError::from(error).trying_again()));
-                    failures.note(&name, Failed::default(), Instant::now());
+                    failures.note(&name, FailureKind::default(), Instant::now());
                 }
             }
         }
-        // All at once: a slow pull does not delay the other languages.
+        // Concurrently, so that a slow pull does not delay the other languages.
         let fetched = join_all(missing.iter().map(|(name, languages)| async move {
             let fetched = self.fetch(name, languages).await;
             if let Err(error) = &fetched {
@@ -235,24 +237,24 @@ impl ImageUpdater {
         for (name, fetched) in fetched {
             match fetched {
                 Ok(()) => failures.forget(name),
-                Err(error) => failures.note(name, self.how(name, &error), Instant::now()),
+                Err(error) => failures.note(name, self.failure_kind(name, &error), Instant::now()),
             }
         }
     }
 
     /// How an image failed.
-    fn how(&self, name: &str, error: &ImageError) -> Failed {
+    fn failure_kind(&self, name: &str, error: &ImageError) -> FailureKind {
         let unfit = matches!(error, ImageError::Sandbox(_) | ImageError::Unhealthy { .. });
-        Failed { unfit, pulled: self.pulled().remove(name), ..Failed::default() }
+        FailureKind { unfit, pulled: self.pulled().remove(name), ..FailureKind::default() }
     }
 
-    /// The image that is in use for a name.
+    /// The id of the image in use for a name.
     async fn current(&self, name: &str) -> Result<Option<String>, ProcessError> {
         self.podman.image_id(&names::current(&self.instance, name)).await
     }
 
-    /// The languages by their image, the image of the default language first.
-    fn by_image(&self) -> Vec<Named> {
+    /// Groups the languages by image; the image of the default language comes first.
+    fn by_image(&self) -> Vec<ImageGroup> {
         let mut order: Vec<String> = Vec::new();
         let mut groups: BTreeMap<String, Vec<Arc<Language>>> = BTreeMap::new();
         for language in &self.languages {

@@ -15,7 +15,7 @@ use crate::cli::session::EngineSession;
 use crate::cli::update::updater;
 use crate::config::Settings;
 use crate::host::instance::Instance;
-use crate::images::{Order, Wanted, control};
+use crate::images::{UpdateRequest, UpdaterConfig, control};
 use crate::metrics::{self, Counted, Export};
 use crate::model::language::Language;
 use crate::sandbox::podman::Podman;
@@ -42,10 +42,10 @@ impl Background {
         settings: &Settings,
         languages: Vec<Arc<Language>>,
         pool: &Arc<Pool>,
-        wants: watch::Receiver<Wanted>,
+        wants: watch::Receiver<UpdaterConfig>,
         metrics: &Export,
     ) -> anyhow::Result<Background> {
-        let (orders, taken) = mpsc::channel::<Order>(MAX_ORDERS);
+        let (orders, taken) = mpsc::channel::<UpdateRequest>(MAX_ORDERS);
         let (announced, asked) = (Arc::clone(pool), Arc::clone(pool));
         let podman = session.podman.clone();
         let announce = move |language: &str, image| {

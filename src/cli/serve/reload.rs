@@ -11,7 +11,7 @@ use crate::cli::serve::slots;
 use crate::config::{Overrides, Settings};
 use crate::host::systemd;
 use crate::http::middleware::App;
-use crate::images::Wanted;
+use crate::images::UpdaterConfig;
 
 /// Reloads and applies the configuration at each SIGHUP.
 pub(super) struct Reloader {
@@ -19,7 +19,7 @@ pub(super) struct Reloader {
     pub(super) overrides: Overrides,
     pub(super) builder: AppBuilder,
     pub(super) app: watch::Sender<Arc<App>>,
-    pub(super) wanted: watch::Sender<Wanted>,
+    pub(super) wanted: watch::Sender<UpdaterConfig>,
 }
 
 impl Reloader {
