@@ -14,8 +14,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::config::{Overrides, Settings};
-use crate::http::api::connect::Said;
-use crate::http::api::{batch, coderunner, piston};
+use crate::http::api::batch::BatchRequest;
+use crate::http::api::coderunner::CodeRequest;
+use crate::http::api::connect::ClientMessage;
+use crate::http::api::piston::ExecuteRequest;
 use crate::model::job::Job;
 use crate::model::language::{self, Language};
 use crate::model::limits::Limits;
@@ -40,14 +42,14 @@ fn request(body: &[u8], languages: &[Arc<Language>]) {
     fn read<T: DeserializeOwned>(body: &[u8]) -> Option<T> {
         serde_json::from_slice(body).ok()
     }
-    let code = read::<coderunner::Request>(body).and_then(|asked| asked.into_job(&languages[0], SOURCE_LIMIT).ok());
-    let program = |asked: piston::Request| asked.into_job(languages, SOURCE_LIMIT).ok().map(|(_, job)| job);
+    let code = read::<CodeRequest>(body).and_then(|asked| asked.into_job(&languages[0], SOURCE_LIMIT).ok());
+    let program = |asked: ExecuteRequest| asked.into_job(languages, SOURCE_LIMIT).ok().map(|(_, job)| job);
     let executed = read(body).and_then(program);
     let said = match read(body) {
-        Some(Said::Init(asked)) => program(*asked),
+        Some(ClientMessage::Init(asked)) => program(*asked),
         _ => None,
     };
-    let batch = read::<batch::Request>(body).and_then(|asked| asked.into_batch(languages, SOURCE_LIMIT).ok());
+    let batch = read::<BatchRequest>(body).and_then(|asked| asked.into_batch(languages, SOURCE_LIMIT).ok());
     let jobs = code.into_iter().chain(executed).chain(said).chain(batch.into_iter().flat_map(|batch| batch.jobs));
     jobs.for_each(|job| assert_bounded(&job, languages));
 }

@@ -1,18 +1,18 @@
-//! coderunner compiles and runs code of strangers, each run in a fresh rootless container.
+//! coderunner compiles and runs untrusted code, each run in a fresh rootless container.
 //!
-//! The way of a request, from the outside to the inside. Each module uses those below it and `model`, and none above;
-//! `tests/layers.rs` says which.
+//! A request passes through `http`, `run`, `scheduler` and `sandbox`, in this order. A module depends only on the
+//! modules after it in that order, on `host` and on `model`; `tests/layers.rs` holds the exact table.
 
-pub mod cli; // a file for each verb; what is started, and with which settings
+pub mod cli; // one file per verb; `serve` builds the server from the settings
 pub mod config; // settings: types, sources, checks
-pub mod host; // what the machine gives: cgroups, processes, signals, systemd, the log
+pub mod host; // the machine: cgroups, processes, signals, systemd, the log
 pub mod http; // connections, routes, authentication, the client APIs in `http::api`
-pub mod images; // pulled, checked, replaced, deleted
-pub mod metrics; // names of what is measured, and its export
-pub mod model;
-pub mod run; // from a job to its outcome: memo, single flight, batches, readiness
-pub mod sandbox; // one container for one job: engines, the agent, init, the filter
-pub mod scheduler; // the queue and the pool of ready sandboxes // pure data: jobs, languages, outcomes
+pub mod images; // container images: pull, check, replace, delete
+pub mod metrics; // names and export of the metrics
+pub mod model; // pure data: jobs, languages, limits, outcomes
+pub mod run; // from a job to its outcome: cache, single flight, batches, readiness
+pub mod sandbox; // one container for one job: engines, the agent, init, the seccomp filter
+pub mod scheduler; // the queue of requests and the pool of ready sandboxes
 
 #[cfg(any(test, fuzzing))]
 #[allow(clippy::unwrap_used)]

@@ -1,6 +1,6 @@
-//! coderunner compiles and runs code of strangers, each run in a fresh rootless container.
+//! coderunner compiles and runs untrusted code, each run in a fresh rootless container.
 
-// Built for libFuzzer it is what that drives.
+// In a fuzzing build libFuzzer provides `main`.
 #![cfg_attr(fuzzing, no_main)]
 
 #[cfg(fuzzing)]

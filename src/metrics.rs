@@ -1,8 +1,8 @@
-//! What is measured: the names, units and help of all metrics, and the words in which the other parts tell what
-//! happened. Only this file knows the crate that counts.
+//! Metrics: their names, units and help texts, and the functions by which other modules record events. Only this file
+//! uses the `metrics` crate.
 //!
-//! Labels come from bounded sets: languages of the configuration, verdicts, routes, kinds. Nothing that a client
-//! sends ever becomes one.
+//! Label values come from bounded sets: configured languages, verdicts, routes, error kinds. Data that a client sends
+//! never becomes a label.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -43,59 +43,59 @@ const LOG_DROPPED: &str = "coderunner_log_dropped_lines_total";
 const BUILD: &str = "coderunner_build_info";
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Kind {
+enum MetricKind {
     Counter,
     Gauge,
-    /// Times in these buckets.
+    /// Durations in these buckets, in seconds.
     Histogram(&'static [f64]),
 }
 
-/// Of requests and stages: from an answer out of the memo to the longest that a run may take.
+/// Buckets for requests and stages in seconds: from a cache hit to the longest run.
 const TIMES: &[f64] = &[0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
-/// Of what podman takes to make a sandbox.
+/// Buckets for making a sandbox, in seconds.
 const STARTS: &[f64] = &[0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0];
 
-/// All of them: kind, name, unit, help.
-const ALL: [(Kind, &str, Unit, &str); 21] = [
-    (Kind::Counter, REQUESTS, Count, "Requests by route and status; 499 where the client left before the answer"),
-    (Kind::Histogram(TIMES), REQUEST_TIME, Seconds, "Time from request head to response head, by route"),
-    (Kind::Counter, RUNS, Count, "Programs run, by language and verdict; cache hits are not counted"),
-    (Kind::Histogram(TIMES), STAGE_TIME, Seconds, "Wall time of a program's stage, by language and stage"),
-    (Kind::Gauge, QUEUE_LENGTH, Count, "Requests waiting for a sandbox"),
-    (Kind::Histogram(TIMES), QUEUE_WAIT, Seconds, "Time a run waited for its sandbox, by language"),
-    (Kind::Gauge, READY, Count, "Ready sandboxes, by language"),
-    (Kind::Gauge, BUSY, Count, "Sandboxes running a program, by language"),
-    (Kind::Histogram(STARTS), START_TIME, Seconds, "Time to make a sandbox, by language"),
-    (Kind::Counter, REMOVED, Count, "Removed sandboxes: by themselves, or by force where that failed"),
-    (Kind::Counter, SWEEPS, Count, "Sweeps for containers without an owner, by result"),
-    (Kind::Counter, SWEPT, Count, "Containers without an owner removed by sweeps"),
-    (Kind::Counter, CACHE_HITS, Count, "Requests answered from the cache"),
-    (Kind::Counter, CACHE_MISSES, Count, "Requests not found in the cache"),
-    (Kind::Gauge, CACHE_BYTES, Bytes, "Memory used by the cache"),
-    (Kind::Gauge, IMAGE_CREATED, Seconds, "Unix time at which the image in use was created, by language"),
-    (Kind::Counter, IMAGE_UPDATES, Count, "Image updates, by result"),
-    (Kind::Counter, PROBES, Count, "Health checks run by /readyz, by language and result"),
-    (Kind::Counter, ERRORS, Count, "Server-side failures, by kind"),
-    (Kind::Counter, LOG_DROPPED, Count, "Log lines dropped because they could not be written in time"),
-    (Kind::Gauge, BUILD, Count, "1, with the version of this server"),
+/// All metrics: kind, name, unit, help.
+const ALL: [(MetricKind, &str, Unit, &str); 21] = [
+    (MetricKind::Counter, REQUESTS, Count, "Requests by route and status; 499 if the client left before the response"),
+    (MetricKind::Histogram(TIMES), REQUEST_TIME, Seconds, "Time from request head to response head, by route"),
+    (MetricKind::Counter, RUNS, Count, "Programs run, by language and verdict; cache hits are not counted"),
+    (MetricKind::Histogram(TIMES), STAGE_TIME, Seconds, "Wall time of a program's stage, by language and stage"),
+    (MetricKind::Gauge, QUEUE_LENGTH, Count, "Requests waiting for a sandbox"),
+    (MetricKind::Histogram(TIMES), QUEUE_WAIT, Seconds, "Time a run waited for its sandbox, by language"),
+    (MetricKind::Gauge, READY, Count, "Ready sandboxes, by language"),
+    (MetricKind::Gauge, BUSY, Count, "Sandboxes running a program, by language"),
+    (MetricKind::Histogram(STARTS), START_TIME, Seconds, "Time to make a sandbox, by language"),
+    (MetricKind::Counter, REMOVED, Count, "Removed sandboxes, by how: ended by themselves, or removed by force"),
+    (MetricKind::Counter, SWEEPS, Count, "Sweeps for containers without an owner, by result"),
+    (MetricKind::Counter, SWEPT, Count, "Containers without an owner removed by sweeps"),
+    (MetricKind::Counter, CACHE_HITS, Count, "Requests answered from the cache"),
+    (MetricKind::Counter, CACHE_MISSES, Count, "Requests not found in the cache"),
+    (MetricKind::Gauge, CACHE_BYTES, Bytes, "Memory used by the cache"),
+    (MetricKind::Gauge, IMAGE_CREATED, Seconds, "Unix time at which the image in use was created, by language"),
+    (MetricKind::Counter, IMAGE_UPDATES, Count, "Image updates, by result"),
+    (MetricKind::Counter, PROBES, Count, "Health checks run by /readyz, by language and result"),
+    (MetricKind::Counter, ERRORS, Count, "Server-side failures, by kind"),
+    (MetricKind::Counter, LOG_DROPPED, Count, "Log lines dropped because they could not be written in time"),
+    (MetricKind::Gauge, BUILD, Count, "1, with the version of this server"),
 ];
 
-/// Counts, and tells what was counted.
+/// Collects the metrics of this process and exports them.
 #[derive(Clone)]
 pub struct Export {
     handle: PrometheusHandle,
-    /// Languages whose gauges were ever set: one that is not served any more has none ready.
+    /// Languages whose gauges were ever set: the gauge of a language that is no longer served has to become 0.
     languages: Arc<Mutex<BTreeSet<String>>>,
 }
 
-/// What there is at the moment.
+/// Current values of the gauges that are read only when metrics are exported.
 #[derive(Debug, Clone, Default)]
-pub struct Now {
-    /// Requests that wait for a sandbox.
+pub struct Snapshot {
+    /// Number of requests that wait for a sandbox.
     pub queue_length: usize,
-    /// Memory of the cache in bytes.
+    /// Memory used by the cache, in bytes.
     pub cache_bytes: usize,
-    /// Sandboxes that wait for a program, by language.
+    /// Number of ready sandboxes by language.
     pub ready: BTreeMap<String, usize>,
 }
 
@@ -105,12 +105,12 @@ pub struct Now {
 pub struct MetricsError(String);
 
 impl Export {
-    /// Counts from now on, in the whole process.
+    /// Installs the recorder of this process.
     pub fn install() -> Result<Export, MetricsError> {
         let error = |error: &dyn std::fmt::Display| MetricsError(error.to_string());
         let mut builder = PrometheusBuilder::new();
         for (kind, name, ..) in ALL {
-            if let Kind::Histogram(buckets) = kind {
+            if let MetricKind::Histogram(buckets) = kind {
                 let matcher = Matcher::Full(name.into());
                 builder = builder.set_buckets_for_metric(matcher, buckets).map_err(|e| error(&e))?;
             }
@@ -120,36 +120,36 @@ impl Export {
         metrics::set_global_recorder(recorder).map_err(|e| error(&e))?;
         for (kind, name, unit, help) in ALL {
             match kind {
-                Kind::Counter => metrics::describe_counter!(name, unit, help),
-                Kind::Gauge => metrics::describe_gauge!(name, unit, help),
-                Kind::Histogram(_) => metrics::describe_histogram!(name, unit, help),
+                MetricKind::Counter => metrics::describe_counter!(name, unit, help),
+                MetricKind::Gauge => metrics::describe_gauge!(name, unit, help),
+                MetricKind::Histogram(_) => metrics::describe_histogram!(name, unit, help),
             }
         }
         gauge!(BUILD, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
-        // Those without labels are there from the start: a rate needs its zero.
+        // Export counters without labels from the start: a rate needs an initial 0.
         [CACHE_HITS, CACHE_MISSES, SWEPT].into_iter().for_each(|name| counter!(name).absolute(0));
         Ok(Export { handle, languages: Arc::default() })
     }
 
-    /// Sorts what was measured into its buckets until `stop`: it would pile up where nobody ever asks.
+    /// Moves recorded samples into their buckets until `stop`: without scrapes they would accumulate.
     pub async fn keep_up(self, stop: CancellationToken) {
-        /// Often enough that at full speed a few thousand samples wait.
+        /// Short enough that at full load only a few thousand samples accumulate.
         const PAUSE: Duration = Duration::from_secs(5);
         while tokio::time::timeout(PAUSE, stop.cancelled()).await.is_err() {
             self.handle.run_upkeep();
         }
     }
 
-    /// Everything, in the text format of Prometheus.
-    pub fn text(&self, now: &Now) -> String {
-        gauge!(QUEUE_LENGTH).set(now.queue_length as f64);
+    /// All metrics in the text format of Prometheus.
+    pub fn text(&self, snapshot: &Snapshot) -> String {
+        gauge!(QUEUE_LENGTH).set(snapshot.queue_length as f64);
         counter!(LOG_DROPPED).absolute(log::dropped());
         counter!(ERRORS, "kind" => "panic").absolute(log::panics());
-        gauge!(CACHE_BYTES).set(now.cache_bytes as f64);
+        gauge!(CACHE_BYTES).set(snapshot.cache_bytes as f64);
         let mut languages = self.languages.lock().unwrap_or_else(PoisonError::into_inner);
-        languages.extend(now.ready.keys().cloned());
+        languages.extend(snapshot.ready.keys().cloned());
         for language in languages.iter() {
-            let ready = now.ready.get(language).copied().unwrap_or_default();
+            let ready = snapshot.ready.get(language).copied().unwrap_or_default();
             gauge!(READY, "language" => language.clone()).set(ready as f64);
         }
         drop(languages);
@@ -157,11 +157,11 @@ impl Export {
     }
 }
 
-/// A request was answered, or its client left.
+/// Records a request that was answered or whose client left.
 pub fn request(route: &'static str, code: u16, took: Duration) {
     type Handles = HashMap<(&'static str, u16), (Counter, Histogram)>;
     thread_local! {
-        // Looking them up by their labels takes as long as all else that counts a request.
+        // Cached: looking up metrics by labels takes as long as everything else here.
         static HANDLES: RefCell<Handles> = RefCell::default();
     }
     HANDLES.with_borrow_mut(|handles| {
@@ -174,12 +174,12 @@ pub fn request(route: &'static str, code: u16, took: Duration) {
     });
 }
 
-/// A request was in the cache, or was not.
+/// Records a cache hit or miss.
 pub fn cache(hit: bool) {
     counter!(if hit { CACHE_HITS } else { CACHE_MISSES }).increment(1);
 }
 
-/// A run has its sandbox after this wait. The sandbox counts as busy until the answer is dropped.
+/// Records that a run got its sandbox after this wait. The sandbox counts as busy until the returned guard is dropped.
 pub fn sandbox_taken(language: &str, waited: Duration) -> impl Drop + Send + use<> {
     struct Busy(metrics::Gauge);
     impl Drop for Busy {
@@ -193,50 +193,50 @@ pub fn sandbox_taken(language: &str, waited: Duration) -> impl Drop + Send + use
     Busy(busy)
 }
 
-/// A program was run, and where `compiled`, compiled for that.
+/// Records a run. `compiled` says whether this run compiled the program itself.
 pub fn ran(language: &str, outcome: &Outcome, compiled: bool) {
-    let labels = [("language", language.to_owned()), ("verdict", word(&outcome.verdict()))];
+    let labels = [("language", language.to_owned()), ("verdict", api_name(&outcome.verdict()))];
     counter!(RUNS, &labels).increment(1);
     let stage = |stage: &StageOutcome| {
-        let labels = [("language", language.to_owned()), ("stage", word(&stage.stage))];
+        let labels = [("language", language.to_owned()), ("stage", api_name(&stage.stage))];
         histogram!(STAGE_TIME, &labels).record(Duration::from_micros(stage.usage.wall_us));
     };
     let compile = outcome.compile.as_ref().filter(|_| compiled);
     [compile, outcome.run.as_ref()].into_iter().flatten().for_each(stage);
 }
 
-/// The image of a language was built then.
+/// Records when the image of a language was built.
 pub fn image_created(language: &str, created: SystemTime) {
     let since = created.duration_since(UNIX_EPOCH).unwrap_or_default();
     gauge!(IMAGE_CREATED, "language" => language.to_owned()).set(since.as_secs_f64());
 }
 
-/// Somebody looked for a newer image.
+/// Records an image update.
 pub fn image_update(result: &'static str) {
     counter!(IMAGE_UPDATES, "result" => result).increment(1);
 }
 
-/// `/readyz` ran a health program.
-pub fn probed(language: &str, well: bool) {
-    counter!(PROBES, "language" => language.to_owned(), "result" => ok(well)).increment(1);
+/// Records that `/readyz` ran a health program.
+pub fn probed(language: &str, ok: bool) {
+    counter!(PROBES, "language" => language.to_owned(), "result" => result_label(ok)).increment(1);
 }
 
-/// Something of ours failed.
+/// Records a failure of the server.
 pub fn error(kind: &'static str) {
     counter!(ERRORS, "kind" => kind).increment(1);
 }
 
-fn ok(well: bool) -> &'static str {
-    if well { "ok" } else { "failed" }
+fn result_label(ok: bool) -> &'static str {
+    if ok { "ok" } else { "failed" }
 }
 
-/// A unit variant's name as the API has it.
-fn word(variant: &impl serde::Serialize) -> String {
+/// The name that a unit variant has in the API.
+fn api_name(variant: &impl serde::Serialize) -> String {
     let value = serde_json::to_value(variant).unwrap_or_default();
     value.as_str().unwrap_or_default().to_owned()
 }
 
-/// An engine whose starts are measured.
+/// Measures the sandbox starts of an engine.
 pub struct Measured(pub Arc<dyn Engine>);
 
 impl Engine for Measured {
@@ -262,7 +262,7 @@ impl Engine for Measured {
     }
 }
 
-/// Counts what happens to containers.
+/// Counts removed containers and sweeps.
 #[derive(Debug, Clone, Copy)]
 pub struct Counted;
 
@@ -272,7 +272,7 @@ impl Observer for Counted {
     }
 
     fn swept(&self, removed: Option<usize>) {
-        counter!(SWEEPS, "result" => ok(removed.is_some())).increment(1);
+        counter!(SWEEPS, "result" => result_label(removed.is_some())).increment(1);
         counter!(SWEPT).increment(removed.unwrap_or_default() as u64);
     }
 }
@@ -283,21 +283,21 @@ mod tests {
     use crate::model::job::Stage;
     use crate::model::outcome::Verdict;
 
-    /// The dashboard that is installed.
+    /// The Grafana dashboard of the package.
     const DASHBOARD: &str = include_str!("../packaging/grafana/coderunner.json");
 
-    /// The names of our metrics in a text, those of a histogram's series without their ending.
+    /// The names of our metrics in a text; the suffix of a histogram's series is removed.
     fn names(text: &str) -> BTreeSet<String> {
         let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
         let ours = words.filter(|word| word.starts_with("coderunner_"));
         let base = |word: &str| match ["_bucket", "_sum", "_count"].iter().find_map(|end| word.strip_suffix(end)) {
-            Some(name) if kind(name).is_some_and(|kind| matches!(kind, Kind::Histogram(_))) => name.to_owned(),
+            Some(name) if kind(name).is_some_and(|kind| matches!(kind, MetricKind::Histogram(_))) => name.to_owned(),
             _ => word.to_owned(),
         };
         ours.map(base).collect()
     }
 
-    fn kind(name: &str) -> Option<Kind> {
+    fn kind(name: &str) -> Option<MetricKind> {
         ALL.iter().find(|(_, known, ..)| *known == name).map(|(kind, ..)| *kind)
     }
 
@@ -305,7 +305,7 @@ mod tests {
     fn names_end_as_their_kind_and_unit_ask_for() {
         for (kind, name, unit, help) in ALL {
             assert!(name.starts_with("coderunner_") && !help.ends_with('.'), "{name}");
-            assert_eq!(name.ends_with("_total"), kind == Kind::Counter, "{name}");
+            assert_eq!(name.ends_with("_total"), kind == MetricKind::Counter, "{name}");
             assert_eq!(name.ends_with("_seconds"), unit == Seconds, "{name}");
             assert_eq!(name.ends_with("_bytes"), unit == Bytes, "{name}");
         }
@@ -315,8 +315,8 @@ mod tests {
 
     #[test]
     fn labels_are_the_words_of_the_api() {
-        assert_eq!(word(&Verdict::TimeLimit), "time_limit");
-        assert_eq!(word(&Stage::Compile), "compile");
+        assert_eq!(api_name(&Verdict::TimeLimit), "time_limit");
+        assert_eq!(api_name(&Stage::Compile), "compile");
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! What happened in a run and has not been told yet: as compact as it was printed, and within the budget, however slowly
-//! the client reads.
+//! Events of a run that have not been sent to its client yet. Output is kept in compact form and within the memory
+//! budget, so a client may read slowly without slowing the run down.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -7,38 +7,43 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 use tokio::sync::{Notify, mpsc};
 
-use crate::http::budget::{Allowance, Exhausted, Growing};
+use crate::http::budget::{Allowance, Exhausted, GrowingLease};
 use crate::model::job::Stage;
-use crate::model::output::{Output, Place};
+use crate::model::output::{Output, Position};
 use crate::run::Event;
 
-/// Most bytes of output that are told in one message.
-const PIECE: usize = 4096;
+/// Most bytes of output in one message.
+const MAX_DATA: usize = 4096;
 
-/// Bytes printed that are kept in one segment, and given back together.
+/// Bytes of output per segment; memory is freed by segment.
 const SEGMENT: usize = 64 * 1024;
 
-/// What may wait for a client without a lease: less than a connection has as buffers.
+/// Bytes that may wait for a client without a lease: less than the buffers of a connection.
 const FREE: usize = 8 * 1024;
 
-/// Events that wait for the client of a run.
+/// Events of a run that wait to be sent to its client.
 pub struct Backlog<'a> {
     memory: &'a Allowance,
-    waiting: Mutex<Waiting>,
+    pending: Mutex<Pending>,
     changed: Notify,
 }
 
-struct Waiting {
+struct Pending {
     segments: VecDeque<Segment>,
-    /// How far the first segment has been told.
-    told: Place,
-    memory: Growing,
-    over: bool,
+    /// How far the first segment has been read.
+    position: Position,
+    memory: GrowingLease,
+    closed: bool,
 }
 
-impl Default for Waiting {
-    fn default() -> Waiting {
-        Waiting { segments: VecDeque::new(), told: Place::default(), memory: Growing::new(FREE), over: false }
+impl Default for Pending {
+    fn default() -> Pending {
+        Pending {
+            segments: VecDeque::new(),
+            position: Position::default(),
+            memory: GrowingLease::new(FREE),
+            closed: false,
+        }
     }
 }
 
@@ -48,41 +53,41 @@ enum Segment {
 }
 
 impl<'a> Backlog<'a> {
-    /// An empty one.
+    /// An empty backlog, whose memory is leased from `memory`.
     pub fn new(memory: &'a Allowance) -> Backlog<'a> {
-        Backlog { memory, waiting: Mutex::default(), changed: Notify::new() }
+        Backlog { memory, pending: Mutex::default(), changed: Notify::new() }
     }
 
-    /// Takes all events, at once when each happens, until there are no more or no memory is left for them.
-    pub async fn take(&self, mut happening: mpsc::UnboundedReceiver<Event>) -> Result<(), Exhausted> {
-        while let Some(event) = happening.recv().await {
-            let mut waiting = self.waiting();
-            waiting.add(event);
-            let size = waiting.size();
-            waiting.memory.cover(size, self.memory)?;
-            drop(waiting);
+    /// Stores events as they arrive, until the channel closes or the memory budget is exhausted.
+    pub async fn collect(&self, mut events: mpsc::UnboundedReceiver<Event>) -> Result<(), Exhausted> {
+        while let Some(event) = events.recv().await {
+            let mut pending = self.pending();
+            pending.add(event);
+            let size = pending.size();
+            pending.memory.cover(size, self.memory)?;
+            drop(pending);
             self.changed.notify_one();
         }
-        self.waiting().over = true;
+        self.pending().closed = true;
         self.changed.notify_one();
         Ok(())
     }
 
-    /// The next event; output that came meanwhile is one.
-    pub fn next_now(&self) -> Option<Event> {
-        self.waiting().next()
+    /// The next event, if one is stored. Consecutive output of one stream is merged into one event.
+    pub fn try_next(&self) -> Option<Event> {
+        self.pending().next()
     }
 
-    /// Like [`Backlog::next_now`], waits for it; none after the last.
+    /// Waits for the next event; `None` after the last one.
     pub async fn next(&self) -> Option<Event> {
         loop {
             let changed = self.changed.notified();
             {
-                let mut waiting = self.waiting();
-                if let Some(event) = waiting.next() {
+                let mut pending = self.pending();
+                if let Some(event) = pending.next() {
                     return Some(event);
                 }
-                if waiting.over {
+                if pending.closed {
                     return None;
                 }
             }
@@ -90,12 +95,12 @@ impl<'a> Backlog<'a> {
         }
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    fn pending(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Waiting {
+impl Pending {
     fn add(&mut self, event: Event) {
         match (self.segments.back_mut(), event) {
             (Some(Segment::Printed(last, output)), Event::Output(stage, stream, bytes))
@@ -108,7 +113,7 @@ impl Waiting {
                 output.push(stream, &bytes, usize::MAX);
                 self.segments.push_back(Segment::Printed(stage, output));
             }
-            // Where it is now is all that matters.
+            // Only the latest queue position matters.
             (Some(Segment::Event(last @ Event::Queued(_))), event @ Event::Queued(_)) => *last = event,
             (_, event) => self.segments.push_back(Segment::Event(event)),
         }
@@ -118,17 +123,17 @@ impl Waiting {
         let event = match self.segments.pop_front()? {
             Segment::Event(event) => event,
             Segment::Printed(stage, output) => {
-                let (stream, bytes) = output.read(&mut self.told, None, PIECE);
+                let (stream, bytes) = output.read(&mut self.position, None, MAX_DATA);
                 let event = Event::Output(stage, stream, Bytes::copy_from_slice(bytes));
-                match output.is_read(&self.told) {
-                    true => self.told = Place::default(),
+                match output.is_read(&self.position) {
+                    true => self.position = Position::default(),
                     false => self.segments.push_front(Segment::Printed(stage, output)),
                 }
                 event
             }
         };
         if self.size() <= FREE {
-            self.memory = Growing::new(FREE);
+            self.memory = GrowingLease::new(FREE);
         }
         Some(event)
     }
@@ -136,7 +141,7 @@ impl Waiting {
     fn size(&self) -> usize {
         let size = |segment: &Segment| match segment {
             Segment::Printed(_, output) => output.size(),
-            // Its outcome is the run's own.
+            // An outcome is shared with the run and not counted here.
             Segment::Event(_) => 0,
         };
         self.segments.iter().map(size).sum()
@@ -153,22 +158,22 @@ mod tests {
     use crate::model::output::Stream;
 
     fn allowance(bytes: usize) -> Allowance {
-        Arc::new(Budget::new(bytes)).of(&Client::Ourselves)
+        Arc::new(Budget::new(bytes)).for_client(&Client::Unidentified)
     }
 
     fn printed(stream: Stream, bytes: &'static [u8]) -> Event {
         Event::Output(Stage::Run, stream, Bytes::from_static(bytes))
     }
 
-    async fn taken(
+    async fn collected(
         memory: &Allowance,
         events: impl IntoIterator<Item = Event>,
     ) -> (Backlog<'_>, Result<(), Exhausted>) {
         let backlog = Backlog::new(memory);
-        let (sender, happening) = mpsc::unbounded_channel();
+        let (sender, receiver) = mpsc::unbounded_channel();
         events.into_iter().for_each(|event| drop(sender.send(event)));
         drop(sender);
-        let result = backlog.take(happening).await;
+        let result = backlog.collect(receiver).await;
         (backlog, result)
     }
 
@@ -184,32 +189,32 @@ mod tests {
             printed(Stream::Stderr, b"c"),
             printed(Stream::Stdout, b"d"),
         ];
-        let (backlog, result) = taken(&memory, events).await;
+        let (backlog, result) = collected(&memory, events).await;
         assert_eq!(result, Ok(()));
-        let mut told = Vec::new();
+        let mut sent = Vec::new();
         while let Some(event) = backlog.next().await {
-            told.push(match event {
+            sent.push(match event {
                 Event::Queued(position) => format!("queued {position}"),
                 Event::Started(_) => "started".into(),
                 Event::Output(_, stream, bytes) => format!("{stream:?} {}", String::from_utf8_lossy(&bytes)),
                 Event::Ended(_) => "ended".into(),
             });
         }
-        assert_eq!(told, ["queued 1", "started", "Stdout ab", "Stderr c", "Stdout d"]);
+        assert_eq!(sent, ["queued 1", "started", "Stdout ab", "Stderr c", "Stdout d"]);
     }
 
     #[tokio::test]
     async fn a_change_of_stream_with_each_byte_costs_little() {
         let memory = allowance(64 << 20);
         let changes = (0..200_000).map(|n| printed([Stream::Stdout, Stream::Stderr][n % 2], b"x"));
-        let (backlog, result) = taken(&memory, changes).await;
+        let (backlog, result) = collected(&memory, changes).await;
         assert_eq!(result, Ok(()));
-        assert!(backlog.waiting().size() <= 200_000 * 10, "{}", backlog.waiting().size());
+        assert!(backlog.pending().size() <= 200_000 * 10, "{}", backlog.pending().size());
         let mut count = 0;
-        while backlog.next_now().is_some() {
+        while backlog.try_next().is_some() {
             count += 1;
         }
-        assert_eq!((count, backlog.waiting().memory.is_free()), (200_000, true));
+        assert_eq!((count, backlog.pending().memory.is_free()), (200_000, true));
     }
 
     #[tokio::test]
@@ -217,12 +222,12 @@ mod tests {
         let memory = allowance(1 << 20);
         let much = vec![b'x'; 64 * 1024];
         let events = |count| (0..count).map(|_| Event::Output(Stage::Run, Stream::Stdout, Bytes::from(much.clone())));
-        let (backlog, result) = taken(&memory, events(4)).await;
+        let (backlog, result) = collected(&memory, events(4)).await;
         assert_eq!(result, Ok(()));
-        let (_, refused) = taken(&memory, events(20)).await;
+        let (_, refused) = collected(&memory, events(20)).await;
         assert_eq!(refused, Err(Exhausted));
-        while backlog.next_now().is_some() {}
-        let (_, result) = taken(&memory, events(4)).await;
-        assert_eq!(result, Ok(()), "what was told takes nothing");
+        while backlog.try_next().is_some() {}
+        let (_, result) = collected(&memory, events(4)).await;
+        assert_eq!(result, Ok(()), "sent events hold no memory");
     }
 }

@@ -1,4 +1,4 @@
-//! The bodies of answers: small ones as a whole, large ones made while the client takes them.
+//! Response bodies: small ones are built at once, large ones in chunks as the client reads them.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -14,44 +14,44 @@ use warp::reply::Response;
 
 use crate::http::budget::{Allowance, Lease};
 use crate::http::error::ApiError;
-use crate::http::text::{self, Fields, MOST_WRITTEN, Part, Reader, Source, Texts};
+use crate::http::text::{self, Fields, MAX_PIECE_JSON, Part, Reader, Source, Texts};
 use crate::model::outcome::Outcome;
 
-/// Bytes of a body that are made at a time. A connection holds one of these that is being sent, and one that comes next.
+/// Bytes of a chunk. A connection holds the chunk that is being sent and the next one.
 pub const CHUNK: usize = 64 * 1024;
 
-/// What the chunks of one answer take together.
+/// Memory for the chunks of one response.
 pub const CHUNKS: usize = 2 * CHUNK;
 
-/// What a body may have printed text of and still be made as a whole.
-const WHOLE: usize = 8 * 1024;
+/// Most bytes of program output in a body that is built at once.
+const MAX_UNCHUNKED: usize = 8 * 1024;
 
-/// What a body may be and be no burden: the buffers of the connection take more.
+/// Most bytes of a body without a lease: less than the buffers of the connection.
 const FREE: usize = 8 * 1024;
 
-/// An answer of an outcome as JSON. What it is made of stays in memory until it has been sent, within the budget.
+/// Responds with JSON. The memory of a large response, that is `outcome` or the body, is leased until it has been sent.
 pub async fn json(memory: &Allowance, mut value: impl Texts, outcome: &Outcome) -> Result<Response, ApiError> {
-    if printed(&mut value) > WHOLE {
+    if text_size(&mut value) > MAX_UNCHUNKED {
         let lease = memory.lease(cost(outcome)).await?;
         return leased_json(value, vec![lease]).await;
     }
-    let bytes = serde_json::to_vec(&value).map_err(ApiError::unwritten)?;
+    let bytes = serde_json::to_vec(&value).map_err(ApiError::unserializable)?;
     if bytes.len() <= FREE {
         return Ok(as_json(Response::new(bytes.into())));
     }
-    // From here on nothing else of it is kept.
+    // Only the body is kept from here on.
     drop(value);
     let lease = Arc::new(memory.lease(bytes.len()).await?);
     Ok(as_json(Response::new(Leased::bytes(bytes, lease).into())))
 }
 
-/// An answer as JSON, for which there is memory already.
+/// Responds with JSON in chunks. `leases` hold the memory for it.
 pub async fn leased_json(mut value: impl Texts, leases: Vec<Lease>) -> Result<Response, ApiError> {
     let mut writer = Writer::new(&mut value, Fields::AsDeclared, leases)?;
     let length = writer.length().await;
     let mut made = false;
     let chunks = stream::poll_fn(move |context| {
-        // Others have their turns between two chunks, however fast this client is.
+        // Yields after each chunk, so that a fast client does not block other tasks.
         if std::mem::take(&mut made) {
             context.waker().wake_by_ref();
             return Poll::Pending;
@@ -69,22 +69,22 @@ fn as_json(mut response: Response) -> Response {
     response
 }
 
-/// Bytes of printed text in an answer.
-fn printed(value: &mut impl Texts) -> usize {
-    let mut printed = 0;
-    value.each(&mut |text| printed += text.kept());
-    printed
+/// Bytes of program output in a response.
+fn text_size(value: &mut impl Texts) -> usize {
+    let mut size = 0;
+    value.each_text(&mut |text| size += text.kept());
+    size
 }
 
-/// Memory that an answer of this outcome takes until it has been sent.
+/// Memory that a response with this outcome takes until it has been sent.
 pub fn cost(outcome: &Outcome) -> usize {
     outcome.size() + CHUNKS
 }
 
-/// Writes JSON piece by piece.
+/// Serializes a value to JSON in chunks.
 pub struct Writer {
     parts: VecDeque<Part>,
-    /// Where in the first part.
+    /// Bytes of the first part that are already written.
     written: usize,
     reader: Option<Reader>,
     scratch: Vec<u8>,
@@ -92,32 +92,32 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// A writer of a value.
+    /// A writer for a value. It holds `leases` until the last chunk is dropped.
     pub fn new(value: &mut impl Texts, fields: Fields, leases: Vec<Lease>) -> Result<Writer, ApiError> {
-        let parts = text::in_parts(value, fields).map_err(ApiError::unwritten)?.into();
+        let parts = text::split(value, fields).map_err(ApiError::unserializable)?.into();
         Ok(Writer { parts, written: 0, reader: None, scratch: Vec::new(), leases: Arc::new(leases) })
     }
 
-    /// The same with these bytes around it.
-    pub fn between(mut self, before: &[u8], after: &[u8]) -> Writer {
+    /// Adds bytes before and after the JSON.
+    pub fn wrapped(mut self, before: &[u8], after: &[u8]) -> Writer {
         self.parts.push_front(Part::Json(before.to_vec()));
         self.parts.push_back(Part::Json(after.to_vec()));
         self
     }
 
-    /// Bytes that there are in all.
+    /// Total length in bytes.
     pub async fn length(&self) -> usize {
         let mut length = 0;
         for part in &self.parts {
             length += match part {
                 Part::Json(json) => json.len(),
-                Part::Text(source) => source.written().await,
+                Part::Text(source) => source.json_len().await,
             };
         }
         length
     }
 
-    /// The next bytes; none at the end.
+    /// The next chunk; `None` at the end.
     pub fn chunk(&mut self) -> Option<Bytes> {
         let mut chunk = Vec::new();
         while let Some(part) = self.parts.front() {
@@ -130,7 +130,7 @@ impl Writer {
                     self.written += taken;
                     taken == rest.len()
                 }
-                Part::Text(source) => text_into(&mut chunk, source, &mut self.reader, &mut self.scratch),
+                Part::Text(source) => append_text(&mut chunk, source, &mut self.reader, &mut self.scratch),
             };
             if ended {
                 self.parts.pop_front();
@@ -143,10 +143,10 @@ impl Writer {
     }
 }
 
-/// Adds text while there is room for a piece; whether it has ended.
-fn text_into(chunk: &mut Vec<u8>, source: &Source, reader: &mut Option<Reader>, scratch: &mut Vec<u8>) -> bool {
-    let reader = reader.get_or_insert_with(|| Reader::of(source));
-    while chunk.len() + MOST_WRITTEN <= CHUNK {
+/// Appends text while the chunk has room for a piece. Returns whether the text has ended.
+fn append_text(chunk: &mut Vec<u8>, source: &Source, reader: &mut Option<Reader>, scratch: &mut Vec<u8>) -> bool {
+    let reader = reader.get_or_insert_with(|| Reader::new(source));
+    while chunk.len() + MAX_PIECE_JSON <= CHUNK {
         let Some(piece) = reader.next(source) else { return true };
         let escaped = text::escaped(&piece, scratch);
         reserve(chunk, escaped.len());
@@ -155,14 +155,14 @@ fn text_into(chunk: &mut Vec<u8>, source: &Source, reader: &mut Option<Reader>, 
     false
 }
 
-/// Makes room once: a buffer that grows by doubling is twice as large as it need be.
+/// Reserves the whole chunk at once: a buffer that grows by doubling may become twice as large as needed.
 fn reserve(chunk: &mut Vec<u8>, more: usize) {
     if chunk.capacity() - chunk.len() < more {
         chunk.reserve_exact(CHUNK.max(chunk.len() + more) - chunk.len());
     }
 }
 
-/// Bytes on their way, and the memory that they may take: given back when the connection has let go of them.
+/// Bytes to send, with the lease of their memory. The lease ends when the connection drops the bytes.
 pub struct Leased<L> {
     bytes: Vec<u8>,
     _lease: Arc<L>,
@@ -175,7 +175,7 @@ impl<L> AsRef<[u8]> for Leased<L> {
 }
 
 impl<L: Send + Sync + 'static> Leased<L> {
-    /// As the connection takes them. The pieces of an answer share a lease.
+    /// Wraps bytes for sending. The chunks of a response share a lease.
     pub fn bytes(bytes: Vec<u8>, lease: Arc<L>) -> Bytes {
         Bytes::from_owner(Leased { bytes, _lease: lease })
     }
@@ -184,7 +184,7 @@ impl<L: Send + Sync + 'static> Leased<L> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::http::api::piston::StageAnswer;
+    use crate::http::api::piston::StageResult;
     use crate::http::budget::Budget;
     use crate::model::client::Client;
     use crate::model::job::Stage;
@@ -207,10 +207,10 @@ mod tests {
         Arc::new(Outcome { compile: None, run: Some(run) })
     }
 
-    /// What serde_json makes of the texts when they are there as a whole.
+    /// The JSON that serde_json makes from the complete texts.
     fn at_once(outcome: &Outcome) -> Vec<u8> {
         let output = &outcome.run.as_ref().unwrap().output;
-        let mut answer = StageAnswer::of(&Arc::new(outcome.clone()), Stage::Run)
+        let mut answer = StageResult::of(&Arc::new(outcome.clone()), Stage::Run)
             .map(|answer| serde_json::to_value(answer).unwrap())
             .unwrap();
         answer["stdout"] = output.text_of(Stream::Stdout).into();
@@ -226,8 +226,8 @@ mod tests {
         (std::iter::from_fn(|| writer.chunk()).collect(), length)
     }
 
-    fn answer(outcome: &Arc<Outcome>) -> StageAnswer {
-        StageAnswer::of(outcome, Stage::Run).unwrap()
+    fn answer(outcome: &Arc<Outcome>) -> StageResult {
+        StageResult::of(outcome, Stage::Run).unwrap()
     }
 
     proptest! {
@@ -252,24 +252,24 @@ mod tests {
         #[test]
         fn what_is_cut_is_a_beginning_and_within_its_bound(
             pieces in proptest::collection::vec((any::<bool>(), ".{0,60}".prop_map(String::into_bytes)), 0..8),
-            most in 0usize..600,
+            max_json in 0usize..600,
         ) {
             let outcome = outcome(&pieces, usize::MAX);
             let mut cut = answer(&outcome);
-            let missing = cut.cut(most);
+            let missing = cut.cut(max_json);
             let whole = serde_json::to_value(answer(&outcome)).unwrap();
             let (chunks, length) = in_chunks(cut, Fields::AsDeclared);
             prop_assert_eq!(chunks.concat().len(), length);
-            let told: serde_json::Value = serde_json::from_slice(&chunks.concat()).unwrap();
+            let json: serde_json::Value = serde_json::from_slice(&chunks.concat()).unwrap();
             let mut shorter = false;
             for (field, part) in [("stdout", 4), ("stderr", 4), ("output", 2)] {
-                let (text, all) = (told[field].as_str().unwrap(), whole[field].as_str().unwrap());
+                let (text, all) = (json[field].as_str().unwrap(), whole[field].as_str().unwrap());
                 prop_assert!(all.starts_with(text));
-                prop_assert!(serde_json::to_string(text).unwrap().len() - 2 <= most / part);
+                prop_assert!(serde_json::to_string(text).unwrap().len() - 2 <= max_json / part);
                 shorter |= text.len() < all.len();
             }
             prop_assert_eq!(missing, shorter);
-            prop_assert_eq!(told["truncated"].as_bool().unwrap(), shorter);
+            prop_assert_eq!(json["truncated"].as_bool().unwrap(), shorter);
         }
     }
 
@@ -284,7 +284,7 @@ mod tests {
 
     #[test]
     fn a_lease_is_held_until_the_last_chunk_is_let_go() {
-        let budget = Arc::new(Budget::new(1 << 20)).of(&Client::Ourselves);
+        let budget = Arc::new(Budget::new(1 << 20)).for_client(&Client::Unidentified);
         let outcome = outcome(&[(false, vec![1; 100_000])], usize::MAX);
         let lease = budget.try_lease(400 << 10).unwrap();
         let mut writer = Writer::new(&mut answer(&outcome), Fields::AsDeclared, vec![lease]).unwrap();

@@ -1,4 +1,4 @@
-//! Memory for answers that are on their way to their clients: bounded for the server, and for each client.
+//! Memory budgets for requests and responses in flight, with a limit in total and per client.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -9,66 +9,66 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::http::error::ApiError;
 use crate::model::client::Client;
 
-/// How long an answer waits for memory. It is there and its client waits: as long as most clients wait for anything.
-const WAIT: Duration = Duration::from_secs(10);
+/// How long a finished response waits for memory: about as long as most clients wait for a response.
+const MAX_WAIT: Duration = Duration::from_secs(10);
 
-/// What is counted in: a permit is so many bytes.
+/// Bytes per permit of the semaphores.
 const UNIT: usize = 1024;
 
-/// Bytes that are leased at a time for what grows.
+/// Bytes that a [`GrowingLease`] leases at a time.
 const STEP: usize = 64 * 1024;
 
-/// The part of the memory that answers may take together that wait for their own. They are in memory meanwhile.
-const WAITING_PART: u32 = 4;
+/// Responses that wait for memory may take together the budget divided by this: they are in memory while they wait.
+const WAITING_FRACTION: u32 = 4;
 
-/// Clients of which a share is known before those are forgotten that have no answer any more.
-const FEW_CLIENTS: usize = 64;
+/// Number of clients from which on entries of clients without a lease are removed.
+const MIN_CLEANUP_SIZE: usize = 64;
 
-/// Memory that answers in flight share.
+/// A memory budget, shared by all clients.
 #[derive(Debug)]
 pub struct Budget {
-    all: Arc<Semaphore>,
+    total: Arc<Semaphore>,
     waiting: Arc<Semaphore>,
-    /// What one client may take: half.
+    /// Permits of one client: half of the total.
     share: u32,
-    clients: Mutex<Shares>,
+    clients: Mutex<ClientShares>,
 }
 
-/// What a client may take of a budget.
+/// The part of a budget that one client may use.
 #[derive(Debug, Clone)]
 pub struct Allowance {
     budget: Arc<Budget>,
     client: Client,
 }
 
-/// What clients have left. A client without an answer has no entry of any worth.
+/// The semaphore of each client with a lease. Entries without one are removed once there are `forget_at`.
 #[derive(Debug, Default)]
-struct Shares {
+struct ClientShares {
     left: HashMap<Client, Weak<Semaphore>>,
     forget_at: usize,
 }
 
-/// A part of the memory, given back when it is dropped.
+/// Leased memory, returned to the budget on drop.
 #[derive(Debug)]
 pub struct Lease {
-    of_client: OwnedSemaphorePermit,
-    of_all: OwnedSemaphorePermit,
+    client_permit: OwnedSemaphorePermit,
+    total_permit: OwnedSemaphorePermit,
 }
 
-/// Memory for what grows: leased in steps, beyond what is free.
+/// A lease for data that grows: leased in steps, beyond an amount that needs no lease.
 #[derive(Debug)]
-pub struct Growing {
+pub struct GrowingLease {
     allowed: usize,
     lease: Option<Lease>,
 }
 
-impl Growing {
-    /// Nothing is leased yet; so many bytes need no lease.
-    pub const fn new(free: usize) -> Growing {
-        Growing { allowed: free, lease: None }
+impl GrowingLease {
+    /// Nothing is leased yet; the first `free` bytes need no lease.
+    pub const fn new(free: usize) -> GrowingLease {
+        GrowingLease { allowed: free, lease: None }
     }
 
-    /// Leases as much as these bytes, all that there are, need.
+    /// Extends the lease to cover `bytes` in total.
     pub fn cover(&mut self, bytes: usize, memory: &Allowance) -> Result<(), Exhausted> {
         while bytes > self.allowed {
             let more = memory.try_lease(STEP)?;
@@ -88,7 +88,7 @@ impl Growing {
     }
 }
 
-/// There is no memory left.
+/// The budget has no memory left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the memory for requests and answers is used up")]
 pub struct Exhausted;
@@ -100,20 +100,20 @@ impl From<Exhausted> for ApiError {
 }
 
 impl Budget {
-    /// A budget of so many bytes.
+    /// A budget of `bytes`.
     pub fn new(bytes: usize) -> Budget {
-        let units = u32::try_from(bytes / UNIT).unwrap_or(u32::MAX).max(WAITING_PART);
+        let units = u32::try_from(bytes / UNIT).unwrap_or(u32::MAX).max(WAITING_FRACTION);
         let semaphore = |units: u32| Arc::new(Semaphore::new(units as usize));
         Budget {
-            all: semaphore(units),
-            waiting: semaphore(units / WAITING_PART),
+            total: semaphore(units),
+            waiting: semaphore(units / WAITING_FRACTION),
             share: units / 2,
             clients: Mutex::default(),
         }
     }
 
-    /// What a client may take of it.
-    pub fn of(self: &Arc<Self>, client: &Client) -> Allowance {
+    /// The part that a client may use.
+    pub fn for_client(self: &Arc<Self>, client: &Client) -> Allowance {
         Allowance { budget: Arc::clone(self), client: client.clone() }
     }
 
@@ -121,14 +121,14 @@ impl Budget {
         u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX).min(self.share)
     }
 
-    fn left(&self, client: &Client) -> Arc<Semaphore> {
+    fn client_semaphore(&self, client: &Client) -> Arc<Semaphore> {
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(left) = clients.left.get(client).and_then(Weak::upgrade) {
             return left;
         }
         if clients.left.len() >= clients.forget_at {
             clients.left.retain(|_, left| left.strong_count() > 0);
-            clients.forget_at = FEW_CLIENTS.max(clients.left.len() * 2);
+            clients.forget_at = MIN_CLEANUP_SIZE.max(clients.left.len() * 2);
         }
         let left = Arc::new(Semaphore::new(self.share as usize));
         clients.left.insert(client.clone(), Arc::downgrade(&left));
@@ -137,7 +137,7 @@ impl Budget {
 }
 
 impl Allowance {
-    /// Memory for an answer. What is more than a client's share takes the whole share.
+    /// Leases memory; waits for it up to `MAX_WAIT`. A request for more than the client's share takes the whole share.
     pub async fn lease(&self, bytes: usize) -> Result<Lease, Exhausted> {
         if let Ok(lease) = self.try_lease(bytes) {
             return Ok(lease);
@@ -145,30 +145,31 @@ impl Allowance {
         let budget = &self.budget;
         let units = budget.units(bytes);
         let _waits = budget.waiting.try_acquire_many(units.min(budget.share / 2)).map_err(|_| Exhausted)?;
-        let of_client = budget.left(&self.client);
+        let client_permit = budget.client_semaphore(&self.client);
         let leasing = async {
-            // Its own share first: whoever waits for that keeps nobody else waiting.
-            let of_client = of_client.acquire_many_owned(units).await.map_err(|_| Exhausted)?;
-            let of_all = Arc::clone(&budget.all).acquire_many_owned(units).await.map_err(|_| Exhausted)?;
-            Ok(Lease { of_client, of_all })
+            // The share of the client first: waiting for that does not hold up other clients.
+            let client_permit = client_permit.acquire_many_owned(units).await.map_err(|_| Exhausted)?;
+            let total_permit = Arc::clone(&budget.total).acquire_many_owned(units).await.map_err(|_| Exhausted)?;
+            Ok(Lease { client_permit, total_permit })
         };
-        tokio::time::timeout(WAIT, leasing).await.unwrap_or(Err(Exhausted))
+        tokio::time::timeout(MAX_WAIT, leasing).await.unwrap_or(Err(Exhausted))
     }
 
     /// Like [`Allowance::lease`], without waiting.
     pub fn try_lease(&self, bytes: usize) -> Result<Lease, Exhausted> {
         let units = self.budget.units(bytes);
-        let of_client = self.budget.left(&self.client).try_acquire_many_owned(units).map_err(|_| Exhausted)?;
-        let of_all = Arc::clone(&self.budget.all).try_acquire_many_owned(units).map_err(|_| Exhausted)?;
-        Ok(Lease { of_client, of_all })
+        let client_permit =
+            self.budget.client_semaphore(&self.client).try_acquire_many_owned(units).map_err(|_| Exhausted)?;
+        let total_permit = Arc::clone(&self.budget.total).try_acquire_many_owned(units).map_err(|_| Exhausted)?;
+        Ok(Lease { client_permit, total_permit })
     }
 }
 
 impl Lease {
-    /// Takes another one of the same client in.
+    /// Merges another lease of the same client.
     pub fn add(&mut self, other: Lease) {
-        self.of_client.merge(other.of_client);
-        self.of_all.merge(other.of_all);
+        self.client_permit.merge(other.client_permit);
+        self.total_permit.merge(other.total_permit);
     }
 }
 
@@ -187,40 +188,40 @@ mod tests {
     #[test]
     fn a_client_has_half_at_most_and_what_is_given_back_can_be_had_again() {
         let budget = budget();
-        let first = budget.of(&client(1)).try_lease(50 * UNIT).unwrap();
-        assert_eq!(budget.of(&client(1)).try_lease(1).err(), Some(Exhausted));
-        let second = budget.of(&client(2)).try_lease(49 * UNIT).unwrap();
+        let first = budget.for_client(&client(1)).try_lease(50 * UNIT).unwrap();
+        assert_eq!(budget.for_client(&client(1)).try_lease(1).err(), Some(Exhausted));
+        let second = budget.for_client(&client(2)).try_lease(49 * UNIT).unwrap();
         drop(first);
-        budget.of(&client(1)).try_lease(51 * UNIT).unwrap();
+        budget.for_client(&client(1)).try_lease(51 * UNIT).unwrap();
         drop(second);
-        budget.of(&client(2)).try_lease(50 * UNIT).unwrap();
+        budget.for_client(&client(2)).try_lease(50 * UNIT).unwrap();
     }
 
     #[test]
     fn nobody_takes_more_than_there_is() {
         let budget = budget();
-        let held: Vec<Lease> = (0..4).filter_map(|n| budget.of(&client(n)).try_lease(30 * UNIT).ok()).collect();
+        let held: Vec<Lease> = (0..4).filter_map(|n| budget.for_client(&client(n)).try_lease(30 * UNIT).ok()).collect();
         assert_eq!(held.len(), 3);
-        assert_eq!(budget.all.available_permits(), 10);
+        assert_eq!(budget.total.available_permits(), 10);
     }
 
     #[test]
     fn what_is_larger_than_a_share_is_taken_alone() {
         let budget = budget();
-        let _whole = budget.of(&client(1)).try_lease(usize::MAX).unwrap();
-        assert_eq!(budget.of(&client(1)).try_lease(1).err(), Some(Exhausted));
-        assert!(budget.of(&client(2)).try_lease(1).is_ok());
+        let _whole = budget.for_client(&client(1)).try_lease(usize::MAX).unwrap();
+        assert_eq!(budget.for_client(&client(1)).try_lease(1).err(), Some(Exhausted));
+        assert!(budget.for_client(&client(2)).try_lease(1).is_ok());
     }
 
     #[tokio::test(start_paused = true)]
     async fn waiting_ends_with_memory_or_at_its_deadline() {
-        let budget = budget().of(&client(1));
+        let budget = budget().for_client(&client(1));
         let held = budget.lease(50 * UNIT).await.unwrap();
         let waits = tokio::spawn({
             let budget = budget.clone();
             async move { budget.lease(UNIT).await.map(drop) }
         });
-        tokio::time::sleep(WAIT / 2).await;
+        tokio::time::sleep(MAX_WAIT / 2).await;
         drop(held);
         assert_eq!(waits.await.unwrap(), Ok(()));
         let _held = budget.lease(50 * UNIT).await.unwrap();
@@ -230,23 +231,24 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_waits_is_bounded_too() {
         let budget = budget();
-        let memory = budget.of(&client(1));
+        let memory = budget.for_client(&client(1));
         let _held = memory.lease(50 * UNIT).await.unwrap();
         let began = tokio::time::Instant::now();
         let waiting = (0..10).map(|_| memory.lease(5 * UNIT));
         let refused = futures_util::future::join_all(waiting).await;
         assert!(refused.iter().all(Result::is_err));
-        assert_eq!(began.elapsed(), WAIT);
-        let clients: Vec<_> = (0..200).map(|n| budget.left(&Client::at([198, 51, 100, n].into()))).collect();
+        assert_eq!(began.elapsed(), MAX_WAIT);
+        let clients: Vec<_> =
+            (0..200).map(|n| budget.client_semaphore(&Client::at([198, 51, 100, n].into()))).collect();
         drop(clients);
-        budget.left(&Client::Ourselves);
+        budget.client_semaphore(&Client::Unidentified);
         assert!(budget.clients.lock().unwrap().left.len() <= 300);
     }
 
     #[test]
     fn clients_that_have_no_answer_are_forgotten() {
         let budget = budget();
-        (0..=255).for_each(|n| drop(budget.left(&Client::at([198, 51, 100, n].into()))));
-        assert!(budget.clients.lock().unwrap().left.len() <= FEW_CLIENTS);
+        (0..=255).for_each(|n| drop(budget.client_semaphore(&Client::at([198, 51, 100, n].into()))));
+        assert!(budget.clients.lock().unwrap().left.len() <= MIN_CLEANUP_SIZE);
     }
 }

@@ -1,4 +1,4 @@
-//! The context of a request: who asks and under which id, passed to everything that acts on its behalf.
+//! The context of a request: its client and its id, passed to everything that acts on its behalf.
 
 use std::sync::Arc;
 
@@ -6,18 +6,18 @@ use crate::http::error::ApiError;
 use crate::model::client::Client;
 use crate::run::{PoolError, RunError, SandboxError};
 
-/// A request that is being answered.
+/// The client and the id of a request.
 #[derive(Debug, Clone)]
 pub struct Context {
-    /// The id that the answer, the log and error messages carry.
+    /// The id, as in the response header, the log and error messages.
     pub id: Arc<str>,
-    /// Who sent it.
+    /// The client that sent the request.
     pub client: Client,
 }
 
 impl Context {
-    /// What the client is told of a job without an outcome. The server's own faults go to the log under the request's id.
-    pub fn refusal(&self, error: RunError) -> ApiError {
+    /// Converts an error to the one for the client. Logs failures of the server, whose details clients do not see.
+    pub fn api_error(&self, error: RunError) -> ApiError {
         match error {
             RunError::Pool(PoolError::QueueFull { .. } | PoolError::QueueTimeout { .. } | PoolError::Draining)
             | RunError::ShuttingDown => ApiError::Overloaded(error.to_string()),

@@ -1,8 +1,8 @@
-//! The page at `/docs`: the description of the API for people, in HTML without scripts.
+//! The page at `/docs`: renders the OpenAPI document as HTML without scripts.
 
 use serde_json::{Map, Value};
 
-/// The page. What it shows is ours, and escaped all the same.
+/// The page for an OpenAPI document. All texts are escaped, although they come from this program.
 pub fn html(api: &Value) -> String {
     let operations: String = entries(&api["paths"])
         .flat_map(|(path, methods)| entries(methods).map(move |(method, operation)| (method, path, operation)))
@@ -29,28 +29,28 @@ fn operation(method: &str, path: &str, operation: &Value) -> String {
         Value::Null => String::new(),
         body => format!("<p>Send {} as JSON.</p>\n", type_of(body)),
     };
-    let answers = entries(&operation["responses"]).map(|(status, answer)| {
-        let content = entries(&answer["content"]).map(|(kind, media)| match kind {
+    let responses = entries(&operation["responses"]).map(|(status, response)| {
+        let content = entries(&response["content"]).map(|(kind, media)| match kind {
             "application/json" => type_of(&media["schema"]),
             kind => format!("<code>{}</code>", escaped(kind)),
         });
-        [escaped(status), prose(&answer["description"]), content.collect::<Vec<_>>().join(" or ")]
+        [escaped(status), prose(&response["description"]), content.collect::<Vec<_>>().join(" or ")]
     });
     format!(
         "<section>\n<h2><span>{}</span> <code>{}</code></h2>\n<p><strong>{}</strong></p>\n<p>{}</p>\n{body}\
-         <details>\n<summary>Answers</summary>\n{}</details>\n</section>\n",
+         <details>\n<summary>Responses</summary>\n{}</details>\n</section>\n",
         escaped(&method.to_uppercase()),
         escaped(path),
         prose(&operation["summary"]),
         prose(&operation["description"]),
-        table(["status", "when", "body"], answers),
+        table(["status", "when", "body"], responses),
     )
 }
 
 fn schema(name: &str, schema: &Value) -> String {
     let parts = schema["allOf"].as_array().map_or_else(|| vec![schema], |parts| parts.iter().collect());
-    let taken = parts.iter().filter(|part| part.get("properties").is_none() && parts.len() > 1);
-    let taken: String = taken.map(|part| format!("<p>All of {}, and:</p>\n", type_of(part))).collect();
+    let bases = parts.iter().filter(|part| part.get("properties").is_none() && parts.len() > 1);
+    let bases: String = bases.map(|part| format!("<p>All of {}, and:</p>\n", type_of(part))).collect();
     let fields = parts.iter().flat_map(|part| {
         let required = part["required"].as_array().map(Vec::as_slice).unwrap_or_default();
         entries(&part["properties"]).map(move |(field, schema)| {
@@ -64,7 +64,7 @@ fn schema(name: &str, schema: &Value) -> String {
         false => table(["field", "type", "meaning"], fields.into_iter()),
     };
     let about = prose(&schema["description"]);
-    format!("<section>\n<h3 id=\"{name}\">{name}</h3>\n<p>{about}</p>\n{taken}{body}</section>\n", name = escaped(name))
+    format!("<section>\n<h3 id=\"{name}\">{name}</h3>\n<p>{about}</p>\n{bases}{body}</section>\n", name = escaped(name))
 }
 
 fn table(heads: [&str; 3], rows: impl Iterator<Item = [String; 3]>) -> String {
@@ -73,7 +73,7 @@ fn table(heads: [&str; 3], rows: impl Iterator<Item = [String; 3]>) -> String {
     format!("<div><table>\n<tr><th>{}</th></tr>\n{rows}</table></div>\n", heads.join("</th><th>"))
 }
 
-/// A type in words, with links to those that have a name.
+/// A type in words; a named type is a link.
 fn type_of(schema: &Value) -> String {
     if let Some(name) = schema["$ref"].as_str().and_then(|path| path.rsplit('/').next()) {
         return format!("<a href=\"#{0}\">{0}</a>", escaped(name));
@@ -96,7 +96,7 @@ fn type_of(schema: &Value) -> String {
     }
 }
 
-/// Text of a comment: what is between backticks is code.
+/// A text with its backticks rendered as `<code>`.
 fn prose(text: &Value) -> String {
     let text = escaped(text.as_str().unwrap_or_default());
     let parts = text.split('`').enumerate().map(|(at, part)| match at % 2 {
@@ -110,7 +110,7 @@ fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
-/// The fields of an object; none of what is not one.
+/// The fields of an object; none if the value is not an object.
 fn entries(value: &Value) -> impl Iterator<Item = (&str, &Value)> {
     value.as_object().into_iter().flat_map(Map::iter).map(|(name, value)| (name.as_str(), value))
 }

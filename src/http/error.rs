@@ -1,4 +1,4 @@
-//! The one map from errors to HTTP.
+//! Maps all errors to HTTP responses.
 
 use serde::Serialize;
 use warp::http::header::{ALLOW, RETRY_AFTER, WWW_AUTHENTICATE};
@@ -8,10 +8,10 @@ use warp::{Rejection, Reply};
 
 use crate::http::auth::Denied;
 
-/// Longest message in bytes: some repeat a part of the request, which may be as long as a body.
+/// Longest message in bytes: some messages quote the request, which may be as long as a body.
 const MAX_MESSAGE: usize = 1000;
 
-/// What is said to a client whose request has no outcome.
+/// An error response.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
     #[error("invalid request body: {why}; send {example}")]
@@ -20,7 +20,7 @@ pub enum ApiError {
     BadRequest(String),
     #[error("the body did not arrive in time")]
     BodyTimeout,
-    #[error("{what} too large: {}at most {limit} bytes are allowed", counted(.size))]
+    #[error("{what} too large: {}at most {limit} bytes are allowed", size_text(.size))]
     TooLarge { what: &'static str, size: Option<usize>, limit: usize },
     #[error("the head of the request is too large: at most {0} bytes are allowed")]
     HeadTooLarge(usize),
@@ -50,10 +50,10 @@ pub enum ApiError {
     Unexpected,
 }
 
-/// The body of every answer that is no success.
+/// The body of every error response.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 pub struct Refusal {
-    /// What is wrong, and what to do.
+    /// What is wrong, and what to do about it.
     message: String,
 }
 
@@ -61,14 +61,14 @@ impl From<Denied> for ApiError {
     fn from(denied: Denied) -> ApiError {
         match denied {
             Denied::NoKey => ApiError::Unauthorized,
-            // A client that comes back after whole seconds is not too early.
+            // Rounded up, so that a client that waits for whole seconds is not too early.
             Denied::TooMany(wait) => ApiError::TooManyRequests(wait.as_secs() + 1),
         }
     }
 }
 
 impl Reply for ApiError {
-    /// The answer, with the headers that its status asks for.
+    /// The response, with the headers that belong to its status.
     fn into_response(self) -> Response {
         let body = warp::reply::json(&Refusal { message: self.message() });
         let mut response = warp::reply::with_status(body, self.status()).into_response();
@@ -96,13 +96,13 @@ impl Reply for ApiError {
 }
 
 impl ApiError {
-    /// Of a value of ours that cannot be written as JSON.
-    pub fn unwritten(error: serde_json::Error) -> ApiError {
-        tracing::error!(%error, "cannot write an answer as JSON");
+    /// The error for a response that cannot be serialized; logs it.
+    pub fn unserializable(error: serde_json::Error) -> ApiError {
+        tracing::error!(%error, "cannot serialize a response");
         ApiError::Unexpected
     }
 
-    /// What is said to the client. What it sent is repeated within bounds.
+    /// The message for the client, cut to `MAX_MESSAGE` bytes.
     pub fn message(&self) -> String {
         let mut message = self.to_string();
         if message.len() > MAX_MESSAGE {
@@ -129,7 +129,7 @@ impl ApiError {
         }
     }
 
-    /// What warp's own refusals mean: all ours are answers.
+    /// Converts a rejection by one of warp's filters. Our own filters do not reject; they respond with errors.
     pub fn from_rejection(rejection: &Rejection) -> ApiError {
         if rejection.find::<warp::reject::InvalidHeader>().is_some() {
             ApiError::BadRequest("a header is not valid".into())
@@ -140,6 +140,6 @@ impl ApiError {
     }
 }
 
-fn counted(size: &Option<usize>) -> String {
+fn size_text(size: &Option<usize>) -> String {
     size.map(|size| format!("{size} bytes, and ")).unwrap_or_default()
 }

@@ -1,4 +1,4 @@
-//! What those who watch a run are told while it goes on: the messages of the WebSocket and of server-sent events.
+//! Messages about a run in progress, for the WebSocket and for server-sent events; and responses as server-sent events.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -24,20 +24,20 @@ use crate::http::request::Call;
 use crate::http::text::{Fields, Texts};
 use crate::model::job::{Job, Stage};
 use crate::model::outcome::{Outcome, StageOutcome};
-use crate::model::output::{Place, Stream, whole_characters};
+use crate::model::output::{Position, Stream, whole_characters};
 use crate::run::{Answer, Event, Live};
 
-/// Time between two signs of life of a stream on which nothing happens: proxies close silent connections.
-const SIGN_OF_LIFE: Duration = Duration::from_secs(15);
+/// Time without events after which a comment is sent: proxies close silent connections.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-/// Bytes of events that are sent together where many wait. One more may be as much as [`body::CHUNK`].
-const FRAMES: usize = 8 * 1024;
+/// Buffered bytes of events at which they are sent. One event may add up to [`body::CHUNK`].
+const FLUSH_SIZE: usize = 8 * 1024;
 
-/// One message. Piston's are `runtime`, `stage`, `data`, `exit` and `error`.
+/// A message to the client. `queued` is an addition to Piston's messages.
 #[derive(Debug, Serialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
-pub enum Told {
-    /// The request was understood; this will run it.
+pub enum ServerMessage {
+    /// The request was accepted; this language will run it.
     Runtime {
         /// The language's name.
         language: String,
@@ -46,254 +46,255 @@ pub enum Told {
     },
     /// The run waits for a container.
     Queued {
-        /// How many wait before it.
+        /// How many requests wait before it.
         position: usize,
     },
     /// A stage begins.
     Stage {
-        /// Which one.
+        /// The stage.
         stage: Stage,
     },
-    /// A stage printed this.
+    /// A stage printed output.
     Data {
-        /// Where.
+        /// The output stream.
         stream: Stream,
-        /// What. Bytes that are no UTF-8 are U+FFFD.
+        /// The text. Invalid UTF-8 is replaced by U+FFFD.
         data: String,
     },
     /// A stage has ended.
     Exit {
-        /// Which one.
+        /// The stage.
         stage: Stage,
-        /// How.
+        /// How it ended, and its usage.
         #[serde(flatten)]
         ending: Box<Ending>,
     },
-    /// There is no outcome.
+    /// The run has no outcome.
     Error {
-        /// Why.
+        /// The reason.
         message: String,
     },
 }
 
-impl Told {
-    /// The name of its kind, as in `type`.
+impl ServerMessage {
+    /// The value of `type`.
     fn kind(&self) -> &'static str {
         match self {
-            Told::Runtime { .. } => "runtime",
-            Told::Queued { .. } => "queued",
-            Told::Stage { .. } => "stage",
-            Told::Data { .. } => "data",
-            Told::Exit { .. } => "exit",
-            Told::Error { .. } => "error",
+            ServerMessage::Runtime { .. } => "runtime",
+            ServerMessage::Queued { .. } => "queued",
+            ServerMessage::Stage { .. } => "stage",
+            ServerMessage::Data { .. } => "data",
+            ServerMessage::Exit { .. } => "exit",
+            ServerMessage::Error { .. } => "error",
         }
     }
 }
 
-/// Turns events into messages. A character that came in two pieces is told in one.
+/// Turns events into messages. Sends a character that arrived in two pieces as a whole.
 #[derive(Debug, Default)]
-pub struct Teller {
-    begun: [Vec<u8>; 2],
+pub struct MessageEncoder {
+    partial: [Vec<u8>; 2],
 }
 
-impl Teller {
-    /// What is to be told of an event.
-    pub fn tell(&mut self, event: Event) -> Vec<Told> {
+impl MessageEncoder {
+    /// The messages for an event.
+    pub fn encode(&mut self, event: Event) -> Vec<ServerMessage> {
         match event {
-            Event::Queued(position) => vec![Told::Queued { position }],
-            Event::Started(stage) => vec![Told::Stage { stage }],
+            Event::Queued(position) => vec![ServerMessage::Queued { position }],
+            Event::Started(stage) => vec![ServerMessage::Stage { stage }],
             Event::Output(_, stream, bytes) => self.data(stream, &bytes).into_iter().collect(),
             Event::Ended(stage) => self.ended(&stage),
         }
     }
 
-    fn ended(&mut self, stage: &StageOutcome) -> Vec<Told> {
-        let rest = [Stream::Stdout, Stream::Stderr].into_iter().filter_map(|stream| self.rest(stream));
-        let exit = Told::Exit { stage: stage.stage, ending: Box::new(Ending::from(stage)) };
+    fn ended(&mut self, stage: &StageOutcome) -> Vec<ServerMessage> {
+        let rest = [Stream::Stdout, Stream::Stderr].into_iter().filter_map(|stream| self.incomplete(stream));
+        let exit = ServerMessage::Exit { stage: stage.stage, ending: Box::new(Ending::from(stage)) };
         rest.collect::<Vec<_>>().into_iter().chain([exit]).collect()
     }
 
-    fn data(&mut self, stream: Stream, bytes: &[u8]) -> Option<Told> {
-        let begun = &mut self.begun[stream as usize];
-        begun.extend_from_slice(bytes);
-        let rest = begun.split_off(whole_characters(begun));
-        let whole = std::mem::replace(begun, rest);
-        told(stream, &whole)
+    fn data(&mut self, stream: Stream, bytes: &[u8]) -> Option<ServerMessage> {
+        let partial = &mut self.partial[stream as usize];
+        partial.extend_from_slice(bytes);
+        let rest = partial.split_off(whole_characters(partial));
+        let whole = std::mem::replace(partial, rest);
+        data_message(stream, &whole)
     }
 
-    /// A character that never came whole.
-    fn rest(&mut self, stream: Stream) -> Option<Told> {
-        told(stream, &std::mem::take(&mut self.begun[stream as usize]))
+    /// The rest of a stream that ended within a character.
+    fn incomplete(&mut self, stream: Stream) -> Option<ServerMessage> {
+        data_message(stream, &std::mem::take(&mut self.partial[stream as usize]))
     }
 }
 
-fn told(stream: Stream, bytes: &[u8]) -> Option<Told> {
-    (!bytes.is_empty()).then(|| Told::Data { stream, data: String::from_utf8_lossy(bytes).into_owned() })
+fn data_message(stream: Stream, bytes: &[u8]) -> Option<ServerMessage> {
+    (!bytes.is_empty()).then(|| ServerMessage::Data { stream, data: String::from_utf8_lossy(bytes).into_owned() })
 }
 
-/// A plain run as server-sent events; `result` makes the last one. A client that leaves ends the run.
-pub fn events<A: Texts>(call: Call, job: Job, result: impl Fn(&Answer) -> A + Send + Sync + 'static) -> Response {
-    // One piece, while the connection has another: the rest waits in the backlog.
+/// Responds with server-sent events about the run of a job. `result` makes the last event. If the client leaves, the
+/// run ends.
+pub fn respond<A: Texts>(call: Call, job: Job, result: impl Fn(&Answer) -> A + Send + Sync + 'static) -> Response {
+    // Holds one chunk while the connection sends another; everything else waits in the backlog.
     let (sender, mut receiver) = mpsc::channel(1);
     call.spawn(async move |call| {
-        let left = sender.clone();
-        let mut frames = Frames { memory: call.memory(), sender, begun: Vec::new() };
+        let disconnected = sender.clone();
+        let mut events = EventWriter { memory: call.memory(), sender, buffer: Vec::new() };
         tokio::select! {
-            () = left.closed() => {}
-            () = tell(&call, job, result, &mut frames) => {}
+            () = disconnected.closed() => {}
+            () = stream_result(&call, job, result, &mut events) => {}
         }
     });
-    let mut silence = Box::pin(tokio::time::sleep(SIGN_OF_LIFE));
-    let events = stream::poll_fn(move |context| {
+    let mut keep_alive = Box::pin(tokio::time::sleep(KEEP_ALIVE));
+    let body = stream::poll_fn(move |context| {
         let next = match receiver.poll_recv(context) {
-            Poll::Pending if silence.as_mut().poll(context).is_ready() => Some(Bytes::from_static(b":\n\n")),
+            Poll::Pending if keep_alive.as_mut().poll(context).is_ready() => Some(Bytes::from_static(b":\n\n")),
             Poll::Pending => return Poll::Pending,
             Poll::Ready(next) => next,
         };
-        silence.as_mut().reset(Instant::now() + SIGN_OF_LIFE);
+        keep_alive.as_mut().reset(Instant::now() + KEEP_ALIVE);
         Poll::Ready(next.map(Ok::<_, Infallible>))
     });
-    let mut response = warp::reply::stream(events).into_response();
+    let mut response = warp::reply::stream(body).into_response();
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-    // nginx would hold the events back.
+    // Tells nginx not to buffer the events.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     response
 }
 
-/// Why nothing more is told.
+/// Why a stream of events ends early.
 #[derive(Debug)]
-enum Untold {
-    /// There is no outcome, or no memory to tell it.
+enum StreamError {
+    /// There is no outcome, or no memory to send it; the message for the client.
     Failed(String),
-    /// There is nobody to be told.
-    Left,
+    /// The client has left.
+    ClientLeft,
 }
 
-impl From<ApiError> for Untold {
-    fn from(error: ApiError) -> Untold {
-        Untold::Failed(error.message())
+impl From<ApiError> for StreamError {
+    fn from(error: ApiError) -> StreamError {
+        StreamError::Failed(error.message())
     }
 }
 
-impl From<Exhausted> for Untold {
-    fn from(exhausted: Exhausted) -> Untold {
+impl From<Exhausted> for StreamError {
+    fn from(exhausted: Exhausted) -> StreamError {
         ApiError::from(exhausted).into()
     }
 }
 
-/// Server-sent events on their way.
-struct Frames {
+/// Writes server-sent events.
+struct EventWriter {
     memory: Allowance,
     sender: mpsc::Sender<Bytes>,
-    begun: Vec<u8>,
+    buffer: Vec<u8>,
 }
 
-impl Frames {
-    /// Adds an event; many small ones are sent together.
-    async fn add(&mut self, told: &Told) -> Result<(), Untold> {
-        self.begun.extend_from_slice(format!("event:{}\ndata:", told.kind()).as_bytes());
-        serde_json::to_writer(&mut self.begun, told).map_err(ApiError::unwritten)?;
-        self.begun.extend_from_slice(b"\n\n");
-        if self.begun.len() < FRAMES { Ok(()) } else { self.send().await }
+impl EventWriter {
+    /// Adds an event to the buffer, and sends the buffer when it is full.
+    async fn add(&mut self, message: &ServerMessage) -> Result<(), StreamError> {
+        self.buffer.extend_from_slice(format!("event:{}\ndata:", message.kind()).as_bytes());
+        serde_json::to_writer(&mut self.buffer, message).map_err(ApiError::unserializable)?;
+        self.buffer.extend_from_slice(b"\n\n");
+        if self.buffer.len() < FLUSH_SIZE { Ok(()) } else { self.send().await }
     }
 
-    /// Sends what was added.
-    async fn send(&mut self) -> Result<(), Untold> {
-        if self.begun.is_empty() {
+    /// Sends the buffered events.
+    async fn send(&mut self) -> Result<(), StreamError> {
+        if self.buffer.is_empty() {
             return Ok(());
         }
-        let bytes = std::mem::take(&mut self.begun);
+        let bytes = std::mem::take(&mut self.buffer);
         let lease = Arc::new(self.memory.lease(bytes.capacity()).await?);
         self.pass(Leased::bytes(bytes, lease)).await
     }
 
-    async fn pass(&self, bytes: Bytes) -> Result<(), Untold> {
-        self.sender.send(bytes).await.map_err(|_| Untold::Left)
+    async fn pass(&self, bytes: Bytes) -> Result<(), StreamError> {
+        self.sender.send(bytes).await.map_err(|_| StreamError::ClientLeft)
     }
 }
 
-/// Runs a job, or takes its outcome from the memo, and tells what happens and what came of it.
-async fn tell<A: Texts>(call: &Call, job: Job, result: impl Fn(&Answer) -> A, frames: &mut Frames) {
-    let telling = async {
-        let (answer, lease) = watch(call, job, frames).await?;
-        frames.send().await?;
-        let writer = Writer::new(&mut result(&answer), Fields::Sorted, vec![lease])?;
-        // What it is made of is the writer's now.
+/// Runs a job or takes its outcome from the cache; sends the events of the run, then the result or an error.
+async fn stream_result<A: Texts>(call: &Call, job: Job, result: impl Fn(&Answer) -> A, events: &mut EventWriter) {
+    let sending = async {
+        let (answer, lease) = stream_run(call, job, events).await?;
+        events.send().await?;
+        let json = Writer::new(&mut result(&answer), Fields::Sorted, vec![lease])?;
+        // The writer holds what it needs of the answer.
         drop(answer);
-        let mut writer = writer.between(b"event:result\ndata:", b"\n\n");
-        while let Some(chunk) = writer.chunk() {
-            frames.pass(chunk).await?;
+        let mut json = json.wrapped(b"event:result\ndata:", b"\n\n");
+        while let Some(chunk) = json.chunk() {
+            events.pass(chunk).await?;
         }
         Ok(())
     };
-    if let Err(Untold::Failed(message)) = telling.await {
-        frames.begun.clear();
-        let told = serde_json::to_string(&Told::Error { message }).unwrap_or_default();
-        // Sent in any case: it is small, and the last.
-        let _ = frames.pass(Bytes::from(format!("event:error\ndata:{told}\n\n"))).await;
+    if let Err(StreamError::Failed(message)) = sending.await {
+        events.buffer.clear();
+        let message = serde_json::to_string(&ServerMessage::Error { message }).unwrap_or_default();
+        // Sent without a lease: it is small, and the last event.
+        let _ = events.pass(Bytes::from(format!("event:error\ndata:{message}\n\n"))).await;
     }
 }
 
-/// Tells what happens until there is an outcome; with the memory to tell that.
-async fn watch(call: &Call, job: Job, frames: &mut Frames) -> Result<(Answer, Lease), Untold> {
-    let (runner, memory) = (&call.api.runner, frames.memory.clone());
-    let refused = |error| call.context.refusal(error);
-    if let Some(answer) = runner.remembered(&job, call.wishes.reuse).map_err(refused)? {
+/// Sends the events of a run until there is an outcome. Returns the answer with a lease for sending it.
+async fn stream_run(call: &Call, job: Job, events: &mut EventWriter) -> Result<(Answer, Lease), StreamError> {
+    let (runner, memory) = (&call.api.runner, events.memory.clone());
+    let api_error = |error| call.context.api_error(error);
+    if let Some(answer) = runner.cached(&job, call.preferences.reuse).map_err(api_error)? {
         let lease = memory.lease(body::cost(&answer.outcome)).await?;
-        replay(&answer.outcome, frames).await?;
+        replay(&answer.outcome, events).await?;
         return Ok((answer, lease));
     }
-    let (events, happening) = mpsc::unbounded_channel();
-    let live = Live { events: Some(events), ..Live::default() };
+    let (event_sender, event_receiver) = mpsc::unbounded_channel();
+    let live = Live { events: Some(event_sender), ..Live::default() };
     let backlog = Backlog::new(&memory);
-    let telling = async {
-        let mut teller = Teller::default();
+    let sending = async {
+        let mut encoder = MessageEncoder::default();
         loop {
-            let event = match backlog.next_now() {
+            let event = match backlog.try_next() {
                 Some(event) => event,
                 None => {
-                    frames.send().await?;
+                    events.send().await?;
                     match backlog.next().await {
                         Some(event) => event,
                         None => return Ok(()),
                     }
                 }
             };
-            for told in teller.tell(event) {
-                frames.add(&told).await?;
+            for message in encoder.encode(event) {
+                events.add(&message).await?;
             }
         }
     };
     let running = async {
-        let answer = runner.run_live(job, live, &call.context.client).await.map_err(refused)?;
-        // It may be told for long after it has ended.
+        let answer = runner.run_live(job, live, &call.context.client).await.map_err(api_error)?;
+        // Sending the result may take long after the run has ended.
         let lease = memory.lease(body::cost(&answer.outcome)).await?;
         Ok((answer, lease))
     };
-    let taking = async { backlog.take(happening).await.map_err(Untold::from) };
-    let (told, (), ()) = tokio::try_join!(running, taking, telling)?;
-    Ok(told)
+    let collecting = async { backlog.collect(event_receiver).await.map_err(StreamError::from) };
+    let (answer, (), ()) = tokio::try_join!(running, collecting, sending)?;
+    Ok(answer)
 }
 
-/// Tells what was told of a run that is over.
-async fn replay(outcome: &Outcome, frames: &mut Frames) -> Result<(), Untold> {
-    let mut teller = Teller::default();
+/// Sends the events of a cached run.
+async fn replay(outcome: &Outcome, events: &mut EventWriter) -> Result<(), StreamError> {
+    let mut encoder = MessageEncoder::default();
     for stage in outcome.compile.iter().chain(&outcome.run) {
-        frames.add(&Told::Stage { stage: stage.stage }).await?;
-        let mut place = Place::default();
+        events.add(&ServerMessage::Stage { stage: stage.stage }).await?;
+        let mut position = Position::default();
         loop {
-            let (stream, bytes) = stage.output.read(&mut place, None, FRAMES);
+            let (stream, bytes) = stage.output.read(&mut position, None, FLUSH_SIZE);
             if bytes.is_empty() {
                 break;
             }
-            if let Some(told) = teller.data(stream, bytes) {
-                frames.add(&told).await?;
+            if let Some(message) = encoder.data(stream, bytes) {
+                events.add(&message).await?;
             }
         }
-        for told in teller.ended(stage) {
-            frames.add(&told).await?;
+        for message in encoder.ended(stage) {
+            events.add(&message).await?;
         }
     }
     Ok(())
@@ -305,16 +306,16 @@ mod tests {
 
     #[test]
     fn a_character_in_two_pieces_is_told_in_one() {
-        let mut teller = Teller::default();
+        let mut encoder = MessageEncoder::default();
         let mut text = String::new();
         for byte in "aé€𝄞".bytes() {
-            for told in teller.tell(Event::Output(Stage::Run, Stream::Stdout, Bytes::copy_from_slice(&[byte]))) {
-                let Told::Data { data, .. } = told else { panic!("{told:?}") };
+            for message in encoder.encode(Event::Output(Stage::Run, Stream::Stdout, Bytes::copy_from_slice(&[byte]))) {
+                let ServerMessage::Data { data, .. } = message else { panic!("{message:?}") };
                 text += &data;
             }
         }
         assert_eq!(text, "aé€𝄞");
-        assert!(teller.tell(Event::Output(Stage::Run, Stream::Stdout, Bytes::from_static(b"\xc3"))).is_empty());
-        assert!(teller.rest(Stream::Stdout).is_some());
+        assert!(encoder.encode(Event::Output(Stage::Run, Stream::Stdout, Bytes::from_static(b"\xc3"))).is_empty());
+        assert!(encoder.incomplete(Stream::Stdout).is_some());
     }
 }

@@ -1,4 +1,4 @@
-//! Whether the server lives, whether it is ready, and its metrics.
+//! `/healthz`, `/readyz` and `/metrics`.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use warp::{Filter, Reply};
 
 use crate::http::body::Leased;
 use crate::http::error::ApiError;
-use crate::http::openapi::Refused;
+use crate::http::openapi::ErrorResponses;
 use crate::http::{Api, Context};
 
 /// Answers `/healthz`.
@@ -31,17 +31,17 @@ pub fn metrics_filter(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
     warp::ext::get::<Context>().then(move |context| exposition(context, Arc::clone(&api))).boxed()
 }
 
-/// Whether the server lives
-#[utoipa::path(get, path = "/healthz", operation_id = "healthz", responses((status = 200, description = "It does", body = serde_json::Value)))]
+/// Whether the server is alive
+#[utoipa::path(get, path = "/healthz", operation_id = "healthz", responses((status = 200, description = "The server is alive", body = serde_json::Value)))]
 fn live() -> Response {
     warp::reply::json(&json!({"status": "ok"})).into_response()
 }
 
-/// What Prometheus asks for
-#[utoipa::path(get, path = "/metrics", operation_id = "metrics", responses((status = 200, description = "All metrics", content_type = "text/plain", body = String), Refused))]
+/// Metrics for Prometheus
+#[utoipa::path(get, path = "/metrics", operation_id = "metrics", responses((status = 200, description = "All metrics", content_type = "text/plain", body = String), ErrorResponses))]
 async fn exposition(context: Context, api: Arc<Api>) -> Response {
-    let text = api.metrics.text(&api.runner.now());
-    let mut response = match api.answers.of(&context.client).lease(text.len()).await {
+    let text = api.metrics.text(&api.runner.metrics_snapshot());
+    let mut response = match api.answers.for_client(&context.client).lease(text.len()).await {
         Ok(lease) => Response::new(Leased::bytes(text.into_bytes(), Arc::new(lease)).into()),
         Err(exhausted) => return ApiError::from(exhausted).into_response(),
     };
@@ -49,12 +49,12 @@ async fn exposition(context: Context, api: Arc<Api>) -> Response {
     response
 }
 
-/// Whether the default language works, and what is wrong with each that does not
+/// Whether the default language works, and the problem of each language that does not
 #[utoipa::path(
     get, path = "/readyz", operation_id = "readyz",
     responses(
-        (status = 200, description = "It does", body = serde_json::Value),
-        (status = 503, description = "It does not", body = serde_json::Value),
+        (status = 200, description = "The default language works", body = serde_json::Value),
+        (status = 503, description = "The default language does not work", body = serde_json::Value),
     )
 )]
 async fn ready(api: Arc<Api>) -> Response {

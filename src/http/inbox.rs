@@ -1,14 +1,14 @@
-//! What a WebSocket has sent of a message that is not complete: in memory, and within the budget for what is received.
+//! Counts the bytes of an incomplete WebSocket message, which are in memory, against the budget for received data.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::http::budget::{Allowance, Exhausted, Growing};
+use crate::http::budget::{Allowance, Exhausted, GrowingLease};
 
-/// Bytes that a message may take without a lease: most that is typed is shorter, and a connection's buffers are as large.
+/// Bytes of a message that need no lease: most messages are shorter, and the buffers of a connection take as much.
 const FREE: usize = 16 * 1024;
 
-/// Counts what a connection receives, once it is a WebSocket. All clones count the same.
+/// Counts what a connection receives once it is a WebSocket. All clones share the count.
 #[derive(Debug, Clone, Default)]
 pub struct Inbox(Arc<Mutex<Option<Message>>>);
 
@@ -17,23 +17,23 @@ pub struct Inbox(Arc<Mutex<Option<Message>>>);
 struct Message {
     allowance: Allowance,
     received: usize,
-    memory: Growing,
+    memory: GrowingLease,
     exhausted: bool,
 }
 
 impl Message {
     fn new(allowance: Allowance) -> Message {
-        Message { allowance, received: 0, memory: Growing::new(FREE), exhausted: false }
+        Message { allowance, received: 0, memory: GrowingLease::new(FREE), exhausted: false }
     }
 }
 
 impl Inbox {
-    /// Begins to count.
+    /// Starts to count.
     pub fn open(&self, allowance: Allowance) {
         *self.message() = Some(Message::new(allowance));
     }
 
-    /// Counts bytes that have come. An error where there is no memory for them: no more may be read then.
+    /// Counts received bytes. After an error, which means that the budget is exhausted, no more may be read.
     pub fn received(&self, bytes: usize) -> io::Result<()> {
         let mut message = self.message();
         let Some(message) = message.as_mut() else { return Ok(()) };
@@ -43,14 +43,14 @@ impl Inbox {
         covered.map_err(io::Error::other)
     }
 
-    /// The message is complete: what comes from here on belongs to the next one.
+    /// Marks the message as complete: further bytes belong to the next one.
     pub fn complete(&self) {
         if let Some(message) = self.message().as_mut() {
             *message = Message::new(message.allowance.clone());
         }
     }
 
-    /// Why no more was read, where memory was the reason.
+    /// `Some` if reading stopped because the budget was exhausted.
     pub fn exhausted(&self) -> Option<Exhausted> {
         self.message().as_ref().filter(|message| message.exhausted).map(|_| Exhausted)
     }
@@ -68,12 +68,12 @@ mod tests {
 
     #[test]
     fn a_message_is_leased_while_it_arrives() {
-        let allowance = Arc::new(Budget::new(1 << 20)).of(&Client::Ourselves);
+        let allowance = Arc::new(Budget::new(1 << 20)).for_client(&Client::Unidentified);
         let (one, other) = (Inbox::default(), Inbox::default());
         one.received(10 << 20).unwrap();
         one.open(allowance.clone());
         other.open(allowance);
-        // A client has half of it.
+        // A client may use half of the budget.
         one.received(512 * 1024).unwrap();
         other.received(FREE).unwrap();
         assert!(other.received(1).is_err());

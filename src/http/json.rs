@@ -1,4 +1,4 @@
-//! JSON that clients send: bodies within bounds of size and time, and text with half a character.
+//! JSON from clients: reads bodies within limits of size and time, and parses JSON with lone surrogates.
 
 use std::time::Duration;
 
@@ -12,18 +12,19 @@ use crate::http::budget::{Allowance, Lease};
 use crate::http::error::ApiError;
 
 /// How long a client may take to send its body.
-const BODY_TIME: Duration = Duration::from_secs(10);
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What a body may take without a lease: programs are seldom larger, and a connection's buffers as large.
+/// Bytes of a body that need no lease: most programs are smaller, and the buffers of a connection take as much.
 const FREE: usize = 16 * 1024;
 
-/// A JSON body of any framing, within its bounds of size and time; `taken` tells the content types of it.
-pub async fn body<T: DeserializeOwned>(
+/// Reads and parses a JSON body within limits of size and time. `accepts` decides which content types are allowed;
+/// `example` is shown if the body is invalid.
+pub async fn read_body<T: DeserializeOwned>(
     headers: &HeaderMap,
     body: impl Stream<Item = Result<impl Buf, warp::Error>>,
     memory: &Allowance,
     limit: usize,
-    taken: fn(Option<&str>) -> bool,
+    accepts: fn(Option<&str>) -> bool,
     example: &'static str,
 ) -> Result<T, ApiError> {
     let mut codings = headers.get_all(CONTENT_ENCODING).iter();
@@ -31,10 +32,10 @@ pub async fn body<T: DeserializeOwned>(
         return Err(ApiError::UnsupportedEncoding);
     }
     let kind = headers.get(CONTENT_TYPE).map(|kind| String::from_utf8_lossy(kind.as_bytes()));
-    if !taken(kind.as_deref()) {
+    if !accepts(kind.as_deref()) {
         return Err(ApiError::UnsupportedMediaType);
     }
-    // Before anything of it is asked for: a client that waits for `100 Continue` does not send it.
+    // Before the body is read, so that a client that waits for `100 Continue` does not send it.
     let size = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
     if size.is_some_and(|size: usize| size > limit) {
         return Err(ApiError::TooLarge { what: "the body is", size, limit });
@@ -43,13 +44,13 @@ pub async fn body<T: DeserializeOwned>(
     parse(&bytes).map_err(|error| ApiError::BadBody { why: error.to_string(), example })
 }
 
-/// Whether a content type is that of JSON.
+/// Whether a content type is `application/json`.
 pub fn is_json(kind: Option<&str>) -> bool {
     let essence = kind.and_then(|kind| kind.split(';').next()).unwrap_or_default().trim();
     essence.eq_ignore_ascii_case("application/json")
 }
 
-/// A body, and the memory that it takes.
+/// Reads a body. Returns it with the lease of its memory.
 async fn read(
     body: impl Stream<Item = Result<impl Buf, warp::Error>>,
     limit: usize,
@@ -75,20 +76,21 @@ async fn read(
         }
         Ok((bytes, lease))
     };
-    tokio::time::timeout(BODY_TIME, reading).await.unwrap_or(Err(ApiError::BodyTimeout))
+    tokio::time::timeout(BODY_TIMEOUT, reading).await.unwrap_or(Err(ApiError::BodyTimeout))
 }
 
-/// A value of JSON. An escape of half a character, which JavaScript writes where a text was cut, is U+FFFD.
+/// Parses JSON. Replaces the escape of a lone surrogate, which JavaScript writes for a text cut within a character, by
+/// U+FFFD.
 pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> serde_json::Result<T> {
-    serde_json::from_slice(bytes).or_else(|error| match mended(bytes) {
-        Some(mended) => serde_json::from_slice(&mended),
+    serde_json::from_slice(bytes).or_else(|error| match replace_lone_surrogates(bytes) {
+        Some(replaced) => serde_json::from_slice(&replaced),
         None => Err(error),
     })
 }
 
-/// The same text with U+FFFD for each surrogate that is alone; `None` where there is none.
-fn mended(bytes: &[u8]) -> Option<Vec<u8>> {
-    // A backslash begins an escape wherever it is; there is none outside of strings.
+/// Replaces each escaped lone surrogate by U+FFFD; `None` if there is none.
+fn replace_lone_surrogates(bytes: &[u8]) -> Option<Vec<u8>> {
+    // Every backslash starts an escape: in valid JSON there are none outside of strings.
     let unit = |at: usize| {
         let digits = bytes.get(at..at + 6)?.strip_prefix(b"\\u")?;
         u16::from_str_radix(std::str::from_utf8(digits).ok().filter(|digits| !digits.starts_with('+'))?, 16).ok()
@@ -108,11 +110,11 @@ fn mended(bytes: &[u8]) -> Option<Vec<u8>> {
     if alone.is_empty() {
         return None;
     }
-    let mut mended = bytes.to_vec();
+    let mut replaced = bytes.to_vec();
     for at in alone {
-        mended[at..at + 6].copy_from_slice(b"\\ufffd");
+        replaced[at..at + 6].copy_from_slice(b"\\ufffd");
     }
-    Some(mended)
+    Some(replaced)
 }
 
 #[cfg(test)]
@@ -147,7 +149,7 @@ mod tests {
         #[test]
         fn what_needs_no_mending_is_left_alone(any in any::<String>()) {
             let json = serde_json::to_vec(&any).unwrap();
-            prop_assert_eq!(mended(&json), None);
+            prop_assert_eq!(replace_lone_surrogates(&json), None);
             prop_assert_eq!(parse::<String>(&json).ok(), Some(any));
         }
     }

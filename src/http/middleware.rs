@@ -1,4 +1,4 @@
-//! What every request passes before and after its route: request id, client, host and origin, key and rate limit, metrics
+//! Handles every request before and after its route: request id, client, host and origin, key and rate limit, metrics
 //! and log.
 
 use std::convert::Infallible;
@@ -23,39 +23,39 @@ use crate::http::auth::{Credentials, Gate};
 use crate::http::error::ApiError;
 use crate::http::origin::{self, Origins};
 use crate::http::routes::{self, Access, Route, Routes};
-use crate::http::server::{MAX_HEAD, Place};
+use crate::http::server::{ConnectionPermit, MAX_HEAD};
 use crate::metrics;
 use crate::model::client::Client;
 
-/// Header of a request's id, the client's own or ours.
+/// Header of the request id, which the client or the server chooses.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// Headers without names in the `http` crate.
+/// Headers for which the `http` crate has no constant.
 const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
-/// Longest id that is taken from a client.
-const ID_LENGTH: usize = 64;
+/// Longest request id that is accepted from a client.
+const MAX_ID_LENGTH: usize = 64;
 
-/// Counted where the client left before its answer, as nginx has it.
+/// Status recorded if the client left before its response, as in nginx.
 const CLIENT_LEFT: u16 = 499;
 
-/// The application: everything that answers requests, of one configuration.
+/// The application: everything that handles requests, built from one configuration.
 pub struct App {
-    /// What is behind the middleware.
+    /// The routes behind the middleware.
     pub routes: Routes,
-    /// Who may use it.
+    /// Checks keys and rates.
     pub gate: Gate,
-    /// Which names it answers to, and which pages may call.
+    /// Checks hosts and origins.
     pub origins: Origins,
 }
 
-/// Answers the requests of one connection, whose peer has this address, each by the configuration of its time. Those
-/// that become something else take its place along.
+/// A service for the requests of one connection from `peer`, each handled by the current application. An upgraded
+/// request keeps a clone of the connection's permit.
 pub fn service(
     apps: watch::Receiver<Arc<App>>,
     peer: Option<IpAddr>,
-    place: Place,
+    permit: ConnectionPermit,
 ) -> impl Service<
     Request<Incoming>,
     Response = Response,
@@ -65,7 +65,7 @@ pub fn service(
     hyper::service::service_fn(move |mut request: Request<Incoming>| {
         let app = Arc::clone(&apps.borrow());
         if request.headers().contains_key(UPGRADE) {
-            request.extensions_mut().insert(place.clone());
+            request.extensions_mut().insert(permit.clone());
         }
         async move { app.answer(request, peer).await }
     })
@@ -75,7 +75,7 @@ impl App {
     async fn answer(&self, request: Request<Incoming>, peer: Option<IpAddr>) -> Result<Response, Infallible> {
         let began = Instant::now();
         let context = Context {
-            id: sane_id(request.headers()).map_or_else(|| new_id().into(), Arc::from),
+            id: client_request_id(request.headers()).map_or_else(|| new_id().into(), Arc::from),
             client: self.gate.client(&credentials(request.headers(), peer)),
         };
         let id = Arc::clone(&context.id);
@@ -84,11 +84,11 @@ impl App {
             span.record("trace", trace).record("parent", parent);
         }
         let route = routes::find(request.uri().path());
-        let mut seen = Seen { route, client: context.client.clone(), began, code: CLIENT_LEFT };
+        let mut record = RequestRecord { route, client: context.client.clone(), began, code: CLIENT_LEFT };
         let answering = async {
-            let mut response = self.pass(request, route, context).await?;
-            seen.code = response.status().as_u16();
-            drop(seen);
+            let mut response = self.respond(request, route, context).await?;
+            record.code = response.status().as_u16();
+            drop(record);
             if let Ok(id) = HeaderValue::from_str(&id) {
                 response.headers_mut().insert(REQUEST_ID, id);
             }
@@ -97,17 +97,17 @@ impl App {
         answering.instrument(span).await
     }
 
-    /// Answers a request, or refuses it before its route is asked.
-    async fn pass(
+    /// Responds to a request: by an error, to a preflight, or by its route.
+    async fn respond(
         &self,
         mut request: Request<Incoming>,
         route: Option<&'static Route>,
         context: Context,
     ) -> Result<Response, Infallible> {
-        let admitted = small(&request).and_then(|()| self.origins.admit(&request));
-        let from = admitted.as_ref().cloned().unwrap_or(origin::From::Nobody);
+        let admitted = check_head_size(&request).and_then(|()| self.origins.admit(&request));
+        let caller = admitted.as_ref().cloned().unwrap_or(origin::Caller::Direct);
         let methods = route.map_or("GET, POST", |route| route.methods.for_pages());
-        let mut response = match (admitted, origin::preflight(&from, &request, methods)) {
+        let mut response = match (admitted, origin::preflight(&caller, &request, methods)) {
             (Err(refused), _) => refused.into_response(),
             (Ok(_), Some(answer)) => answer,
             (Ok(_), None) => match admit(&self.gate, request.method(), route, &context.client) {
@@ -119,13 +119,13 @@ impl App {
                 Err(refused) => refused.into_response(),
             },
         };
-        // Also of refusals, so that a page can read them.
-        self.origins.tell(&from, response.headers_mut());
+        // For errors as well, so that a page can read them.
+        self.origins.add_headers(&caller, response.headers_mut());
         Ok(response)
     }
 }
 
-/// The route that answers a request, if there is one that takes its method and its client may use it.
+/// Checks that the path has a route, that the route accepts the method, and that the client may use it.
 fn admit(
     gate: &Gate,
     method: &Method,
@@ -133,38 +133,38 @@ fn admit(
     client: &Client,
 ) -> Result<&'static Route, ApiError> {
     let route = route.ok_or(ApiError::NotFound)?;
-    if !route.methods.take(method) {
+    if !route.methods.accept(method) {
         return Err(ApiError::MethodNotAllowed(route.methods.allow()));
     }
     if route.access != Access::Open {
-        gate.knows(client)?;
+        gate.check_key(client)?;
     }
     if route.access == Access::Run {
-        gate.count(client)?;
+        gate.check_rate(client)?;
     }
     Ok(route)
 }
 
-/// A request that is being answered; counted and logged when it is over, however that comes.
-struct Seen {
+/// A request in progress. On drop it is counted and logged, also if the request was cancelled.
+struct RequestRecord {
     route: Option<&'static Route>,
     client: Client,
     began: Instant,
     code: u16,
 }
 
-impl Drop for Seen {
+impl Drop for RequestRecord {
     fn drop(&mut self) {
         let took = self.began.elapsed();
-        // A label holds nothing of what the client wrote.
+        // Data from the client never becomes a label.
         let route = self.route.map_or("other", |route| route.path);
         metrics::request(route, self.code, took);
         tracing::debug!(route, code = self.code, took = ?took, client = self.client.to_string(), "answered");
     }
 }
 
-/// Refuses a large head: of one that came all at once the connection does not say that it is one.
-fn small<B>(request: &Request<B>) -> Result<(), ApiError> {
+/// Refuses a large head: hyper does not enforce its limit on a head that arrives in one read.
+fn check_head_size<B>(request: &Request<B>) -> Result<(), ApiError> {
     let fields = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len());
     let target = request.uri().path_and_query().map_or(0, |target| target.as_str().len());
     match fields.sum::<usize>() + target <= MAX_HEAD {
@@ -180,22 +180,22 @@ fn text(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
 fn credentials(headers: &HeaderMap, peer: Option<IpAddr>) -> Credentials<'_> {
     Credentials {
         peer,
-        // One that is no text stands for an address that is none.
+        // A value that is not text counts as an invalid address.
         forwarded: headers.get_all(FORWARDED_FOR).iter().map(|value| value.to_str().unwrap_or_default()).collect(),
         authorization: text(headers, AUTHORIZATION),
         key: text(headers, API_KEY),
     }
 }
 
-/// The client's id of a request, where it cannot be mistaken for anything else in a log.
-fn sane_id(headers: &HeaderMap) -> Option<&str> {
+/// The request id from the client, if it has only characters that are unambiguous in a log.
+fn client_request_id(headers: &HeaderMap) -> Option<&str> {
     let sane = |id: &&str| {
-        (1..=ID_LENGTH).contains(&id.len()) && id.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+        (1..=MAX_ID_LENGTH).contains(&id.len()) && id.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
     };
     text(headers, REQUEST_ID).filter(sane)
 }
 
-/// An id that a client can quote: unique for this server, and not the next one after another's.
+/// A new request id: unique within this process, and not guessable from other ids.
 fn new_id() -> String {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     static KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);
@@ -232,10 +232,10 @@ mod tests {
     #[test]
     fn an_id_is_taken_if_it_is_sane() {
         for id in ["a", "0123-456_789.X", &"x".repeat(64)] {
-            assert_eq!(sane_id(&headers(REQUEST_ID, &[id])), Some(id));
+            assert_eq!(client_request_id(&headers(REQUEST_ID, &[id])), Some(id));
         }
         for id in ["", "a b", "a\"b", "{}", "a\tb", &"x".repeat(65), "a/b", "a=b"] {
-            assert_eq!(sane_id(&headers(REQUEST_ID, &[id])), None, "{id:?}");
+            assert_eq!(client_request_id(&headers(REQUEST_ID, &[id])), None, "{id:?}");
         }
         assert_ne!(new_id(), new_id());
     }
@@ -320,7 +320,7 @@ mod tests {
     fn unknown_paths_and_other_methods_are_refused() {
         let gate = gate("off", "");
         let refused = |method: Method, path: &str| {
-            admit(&gate, &method, routes::find(path), &Client::Ourselves).map(|route| route.path).unwrap_err()
+            admit(&gate, &method, routes::find(path), &Client::Unidentified).map(|route| route.path).unwrap_err()
         };
         for path in ["/coderunner//", "/CODERUNNER", "/api/v2", "/asset", "/other", "//", "*"] {
             assert!(matches!(refused(Method::GET, path), ApiError::NotFound), "{path}");

@@ -1,4 +1,4 @@
-//! The HTTP side: wire types become jobs, outcomes become answers, errors become statuses in one place.
+//! HTTP: turns requests into jobs, outcomes into responses, and, in `error`, errors into statuses.
 
 pub mod api;
 pub mod auth;
@@ -23,7 +23,7 @@ mod socket;
 mod text;
 
 pub use api::connect::Sockets;
-pub use api::piston::{Answer as PistonAnswer, place};
+pub use api::piston::{ExecuteResponse, job_files};
 pub use budget::Budget;
 pub use context::Context;
 
@@ -33,24 +33,24 @@ use crate::metrics::Export;
 use crate::run::Runner;
 use crate::run::readiness::Readiness;
 
-/// What the routes of a configuration share.
+/// What all routes share; built anew at each reload.
 pub struct Api {
     /// Runs jobs.
     pub runner: Arc<Runner>,
-    /// Tells whether languages work.
+    /// Checks whether languages work.
     pub readiness: Readiness,
-    /// All metrics.
+    /// Exports the metrics.
     pub metrics: Export,
-    /// Memory for answers on their way.
+    /// Memory budget for responses until they are sent.
     pub answers: Arc<Budget>,
-    /// Memory for bodies of requests on theirs.
+    /// Memory budget for request bodies and WebSocket messages while they arrive.
     pub bodies: Arc<Budget>,
-    /// Places for WebSockets.
+    /// Limits the number of WebSockets.
     pub sockets: Arc<Sockets>,
-    /// Largest body in bytes.
+    /// Largest request body in bytes.
     pub body_limit: usize,
-    /// Largest source in bytes.
+    /// Largest source, all files together, in bytes.
     pub source_limit: usize,
-    /// Whether there is a page at `/`, and `/embed.js`.
+    /// Whether to serve the playground at `/`, and `/embed.js`.
     pub playground: bool,
 }

@@ -1,4 +1,5 @@
-//! What the API is, for programs at `/openapi.json` and for people at `/docs`: made of the types and comments of the code.
+//! The OpenAPI document at `/openapi.json`, and its rendering at `/docs`. The types and doc comments of the code are
+//! its source.
 
 use std::sync::Arc;
 
@@ -17,12 +18,12 @@ use crate::http::error::Refusal;
 use crate::http::routes::{Access, ROUTES};
 use crate::http::{Api, docs, health, page};
 
-/// How `/docs` looks.
+/// Style sheet of `/docs`.
 const STYLE: &str = include_str!("docs.css");
 
 #[derive(OpenApi)]
 #[openapi(
-    info(title = "coderunner", description = "Compiles and runs code that strangers send, each run in a fresh container."),
+    info(title = "coderunner", description = "Compiles and runs untrusted code, each run in a fresh container."),
     paths(
         coderunner::run,
         piston::execute,
@@ -34,27 +35,27 @@ const STYLE: &str = include_str!("docs.css");
         health::exposition
     ),
     components(schemas(Refusal)),
-    modifiers(&Keys)
+    modifiers(&KeySchemes)
 )]
 struct Document;
 
-/// The answers to what is not served.
+/// The error responses that every route may give.
 #[derive(IntoResponses)]
 #[expect(dead_code, reason = "it describes the statuses of ApiError")]
-pub enum Refused {
+pub enum ErrorResponses {
     /// The request is not valid; the message says why.
     #[response(status = 400)]
     BadRequest(Refusal),
-    /// A key is needed.
+    /// An API key is required.
     #[response(status = 401)]
     Unauthorized(Refusal),
-    /// Pages of this origin may not call, or the server does not answer to this name.
+    /// The origin or the host is not allowed.
     #[response(status = 403)]
     Forbidden(Refusal),
-    /// The path takes another method; `Allow` says which.
+    /// The path does not allow this method; `Allow` lists the allowed ones.
     #[response(status = 405)]
     MethodNotAllowed(Refusal),
-    /// The body came too slowly.
+    /// The body arrived too slowly.
     #[response(status = 408)]
     BodyTimeout(Refusal),
     /// The body, or something in it, is too large.
@@ -63,24 +64,24 @@ pub enum Refused {
     /// The body has another `Content-Type`, or is compressed.
     #[response(status = 415)]
     UnsupportedMediaType(Refusal),
-    /// Too many requests; `Retry-After` says when to come back.
+    /// Too many requests; `Retry-After` says when to try again.
     #[response(status = 429)]
     TooManyRequests(Refusal),
     /// The headers are too large.
     #[response(status = 431)]
     HeadTooLarge(Refusal),
-    /// The server's own fault; its log has the reason.
+    /// The server failed; its log has the reason.
     #[response(status = 500)]
     Internal(Refusal),
-    /// Too much to do, no image yet, or shutting down; `Retry-After` says when to ask again.
+    /// The server is overloaded, has no image yet or is shutting down; `Retry-After` says when to try again.
     #[response(status = 503)]
     Unavailable(Refusal),
 }
 
-/// Keys, which a server may ask for or not.
-struct Keys;
+/// Adds the ways to send an API key to the document. A server may require keys or not, so they are optional.
+struct KeySchemes;
 
-impl Modify for Keys {
+impl Modify for KeySchemes {
     fn modify(&self, api: &mut Description) {
         let components = api.components.get_or_insert_default();
         let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build();
@@ -99,26 +100,26 @@ impl Modify for Keys {
 
 /// Answers `/openapi.json`.
 pub fn document_filter(_: &Arc<Api>) -> BoxedFilter<(Response,)> {
-    // Shared by all that are on their way.
+    // `Bytes`, so that all responses share one copy.
     let json = Bytes::from(serde_json::to_string(&Document::openapi()).unwrap_or_default());
-    warp::any().map(move || of_type("application/json", json.clone())).boxed()
+    warp::any().map(move || static_response("application/json", json.clone())).boxed()
 }
 
 /// Answers `/docs`.
 pub fn page_filter(_: &Arc<Api>) -> BoxedFilter<(Response,)> {
     let html = Bytes::from(docs::html(&serde_json::to_value(Document::openapi()).unwrap_or_default()));
-    warp::any().map(move || of_type("text/html; charset=utf-8", html.clone())).boxed()
+    warp::any().map(move || static_response("text/html; charset=utf-8", html.clone())).boxed()
 }
 
 /// Answers `/docs.css`.
 pub fn style_filter(_: &Arc<Api>) -> BoxedFilter<(Response,)> {
-    warp::any().map(|| of_type("text/css; charset=utf-8", Bytes::from_static(STYLE.as_bytes()))).boxed()
+    warp::any().map(|| static_response("text/css; charset=utf-8", Bytes::from_static(STYLE.as_bytes()))).boxed()
 }
 
-/// A text of ours, under the same policy as the page.
-fn of_type(kind: &'static str, text: Bytes) -> Response {
+/// A response with a text of this program, with the security headers of the page.
+fn static_response(kind: &'static str, text: Bytes) -> Response {
     let mut response = Response::new(text.into());
-    page::secure(response.headers_mut());
+    page::add_security_headers(response.headers_mut());
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
     response
 }
@@ -145,7 +146,7 @@ mod tests {
             })
             .collect();
         let methods = |route: &Route| [Method::GET, Method::POST].map(|method| (route.path, method));
-        let takes = |route: &Route, method: &Method| route.described && route.methods.take(method);
+        let takes = |route: &Route, method: &Method| route.described && route.methods.accept(method);
         let table = ROUTES.iter().flat_map(|route| methods(route).into_iter().filter(|(_, m)| takes(route, m)));
         assert_eq!(described, table.collect());
     }
@@ -154,9 +155,9 @@ mod tests {
     fn the_documentation_has_every_status() {
         let api = include_str!("../../docs/api.md");
         let cells = api.lines().filter_map(|line| line.strip_prefix("| ")?.split(" |").next());
-        let told: Vec<&str> = cells.flat_map(|cell| cell.split(", ")).collect();
-        for status in Refused::responses().keys() {
-            assert!(told.contains(&status.as_str()), "{status} is not in the table");
+        let statuses: Vec<&str> = cells.flat_map(|cell| cell.split(", ")).collect();
+        for status in ErrorResponses::responses().keys() {
+            assert!(statuses.contains(&status.as_str()), "{status} is not in the table");
         }
     }
 }

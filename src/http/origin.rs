@@ -1,5 +1,5 @@
-//! Which names the server answers to, and which pages may call it: what stands between a browser's user and the pages
-//! of strangers.
+//! Checks the `Host` and `Origin` of requests: protects the users of browsers from DNS rebinding and from requests by
+//! pages of other sites.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -15,113 +15,120 @@ use warp::reply::Response;
 
 use crate::http::error::ApiError;
 
-/// How long a browser may remember the answer to a preflight, in seconds: the most that Firefox takes is a day.
-const PREFLIGHT_AGE: u32 = 86_400;
+/// How long a browser may cache the response to a preflight, in seconds: a day, the most that Firefox accepts.
+const PREFLIGHT_MAX_AGE: u32 = 86_400;
 
-/// Headers that a preflight which names none is told of.
-const PAGES_SEND: &str = "content-type, cache-control, authorization, x-api-key, x-request-id, traceparent";
+/// Headers that a preflight response allows if the preflight names none.
+const DEFAULT_ALLOWED_HEADERS: &str =
+    "content-type, cache-control, authorization, x-api-key, x-request-id, traceparent";
 
 /// Headers that pages of other origins may read.
-const PAGES_READ: HeaderValue = HeaderValue::from_static("x-request-id, retry-after");
+const EXPOSED_HEADERS: HeaderValue = HeaderValue::from_static("x-request-id, retry-after");
 
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
-/// The hosts and origins of a configuration.
+/// The allowed hosts and origins.
 #[derive(Debug, Clone)]
 pub struct Origins {
-    /// Names that the server answers to beside those of loopback, in lower case; `None` for any.
+    /// Allowed host names beside those of loopback, in lower case; `None` for any.
     hosts: Option<Vec<String>>,
-    /// Origins whose pages may call; `None` for any.
+    /// Origins whose pages may send requests; `None` for any.
     pages: Option<Vec<HeaderValue>>,
 }
 
-/// Who a request says that it is from.
+/// Whether a request comes from a page of another origin.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum From {
-    /// No page of another origin.
-    Nobody,
-    /// A page of this origin, which may call.
+pub enum Caller {
+    /// No: from a page of this server, or not from a page.
+    Direct,
+    /// From a page of another origin that is allowed; the value of `Access-Control-Allow-Origin`.
     Page(HeaderValue),
 }
 
 impl Origins {
-    /// Those of the settings, for a server that listens on this address.
+    /// The hosts and origins of the settings. If `allowed_hosts` is empty, a server that listens on loopback allows
+    /// only loopback names, and any other server allows all names.
     pub fn new(allowed_hosts: &[String], cors_origins: &[String], address: SocketAddr) -> Origins {
-        let any = |list: &[String]| list.iter().any(|one| one == "*");
+        let has_wildcard = |list: &[String]| list.iter().any(|one| one == "*");
         let own = address.ip().to_canonical();
-        let reached_by_any = allowed_hosts.is_empty() && !own.is_loopback();
-        let hosts = allowed_hosts.iter().map(|host| name(host).to_ascii_lowercase()).chain([own.to_string()]);
+        let any_host_by_default = allowed_hosts.is_empty() && !own.is_loopback();
+        let hosts = allowed_hosts.iter().map(|host| host_name(host).to_ascii_lowercase()).chain([own.to_string()]);
         let pages = cors_origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok());
         Origins {
-            hosts: (!any(allowed_hosts) && !reached_by_any).then(|| hosts.collect()),
-            pages: (!any(cors_origins)).then(|| pages.collect()),
+            hosts: (!has_wildcard(allowed_hosts) && !any_host_by_default).then(|| hosts.collect()),
+            pages: (!has_wildcard(cors_origins)).then(|| pages.collect()),
         }
     }
 
-    /// Who a request is from, if it may be answered: by its names of this server and of the page that sends it. A name
-    /// that its owner has changed to lead here is not one of ours, whatever the page's origin.
-    pub fn admit<B>(&self, request: &Request<B>) -> Result<From, ApiError> {
+    /// Checks the host and the origin of a request. The host is checked even for the same origin: a foreign name that
+    /// was pointed at this address (DNS rebinding) makes its pages same-origin.
+    pub fn admit<B>(&self, request: &Request<B>) -> Result<Caller, ApiError> {
         let headers = request.headers();
         let mut hosts = headers.get_all(HOST).iter();
         let host = match (hosts.next(), hosts.next()) {
-            (_, Some(_)) => return Err(bad("there is more than one Host header")),
-            (None, None) if request.version() >= Version::HTTP_11 => return Err(bad("the Host header is missing")),
+            (_, Some(_)) => return Err(bad_request("there is more than one Host header")),
+            (None, None) if request.version() >= Version::HTTP_11 => {
+                return Err(bad_request("the Host header is missing"));
+            }
             (host, None) => host,
         };
-        let host = host.map(|host| host.to_str().map_err(|_| bad("the Host header is not valid"))).transpose()?;
+        let host =
+            host.map(|host| host.to_str().map_err(|_| bad_request("the Host header is not valid"))).transpose()?;
         for host in host.into_iter().chain(request.uri().authority().map(Authority::as_str)) {
-            self.answers_to(host)?;
+            self.check_host(host)?;
         }
-        let Some(origin) = headers.get(ORIGIN) else { return Ok(From::Nobody) };
-        // Plain HTTP has no Sec-Fetch-Site, a proxy may have changed Host.
+        let Some(origin) = headers.get(ORIGIN) else { return Ok(Caller::Direct) };
+        // Two checks for the same origin: browsers send no Sec-Fetch-Site on plain HTTP, and a proxy may have changed
+        // Host.
         let rest = origin.to_str().ok().and_then(|origin| origin.split_once("://")).map(|(_, rest)| rest);
         let own = headers.get(SEC_FETCH_SITE).is_some_and(|site| site == "same-origin")
             || rest.is_some_and(|rest| Some(rest) == host);
         match &self.pages {
-            _ if own => Ok(From::Nobody),
-            None => Ok(From::Page(HeaderValue::from_static("*"))),
-            Some(pages) if pages.contains(origin) => Ok(From::Page(origin.clone())),
+            _ if own => Ok(Caller::Direct),
+            None => Ok(Caller::Page(HeaderValue::from_static("*"))),
+            Some(pages) if pages.contains(origin) => Ok(Caller::Page(origin.clone())),
             Some(_) => Err(ApiError::OriginForbidden(String::from_utf8_lossy(origin.as_bytes()).into_owned())),
         }
     }
 
-    fn answers_to(&self, host: &str) -> Result<(), ApiError> {
-        // One that is empty is valid, and names nobody.
+    fn check_host(&self, host: &str) -> Result<(), ApiError> {
+        // An empty host is valid, and matches no allowed name.
         let valid = host.is_empty() || (host.parse::<Authority>().is_ok() && !host.contains('@'));
         if !valid {
-            return Err(bad("the Host header is not valid"));
+            return Err(bad_request("the Host header is not valid"));
         }
         let Some(hosts) = &self.hosts else { return Ok(()) };
-        let name = name(host);
+        let name = host_name(host);
         let known = is_loopback(name) || hosts.iter().any(|known| known.eq_ignore_ascii_case(name));
         if known { Ok(()) } else { Err(ApiError::HostForbidden(name.to_owned())) }
     }
 
-    /// Adds to an answer what browsers and caches need to know.
-    pub fn tell(&self, from: &From, headers: &mut HeaderMap) {
+    /// Adds the CORS headers and `Vary` to a response.
+    pub fn add_headers(&self, caller: &Caller, headers: &mut HeaderMap) {
         headers.append(VARY, HeaderValue::from_static("Origin"));
-        if let From::Page(origin) = from {
+        if let Caller::Page(origin) = caller {
             headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
-            headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, PAGES_READ);
+            headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, EXPOSED_HEADERS);
         }
     }
 }
 
-/// The answer to a browser that asks what a page of another origin may send, if a request is that: these methods, and any
-/// header. What is not understood is ignored, and a page cannot have a browser send what the browser keeps for itself.
-pub fn preflight<B>(from: &From, request: &Request<B>, methods: &'static str) -> Option<Response> {
-    let asks = request.method() == Method::OPTIONS && request.headers().contains_key(ACCESS_CONTROL_REQUEST_METHOD);
-    if !asks || *from == From::Nobody {
+/// The response to a CORS preflight, if a request is one: allows `methods` and any header. The server ignores headers
+/// that it does not know, and browsers do not let pages set forbidden headers.
+pub fn preflight<B>(caller: &Caller, request: &Request<B>, methods: &'static str) -> Option<Response> {
+    let is_preflight =
+        request.method() == Method::OPTIONS && request.headers().contains_key(ACCESS_CONTROL_REQUEST_METHOD);
+    if !is_preflight || *caller == Caller::Direct {
         return None;
     }
     let asked = request.headers().get_all(ACCESS_CONTROL_REQUEST_HEADERS).iter();
     let asked = asked.filter_map(|list| list.to_str().ok()).flat_map(|list| list.split(',')).map(str::trim);
     let names: Vec<&str> = asked.filter(|name| HeaderName::try_from(*name).is_ok()).collect();
-    let names = if names.is_empty() { PAGES_SEND.to_owned() } else { names.join(", ") };
+    let names = if names.is_empty() { DEFAULT_ALLOWED_HEADERS.to_owned() } else { names.join(", ") };
     let mut response = warp::reply().into_response();
     let headers = response.headers_mut();
     headers.insert(ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static(methods));
-    headers.insert(ACCESS_CONTROL_MAX_AGE, PREFLIGHT_AGE.into());
+    headers.insert(ACCESS_CONTROL_MAX_AGE, PREFLIGHT_MAX_AGE.into());
     headers.append(VARY, HeaderValue::from_static("access-control-request-headers"));
     if let Ok(names) = HeaderValue::try_from(names) {
         headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, names);
@@ -129,7 +136,7 @@ pub fn preflight<B>(from: &From, request: &Request<B>, methods: &'static str) ->
     Some(response)
 }
 
-/// Whether this can be a setting: a name or an address, without a port.
+/// Whether this is valid in `allowed_hosts`: a name or an address, without a port.
 pub fn is_host(text: &str) -> bool {
     let address = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
     let label = |label: &str| {
@@ -138,25 +145,25 @@ pub fn is_host(text: &str) -> bool {
     address.parse::<IpAddr>().is_ok() || (text.len() <= 253 && text.split('.').all(label))
 }
 
-/// A host without its port, the brackets of an address and the dot of a name that is complete.
-fn name(host: &str) -> &str {
+/// A host without its port, the brackets of an IPv6 address and the trailing dot.
+fn host_name(host: &str) -> &str {
     let name = match host.strip_prefix('[') {
         Some(rest) => rest.split(']').next().unwrap_or_default(),
-        // More colons are an address without brackets.
+        // Several colons: an IPv6 address without brackets.
         None if host.bytes().filter(|c| *c == b':').count() > 1 => host,
         None => host.split(':').next().unwrap_or_default(),
     };
     name.strip_suffix('.').unwrap_or(name)
 }
 
-/// Whether nobody but this machine has this name.
+/// Whether this is a name or address of loopback.
 fn is_loopback(name: &str) -> bool {
     let last = name.rsplit('.').next().unwrap_or_default();
     let is_name = last.eq_ignore_ascii_case("localhost") && !name.starts_with('.');
     is_name || name.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
 }
 
-fn bad(message: &str) -> ApiError {
+fn bad_request(message: &str) -> ApiError {
     ApiError::BadRequest(message.to_owned())
 }
 
@@ -219,7 +226,7 @@ mod tests {
         let mut old = asked(&[]);
         *old.version_mut() = Version::HTTP_10;
         assert!(any.admit(&old).is_ok());
-        // What is asked for by its whole address.
+        // The host of an absolute request target is checked too.
         let mut whole = asked(&[("host", "localhost")]);
         *whole.uri_mut() = "http://evil.example/".parse().unwrap();
         assert!(origins(&[], &[], "127.0.0.1:80").admit(&whole).is_err());
@@ -229,12 +236,15 @@ mod tests {
     fn pages_are_those_that_may_call() {
         let some = origins(&[], &["https://one.example"], "127.0.0.1:80");
         let from = |headers: &[(&str, &str)]| some.admit(&asked(&[&[("host", "localhost:80")], headers].concat()));
-        assert_eq!(from(&[]).unwrap(), From::Nobody);
-        assert_eq!(from(&[("origin", "http://localhost:80")]).unwrap(), From::Nobody);
-        assert_eq!(from(&[("origin", "https://a.example"), ("sec-fetch-site", "same-origin")]).unwrap(), From::Nobody);
+        assert_eq!(from(&[]).unwrap(), Caller::Direct);
+        assert_eq!(from(&[("origin", "http://localhost:80")]).unwrap(), Caller::Direct);
+        assert_eq!(
+            from(&[("origin", "https://a.example"), ("sec-fetch-site", "same-origin")]).unwrap(),
+            Caller::Direct
+        );
         assert_eq!(
             from(&[("origin", "https://one.example")]).unwrap(),
-            From::Page("https://one.example".parse().unwrap())
+            Caller::Page("https://one.example".parse().unwrap())
         );
         for origin in ["https://two.example", "null", "http://localhost:81", ""] {
             assert!(from(&[("origin", origin)]).is_err(), "{origin}");
@@ -243,7 +253,7 @@ mod tests {
 
     #[test]
     fn a_preflight_is_told_what_it_asks_for() {
-        let page = From::Page("*".parse().unwrap());
+        let page = Caller::Page("*".parse().unwrap());
         let request = |headers: &[(&str, &str)]| {
             let mut request = asked(&[&[("access-control-request-method", "POST")], headers].concat());
             *request.method_mut() = Method::OPTIONS;
@@ -255,8 +265,8 @@ mod tests {
         };
         assert_eq!(names("x-requested-with, content-type"), "x-requested-with, content-type");
         assert_eq!(names("no name, x-a"), "x-a");
-        assert_eq!(names(""), PAGES_SEND);
-        assert!(preflight(&From::Nobody, &request(&[]), "POST").is_none());
+        assert_eq!(names(""), DEFAULT_ALLOWED_HEADERS);
+        assert!(preflight(&Caller::Direct, &request(&[]), "POST").is_none());
     }
 
     #[test]

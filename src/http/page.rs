@@ -1,4 +1,5 @@
-//! The playground at `/`, and `/embed.js` for pages of others: what `make web` built, as part of the executable.
+//! The playground at `/`, and `/embed.js` for other websites. `make web` builds the files, which are embedded in the
+//! executable.
 
 use std::sync::Arc;
 
@@ -15,19 +16,20 @@ use warp::{Filter, Reply};
 use crate::http::Api;
 use crate::http::error::ApiError;
 
-/// The page loads its own files and talks to its own server, nothing else, and no text of it can become markup.
+/// Content security policy: the page loads only files of this server and talks only to it, and text cannot become
+/// markup.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; \
                       trusted-types 'none'";
 
-/// The file at `/`.
+/// The asset served at `/`.
 const PAGE: &str = "playground.html";
 
-/// A file as `web/dist` has it.
+/// A file of `web/dist`.
 struct Asset {
     name: &'static str,
     content_type: &'static str,
-    /// Its name changes whenever it does.
+    /// Whether its name contains a hash of its content, so that browsers may cache it forever.
     immutable: bool,
     plain: &'static [u8],
     gzip: &'static [u8],
@@ -35,27 +37,27 @@ struct Asset {
 
 const ASSETS: &[Asset] = include!("../../web/dist/assets.rs");
 
-/// A file in one coding.
-struct Coded {
+/// A file in one content coding, with its ETag.
+struct Encoded {
     bytes: &'static [u8],
     tag: HeaderValue,
 }
 
-/// A file that is served.
-struct Served {
+/// An asset in both content codings.
+struct AssetResponses {
     asset: &'static Asset,
-    plain: Coded,
-    gzip: Coded,
+    plain: Encoded,
+    gzip: Encoded,
 }
 
-impl Coded {
-    fn new(bytes: &'static [u8]) -> Option<Coded> {
+impl Encoded {
+    fn new(bytes: &'static [u8]) -> Option<Encoded> {
         let tag = HeaderValue::from_str(&format!("\"{}\"", &blake3::hash(bytes).to_hex()[..32])).ok()?;
-        Some(Coded { bytes, tag })
+        Some(Encoded { bytes, tag })
     }
 }
 
-/// Answers for `/` and the files that it and other pages load; with none of them where the playground is off.
+/// Answers `/`, `/embed.js` and the files that pages load. All are 404 if the playground is off.
 pub fn filter(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
     let files = Arc::new(if api.playground { Files::new() } else { Files(Vec::new()) });
     warp::path::full()
@@ -66,17 +68,18 @@ pub fn filter(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
         .boxed()
 }
 
-/// Whether a path is that of a file which the page loads.
+/// Whether a path is that of an asset.
 pub fn is_asset(path: &str) -> bool {
     path.strip_prefix('/').is_some_and(|name| ASSETS.iter().any(|asset| asset.name == name))
 }
 
-/// All that are served.
-struct Files(Vec<Served>);
+/// The served assets; none if the playground is off.
+struct Files(Vec<AssetResponses>);
 
 impl Files {
     fn new() -> Files {
-        let serve = |asset| Some(Served { asset, plain: Coded::new(asset.plain)?, gzip: Coded::new(asset.gzip)? });
+        let serve =
+            |asset| Some(AssetResponses { asset, plain: Encoded::new(asset.plain)?, gzip: Encoded::new(asset.gzip)? });
         Files(ASSETS.iter().filter_map(serve).collect())
     }
 
@@ -90,37 +93,37 @@ impl Files {
     }
 }
 
-impl Served {
+impl AssetResponses {
     fn answer(&self, headers: &HeaderMap) -> Response {
-        let gzip = takes_gzip(headers);
-        let coded = if gzip { &self.gzip } else { &self.plain };
-        let mut response = match has(headers, &coded.tag) {
+        let gzip = accepts_gzip(headers);
+        let encoded = if gzip { &self.gzip } else { &self.plain };
+        let mut response = match is_cached(headers, &encoded.tag) {
             true => StatusCode::NOT_MODIFIED.into_response(),
-            false => coded.bytes.into_response(),
+            false => encoded.bytes.into_response(),
         };
         let all = response.headers_mut();
         all.insert(CONTENT_TYPE, HeaderValue::from_static(self.asset.content_type));
-        all.insert(ETAG, coded.tag.clone());
+        all.insert(ETAG, encoded.tag.clone());
         all.insert(VARY, HeaderValue::from_static("accept-encoding"));
         if gzip {
             all.insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
         }
-        let kept = if self.asset.immutable { "public, max-age=31536000, immutable" } else { "no-cache" };
-        all.insert(CACHE_CONTROL, HeaderValue::from_static(kept));
-        secure(all);
+        let cache_control = if self.asset.immutable { "public, max-age=31536000, immutable" } else { "no-cache" };
+        all.insert(CACHE_CONTROL, HeaderValue::from_static(cache_control));
+        add_security_headers(all);
         response
     }
 }
 
-/// The headers that keep a page to itself.
-pub fn secure(headers: &mut HeaderMap) {
+/// Adds the headers that isolate a page from other sites.
+pub fn add_security_headers(headers: &mut HeaderMap) {
     headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY));
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
 }
 
-/// The words of a header that is a list.
-fn words(headers: &HeaderMap, name: warp::http::HeaderName) -> impl Iterator<Item = &str> {
+/// The items of a header with a comma-separated list.
+fn list_items(headers: &HeaderMap, name: warp::http::HeaderName) -> impl Iterator<Item = &str> {
     headers
         .get_all(name)
         .into_iter()
@@ -129,8 +132,8 @@ fn words(headers: &HeaderMap, name: warp::http::HeaderName) -> impl Iterator<Ite
         .map(str::trim)
 }
 
-fn takes_gzip(headers: &HeaderMap) -> bool {
-    words(headers, ACCEPT_ENCODING).any(|word| {
+fn accepts_gzip(headers: &HeaderMap) -> bool {
+    list_items(headers, ACCEPT_ENCODING).any(|word| {
         let mut parts = word.split(';').map(str::trim);
         let coding = parts.next().unwrap_or_default();
         let refused = parts.filter_map(|part| part.strip_prefix("q=")).any(|q| q.parse() == Ok(0.0));
@@ -138,9 +141,10 @@ fn takes_gzip(headers: &HeaderMap) -> bool {
     })
 }
 
-/// Whether the client has what carries this tag.
-fn has(headers: &HeaderMap, tag: &HeaderValue) -> bool {
-    words(headers, IF_NONE_MATCH).any(|word| word == "*" || word.trim_start_matches("W/").as_bytes() == tag.as_bytes())
+/// Whether the client has the representation with this ETag.
+fn is_cached(headers: &HeaderMap, tag: &HeaderValue) -> bool {
+    list_items(headers, IF_NONE_MATCH)
+        .any(|word| word == "*" || word.trim_start_matches("W/").as_bytes() == tag.as_bytes())
 }
 
 #[cfg(test)]
@@ -168,7 +172,7 @@ mod tests {
         for name in named {
             assert_eq!(get(&format!("/{name}"), &[]).status(), StatusCode::OK, "{name}");
         }
-        assert!(!text.contains("style="), "the policy allows no style attribute");
+        assert!(!text.contains("style="), "the policy forbids style attributes");
     }
 
     #[test]
@@ -188,7 +192,7 @@ mod tests {
         for list in [tag.clone(), format!("\"other\", W/{tag}"), "*".into()] {
             assert_eq!(get("/embed.js", &[("if-none-match", &list)]).status(), StatusCode::NOT_MODIFIED, "{list}");
         }
-        // The other coding is another representation.
+        // The other coding is another representation, with its own ETag.
         let other = get("/embed.js", &[("if-none-match", &tag), ("accept-encoding", "gzip")]);
         assert_eq!(other.status(), StatusCode::OK);
     }

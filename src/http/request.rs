@@ -1,4 +1,5 @@
-//! What all adapters do with a request: read its headers and its body, run its job, answer in the wished form.
+//! The part that all adapters share: reads the headers and the body of a request, runs its job, and responds in the
+//! requested format.
 
 use std::sync::Arc;
 
@@ -18,73 +19,73 @@ use crate::http::{Api, Context, body, events, json};
 use crate::model::job::Job;
 use crate::run::{Answer, Reuse};
 
-/// The content type of JSON in lines.
-pub const LINES: &str = "application/x-ndjson";
+/// The content type of newline-delimited JSON.
+pub const NDJSON: &str = "application/x-ndjson";
 
-/// A request, apart from its body.
+/// A request without its body.
 #[derive(Clone)]
 pub struct Call {
-    /// What all routes share.
+    /// State shared by all routes.
     pub api: Arc<Api>,
-    /// Who asks.
+    /// Client and id of the request.
     pub context: Context,
-    /// In which form.
-    pub wishes: Wishes,
+    /// The requested form of the response.
+    pub preferences: Preferences,
 }
 
 impl Call {
-    /// The memory that answers to this client may take.
+    /// Memory for responses to this client.
     pub fn memory(&self) -> Allowance {
-        self.api.answers.of(&self.context.client)
+        self.api.answers.for_client(&self.context.client)
     }
 
-    /// Does something for this request beside the task that answers it: its log lines are the request's, and a panic
-    /// ends it alone.
+    /// Spawns a task for this request. It logs in the span of the request, and a panic ends only the task.
     pub fn spawn<F: Future<Output = ()> + Send + 'static>(self, work: impl FnOnce(Call) -> F) {
         tokio::spawn(signals::isolate_panics(work(self)).in_current_span());
     }
 
-    /// Answers with what becomes of a job: as it happens, where that is wished, else when it is over. `form` makes the answer.
+    /// Runs a job and responds: with events while it runs if the client asked for them, else with the result.
+    /// `to_response` converts the answer.
     pub async fn respond<A: Texts>(
         self,
         job: Job,
-        form: impl Fn(&Answer) -> A + Send + Sync + 'static,
+        to_response: impl Fn(&Answer) -> A + Send + Sync + 'static,
     ) -> Result<Response, ApiError> {
-        if self.wishes.events {
-            return Ok(events::events(self, job, form));
+        if self.preferences.events {
+            return Ok(events::respond(self, job, to_response));
         }
-        let ran = self.api.runner.run(job, self.wishes.reuse, &self.context.client).await;
-        let answer = ran.map_err(|error| self.context.refusal(error))?;
-        body::json(&self.memory(), form(&answer), &answer.outcome).await
+        let ran = self.api.runner.run(job, self.preferences.reuse, &self.context.client).await;
+        let answer = ran.map_err(|error| self.context.api_error(error))?;
+        body::json(&self.memory(), to_response(&answer), &answer.outcome).await
     }
 }
 
-/// What a request's headers ask for.
+/// The preferences in the headers of a request.
 #[derive(Debug, Clone, Copy)]
-pub struct Wishes {
-    /// `Cache-Control: no-cache` asks for a run of its own.
+pub struct Preferences {
+    /// `Cache-Control: no-cache` asks for a new run.
     pub reuse: Reuse,
-    /// `Accept: text/event-stream` asks to be told what happens.
+    /// `Accept: text/event-stream` asks for events.
     pub events: bool,
-    /// `Accept: application/x-ndjson` asks for each result as it comes.
+    /// `Accept: application/x-ndjson` asks for one result per line, as each completes.
     pub lines: bool,
 }
 
-impl From<&HeaderMap> for Wishes {
-    fn from(headers: &HeaderMap) -> Wishes {
-        Wishes {
-            reuse: match lists(headers, CACHE_CONTROL, &["no-cache", "no-store"]) {
+impl From<&HeaderMap> for Preferences {
+    fn from(headers: &HeaderMap) -> Preferences {
+        Preferences {
+            reuse: match list_contains(headers, CACHE_CONTROL, &["no-cache", "no-store"]) {
                 true => Reuse::Refused,
                 false => Reuse::Allowed,
             },
-            events: lists(headers, ACCEPT, &["text/event-stream"]),
-            lines: lists(headers, ACCEPT, &[LINES]),
+            events: list_contains(headers, ACCEPT, &["text/event-stream"]),
+            lines: list_contains(headers, ACCEPT, &[NDJSON]),
         }
     }
 }
 
-/// Whether a header that is a list has one of these words, its parameters aside.
-fn lists(headers: &HeaderMap, name: HeaderName, words: &[&str]) -> bool {
+/// Whether a header with a list contains one of these words; parameters are ignored.
+fn list_contains(headers: &HeaderMap, name: HeaderName, words: &[&str]) -> bool {
     let values = headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok());
     values
         .flat_map(|value| value.split(','))
@@ -92,9 +93,10 @@ fn lists(headers: &HeaderMap, name: HeaderName, words: &[&str]) -> bool {
         .any(|item| words.iter().any(|word| item.trim().eq_ignore_ascii_case(word)))
 }
 
-/// A filter that takes a body of JSON; `taken` tells the content types of it, `example` is for those who sent something else.
+/// A filter for a route with a JSON body. `accepts` decides which content types are allowed; `example` is shown if the
+/// body is invalid.
 pub fn post<T: DeserializeOwned + Send + 'static, F>(
-    taken: fn(Option<&str>) -> bool,
+    accepts: fn(Option<&str>) -> bool,
     example: &'static str,
     handler: fn(T, Call) -> F,
     api: &Arc<Api>,
@@ -109,11 +111,11 @@ where
         .then(move |headers: HeaderMap, context: Context, body| {
             let api = Arc::clone(&api);
             async move {
-                let bodies = api.bodies.of(&context.client);
-                let request = json::body(&headers, body, &bodies, api.body_limit, taken, example).await?;
-                handler(request, Call { api, context, wishes: Wishes::from(&headers) }).await
+                let bodies = api.bodies.for_client(&context.client);
+                let request = json::read_body(&headers, body, &bodies, api.body_limit, accepts, example).await?;
+                handler(request, Call { api, context, preferences: Preferences::from(&headers) }).await
             }
         })
-        .map(|answered: Result<Response, ApiError>| answered.unwrap_or_else(Reply::into_response))
+        .map(|result: Result<Response, ApiError>| result.unwrap_or_else(Reply::into_response))
         .boxed()
 }

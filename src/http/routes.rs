@@ -1,5 +1,5 @@
-//! The route table: every path of the server, once. Dispatch, `Allow`, CORS, the key check, the rate limit, the label of
-//! the metrics and the OpenAPI document all read it.
+//! The route table: every path of the server. Dispatch, `Allow`, CORS, the key check, the rate limit, metric labels and
+//! the OpenAPI document all use it.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -13,28 +13,28 @@ use crate::http::api::{batch, coderunner, connect, piston};
 use crate::http::error::ApiError;
 use crate::http::{Api, health, openapi, page};
 
-/// A path that is served.
+/// A path and how it is served.
 pub struct Route {
-    /// The path, which is also the label of its metrics.
+    /// The path, also used as metric label.
     pub path: &'static str,
-    /// The methods that it takes.
+    /// The allowed methods.
     pub methods: Methods,
-    /// What a client needs.
+    /// What a client needs to use the path.
     pub access: Access,
-    /// Whether it is a part of the API, which the OpenAPI document describes.
+    /// Whether the OpenAPI document describes it.
     pub described: bool,
-    /// Makes the filter that answers.
+    /// Builds the filter that handles requests.
     filter: fn(&Arc<Api>) -> BoxedFilter<(Response,)>,
 }
 
 /// The methods of a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Methods {
-    /// It is read.
+    /// GET and HEAD.
     Read,
-    /// A body is posted to it.
+    /// POST.
     Post,
-    /// It is a WebSocket.
+    /// GET with an upgrade to a WebSocket.
     Upgrade,
 }
 
@@ -43,13 +43,13 @@ pub enum Methods {
 pub enum Access {
     /// Nothing.
     Open,
-    /// A key, where the server has keys.
+    /// A key, if the server has keys.
     Key,
-    /// A key, and room in the client's rate limit: it runs code.
+    /// A key, and the request counts against the client's rate limit, since it runs code.
     Run,
 }
 
-/// All paths, those in most use first.
+/// All routes, the most used ones first.
 pub static ROUTES: [Route; 13] = [
     api("/coderunner", Methods::Post, Access::Run, coderunner::filter),
     api("/api/v2/execute", Methods::Post, Access::Run, piston::execute_filter),
@@ -66,7 +66,7 @@ pub static ROUTES: [Route; 13] = [
     file("/embed.js", page::filter),
 ];
 
-/// The other files that pages load: their names change with their contents, so they have one label.
+/// The route of all other files that pages load. They share one label, since their names change with their contents.
 static ASSET: Route = file("other", page::filter);
 
 const fn api(
@@ -82,15 +82,15 @@ const fn file(path: &'static str, filter: fn(&Arc<Api>) -> BoxedFilter<(Response
     Route { path, methods: Methods::Read, access: Access::Open, described: false, filter }
 }
 
-/// The route of a path, with or without a slash at its end.
+/// The route of a path, with or without a trailing slash.
 pub fn find(path: &str) -> Option<&'static Route> {
     let path = path.strip_suffix('/').filter(|path| !path.is_empty() && !path.ends_with('/')).unwrap_or(path);
     ROUTES.iter().find(|route| route.path == path).or_else(|| page::is_asset(path).then_some(&ASSET))
 }
 
 impl Methods {
-    /// Whether a request of this method is taken.
-    pub fn take(self, method: &Method) -> bool {
+    /// Whether the method is allowed.
+    pub fn accept(self, method: &Method) -> bool {
         match self {
             Methods::Read => method == Method::GET || method == Method::HEAD,
             Methods::Post => method == Method::POST,
@@ -98,7 +98,7 @@ impl Methods {
         }
     }
 
-    /// As in `Allow`. Browsers ask before a page of another origin may post JSON, by OPTIONS.
+    /// The value of `Allow`. OPTIONS is for the CORS preflight of JSON posts.
     pub fn allow(self) -> &'static str {
         match self {
             Methods::Read => "GET, HEAD",
@@ -107,7 +107,7 @@ impl Methods {
         }
     }
 
-    /// As in `Access-Control-Allow-Methods`.
+    /// The value of `Access-Control-Allow-Methods`.
     pub fn for_pages(self) -> &'static str {
         match self {
             Methods::Read | Methods::Upgrade => "GET",
@@ -116,7 +116,7 @@ impl Methods {
     }
 }
 
-/// The filters of a configuration.
+/// The filters of all routes, built from one configuration.
 pub struct Routes {
     /// In the order of the table.
     filters: Vec<BoxedFilter<(Response,)>>,
@@ -124,21 +124,21 @@ pub struct Routes {
 }
 
 impl Routes {
-    /// The routes of an API.
+    /// Builds the filters.
     pub fn new(api: Api) -> Routes {
         let api = Arc::new(api);
         let filter = |route: &Route| (route.filter)(&api).recover(refuse).unify().boxed();
         Routes { filters: ROUTES.iter().map(filter).collect(), asset: filter(&ASSET) }
     }
 
-    /// The filter that answers on a route.
+    /// The filter of a route.
     pub fn filter(&self, route: &'static Route) -> BoxedFilter<(Response,)> {
         let index = ROUTES.iter().position(|known| std::ptr::eq(known, route));
         index.and_then(|index| self.filters.get(index)).unwrap_or(&self.asset).clone()
     }
 }
 
-/// Turns what a filter did not take into an answer.
+/// Turns a rejection by a filter into a response.
 async fn refuse(rejection: Rejection) -> Result<Response, Infallible> {
     Ok(ApiError::from_rejection(&rejection).into_response())
 }

@@ -1,4 +1,4 @@
-//! Connections: accepted within a bound, closed gracefully.
+//! Accepts connections up to a limit, serves them, and closes them gracefully at shutdown.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,87 +14,90 @@ use tokio_util::task::TaskTracker;
 use crate::host::signals;
 use crate::http::inbox::Inbox;
 use crate::http::middleware::{self, App};
-use crate::http::socket::{Ends, Socket};
+use crate::http::socket::{CloseContext, Socket};
 use crate::model::client::Client;
 
-/// Connections at once, where there are descriptors for twice as many; further ones wait to be accepted.
+/// Most connections at the same time; fewer if there are not twice as many descriptors. Further connections wait to be
+/// accepted.
 const MAX_CONNECTIONS: usize = 10_000;
 
-/// How long a client may take for the head of a request, the wait between two requests included.
-const HEADER_TIME: Duration = Duration::from_secs(30);
+/// How long a client may take to send the head of a request, idle time between two requests included.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long to wait after a failed accept: descriptors may have run out, and come back.
+/// Pause after a failed accept: the process may be out of descriptors for a while.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Largest head of a request in bytes.
 pub const MAX_HEAD: usize = 32 * 1024;
 
 /// How long connections may take to close once their requests are answered.
-const CLOSE_TIME: Duration = Duration::from_secs(2);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long after the last accept a connection may take to bring its request: hyper would close it unread, and
-/// with a socket that systemd holds its client need not notice a restart.
-const UNREAD_TIME: Duration = Duration::from_millis(250);
+/// How long connections may still send a request after the last accept. Without it hyper would close a connection whose
+/// request has not been read yet; a client of a socket that systemd holds should not notice a restart.
+const UNREAD_GRACE: Duration = Duration::from_millis(250);
 
-/// A connection's place among all, and among those of its address; they are taken as long as anybody holds this.
+/// Permits of a connection: one of the total and one of its address. Released when all clones are dropped.
 #[derive(Debug, Clone)]
-pub struct Place {
-    _among_all: Arc<Result<OwnedSemaphorePermit, AcquireError>>,
-    _of_address: Option<Arc<OwnedSemaphorePermit>>,
-    /// What a WebSocket receives there.
+pub struct ConnectionPermit {
+    _total: Arc<Result<OwnedSemaphorePermit, AcquireError>>,
+    _per_address: Option<Arc<OwnedSemaphorePermit>>,
+    /// Counts what a WebSocket receives on this connection.
     pub inbox: Inbox,
 }
 
-/// How many places each client has left: half of all, so that none keeps out all others.
-pub(crate) struct Shares {
-    places: usize,
+/// Permits per client: each client may hold half of the total, so that no client keeps out all others.
+pub(crate) struct ClientPermits {
+    total: usize,
     left: HashMap<Client, Arc<Semaphore>>,
 }
 
-/// Accepts until `stop`, then returns a future that ends when all connections have closed.
+/// Accepts connections until `stop`. Returns a future that completes when all connections have closed.
 pub async fn serve(
     listener: TcpListener,
     apps: watch::Receiver<Arc<App>>,
     stop: CancellationToken,
 ) -> impl Future<Output = ()> {
     let (closing, connections) = (CancellationToken::new(), TaskTracker::new());
-    let count = places();
-    let (places, mut shares) = (Arc::new(Semaphore::new(count)), Shares::new(count));
+    let max = max_connections();
+    let (permits, mut per_address) = (Arc::new(Semaphore::new(max)), ClientPermits::new(max));
     loop {
         let accepted = tokio::select! {
             accepted = async {
-                let place = Arc::clone(&places).acquire_owned().await;
-                (listener.accept().await, place)
+                let permit = Arc::clone(&permits).acquire_owned().await;
+                (listener.accept().await, permit)
             } => accepted,
             () = stop.cancelled() => break,
         };
-        let (stream, peer, among_all) = match accepted {
-            (Ok((stream, peer)), place) => (stream, peer.ip().to_canonical(), place),
+        let (stream, peer, total_permit) = match accepted {
+            (Ok((stream, peer)), permit) => (stream, peer.ip().to_canonical(), permit),
             (Err(error), _) => {
                 tracing::warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
-        // Whoever comes through a proxy of ours is not alone behind its address.
-        let of_address = match peer.is_loopback() || apps.borrow().gate.trusts(peer) {
+        // Clients behind a trusted proxy share its address.
+        let address_permit = match peer.is_loopback() || apps.borrow().gate.trusts(peer) {
             true => None,
-            false => match shares.take(Client::at(peer)) {
-                Some(share) => Some(Arc::new(share)),
+            false => match per_address.try_acquire(Client::at(peer)) {
+                Some(permit) => Some(Arc::new(permit)),
                 None => {
-                    tracing::debug!(%peer, "no more connections of one address");
+                    tracing::debug!(%peer, "connection closed: too many connections from one address");
                     continue;
                 }
             },
         };
-        let place = Place { _among_all: Arc::new(among_all), _of_address: of_address, inbox: Inbox::default() };
-        let ends = Ends { tracker: connections.clone(), closing: closing.clone(), place: place.clone() };
-        let service = middleware::service(apps.clone(), Some(peer), place.clone());
+        let permit =
+            ConnectionPermit { _total: Arc::new(total_permit), _per_address: address_permit, inbox: Inbox::default() };
+        let close_context =
+            CloseContext { tracker: connections.clone(), stop_lingering: closing.clone(), permit: permit.clone() };
+        let service = middleware::service(apps.clone(), Some(peer), permit.clone());
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(HEADER_TIME)
+            .header_read_timeout(HEADER_TIMEOUT)
             .max_buf_size(MAX_HEAD)
-            .serve_connection(TokioIo::new(Socket::new(stream, ends)), service)
+            .serve_connection(TokioIo::new(Socket::new(stream, close_context)), service)
             .with_upgrades();
         let closing = closing.clone();
         connections.spawn(signals::isolate_panics(async move {
@@ -106,41 +109,41 @@ pub async fn serve(
                     connection.await
                 }
             };
-            // A client that breaks off is its own business.
-            drop((ended, place));
+            // A client may close its connection at any time, which is no error of the server.
+            drop((ended, permit));
         }));
     }
     drop(listener);
     async move {
-        tokio::time::sleep(UNREAD_TIME).await;
+        tokio::time::sleep(UNREAD_GRACE).await;
         closing.cancel();
         connections.close();
-        if tokio::time::timeout(CLOSE_TIME, connections.wait()).await.is_err() {
+        if tokio::time::timeout(CLOSE_TIMEOUT, connections.wait()).await.is_err() {
             tracing::info!("some connections did not close in time");
         }
     }
 }
 
-impl Shares {
-    /// Those of so many places in all.
-    pub fn new(places: usize) -> Shares {
-        Shares { places, left: HashMap::new() }
+impl ClientPermits {
+    /// Permits per client for this total.
+    pub fn new(total: usize) -> ClientPermits {
+        ClientPermits { total, left: HashMap::new() }
     }
 
-    /// A place of this client, if it has one left.
-    pub fn take(&mut self, client: Client) -> Option<OwnedSemaphorePermit> {
-        let share = self.places.div_ceil(2);
-        if self.left.len() >= self.places {
-            self.left.retain(|_, left| left.available_permits() < share);
+    /// A permit for this client, if it has one left.
+    pub fn try_acquire(&mut self, client: Client) -> Option<OwnedSemaphorePermit> {
+        let limit = self.total.div_ceil(2);
+        if self.left.len() >= self.total {
+            self.left.retain(|_, left| left.available_permits() < limit);
         }
-        let left = self.left.entry(client).or_insert_with(|| Arc::new(Semaphore::new(share)));
+        let left = self.left.entry(client).or_insert_with(|| Arc::new(Semaphore::new(limit)));
         Arc::clone(left).try_acquire_owned().ok()
     }
 }
 
-/// How many connections there may be. Descriptors are allowed as far as they can be, and half of them kept for all
-/// else: whoever floods the server with connections keeps it from no run.
-fn places() -> usize {
+/// The limit of connections. Raises the descriptor limit as far as allowed, and keeps half of the descriptors for
+/// everything else, so that a flood of connections cannot stop runs.
+fn max_connections() -> usize {
     let allowed = getrlimit(Resource::RLIMIT_NOFILE).map(|(soft, hard)| {
         let raised = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
         raised.map_or(soft, |()| hard)
@@ -155,22 +158,22 @@ mod tests {
 
     #[test]
     fn no_address_takes_more_than_half_of_the_places() {
-        let mut shares = Shares::new(10);
-        let mut take = |address: &str| shares.take(Client::at(address.parse().unwrap()));
+        let mut per_address = ClientPermits::new(10);
+        let mut take = |address: &str| per_address.try_acquire(Client::at(address.parse().unwrap()));
         let mut held: Vec<_> = (0..5).filter_map(|_| take("192.0.2.1")).collect();
         assert_eq!(held.len(), 5);
         assert!(take("192.0.2.1").is_none() && take("::ffff:192.0.2.1").is_none());
         assert!(take("192.0.2.2").is_some());
         held.pop();
-        assert!(take("192.0.2.1").is_some(), "what is given back can be had again");
+        assert!(take("192.0.2.1").is_some(), "a released permit can be acquired again");
     }
 
     #[test]
     fn addresses_that_have_left_are_forgotten() {
-        let mut shares = Shares::new(10);
-        let _stays = shares.take(Client::at([192, 0, 2, 1].into()));
-        (0..=255).for_each(|last| drop(shares.take(Client::at([198, 51, 100, last].into()))));
-        assert!(shares.left.len() <= 10);
-        assert!(shares.left.contains_key(&Client::at([192, 0, 2, 1].into())));
+        let mut per_address = ClientPermits::new(10);
+        let _stays = per_address.try_acquire(Client::at([192, 0, 2, 1].into()));
+        (0..=255).for_each(|last| drop(per_address.try_acquire(Client::at([198, 51, 100, last].into()))));
+        assert!(per_address.left.len() <= 10);
+        assert!(per_address.left.contains_key(&Client::at([192, 0, 2, 1].into())));
     }
 }

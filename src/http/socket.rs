@@ -1,4 +1,5 @@
-//! The socket of a connection: closed when its client takes too little, and in such a way that the last answer arrives.
+//! The socket of a connection. Closes the connection when its client reads too slowly, and closes it in such a way that
+//! the client still receives the last response.
 
 use std::io::{self, IoSlice};
 use std::os::fd::AsRawFd;
@@ -15,86 +16,88 @@ use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::http::server::Place;
+use crate::http::server::ConnectionPermit;
 
-/// How long a client may take nothing while something is to be sent. A kernel opens a window that was closed when about
-/// a sixteenth of its receive buffer is free, 400 KB of Linux's 6 MB: who reads as slowly as [`FLOOR`] or twice that
-/// seems to take nothing for almost as long.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a client may acknowledge nothing while data waits to be sent. A kernel reopens a closed receive window when
+/// about a sixteenth of the receive buffer is free, 400 KB of Linux's 6 MB. A client that reads at [`MIN_RATE`] or
+/// twice that therefore seems to read nothing for almost this long.
+const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Bytes that a client has to take in a second, on average over [`PATIENCE`], half of what a modem of 1998 did: an
-/// answer of 6 MiB takes 26 minutes at most, and who takes a byte at a time is closed after little more than a minute.
-const FLOOR: f64 = 4096.0;
+/// Bytes per second that a client has to read on average over [`STALL_TIMEOUT`], about half the speed of a 56k modem: a
+/// response of 6 MiB takes at most 26 minutes, and a client that reads single bytes is disconnected after little more
+/// than a minute.
+const MIN_RATE: f64 = 4096.0;
 
-/// Time between two looks at what a client has taken.
-const LOOK: Duration = Duration::from_secs(5);
+/// Time between two checks of the bytes that a client has acknowledged.
+const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Bytes that the kernel holds for a client and has not sent: more would be memory that no budget counts.
-const UNSENT: u32 = 64 * 1024;
+/// Most unsent bytes that the kernel holds for a client: no budget counts this memory.
+const MAX_UNSENT: u32 = 64 * 1024;
 
-/// How long after the last answer what the client still sends is read and dropped, and how much: a socket that is closed
-/// with something unread is reset, which may take the answer away before the client has read it.
-const LINGER_TIME: Duration = Duration::from_secs(5);
+/// How long, and how many bytes, the server reads and discards after the last response. The kernel resets a connection
+/// that is closed with unread data, and the client may then lose the response.
+const LINGER_TIMEOUT: Duration = Duration::from_secs(5);
 const LINGER_BYTES: usize = 4 << 20;
 
 nix::ioctl_read_bad!(unacknowledged, libc::TIOCOUTQ, libc::c_int);
 
 /// A connection's socket.
 pub struct Socket {
-    /// There until it is dropped.
+    /// `None` only while the socket is dropped.
     stream: Option<TcpStream>,
-    /// Bytes that the kernel has accepted.
+    /// Bytes written to the kernel.
     accepted: u64,
-    patience: Patience,
-    /// When to look next, while the client is waited for.
-    look: Option<Pin<Box<Sleep>>>,
-    /// Whether the client sends no more, or nothing can be sent to it.
-    over: bool,
-    ends: Ends,
+    stall_timer: StallTimer,
+    /// Timer of the next check, while a write waits for the client.
+    next_check: Option<Pin<Box<Sleep>>>,
+    /// Whether lingering is useless: the client has closed its side, or the connection failed.
+    skip_linger: bool,
+    close_context: CloseContext,
 }
 
-/// What becomes of sockets at their end.
+/// What a socket needs when it is closed.
 #[derive(Debug, Clone)]
-pub struct Ends {
-    /// Who waits for all of them.
+pub struct CloseContext {
+    /// Tracks the tasks of closing sockets.
     pub tracker: TaskTracker,
-    /// Ends waiting for clients.
-    pub closing: CancellationToken,
+    /// Stops lingering.
+    pub stop_lingering: CancellationToken,
     /// Held until the socket is closed.
-    pub place: Place,
+    pub permit: ConnectionPermit,
 }
 
-/// How long a client may still be waited for: what it takes adds to it, waiting takes from it.
+/// How long the server still waits for a client that reads slowly. Waiting uses the time up; acknowledged bytes restore
+/// it.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Patience {
+struct StallTimer {
     left: Duration,
-    /// Since when it is waited for, and what it had taken then.
+    /// Time of the last check, and the bytes acknowledged by then; `None` while no write waits.
     waiting: Option<(Instant, u64)>,
 }
 
-impl Patience {
-    /// Counts the time since the last look, and what was taken since; whether the client may be waited for any longer.
-    fn look(&mut self, now: Instant, taken: u64) -> bool {
-        if let Some((since, before)) = self.waiting.replace((now, taken)) {
-            let earned = Duration::from_secs_f64(taken.saturating_sub(before) as f64 / FLOOR);
-            self.left = (self.left + earned).min(PATIENCE).saturating_sub(now.saturating_duration_since(since));
+impl StallTimer {
+    /// Counts the time and the acknowledged bytes since the last check. Returns whether to wait any longer.
+    fn check(&mut self, now: Instant, acknowledged: u64) -> bool {
+        if let Some((since, before)) = self.waiting.replace((now, acknowledged)) {
+            let earned = Duration::from_secs_f64(acknowledged.saturating_sub(before) as f64 / MIN_RATE);
+            self.left = (self.left + earned).min(STALL_TIMEOUT).saturating_sub(now.saturating_duration_since(since));
         }
         !self.left.is_zero()
     }
 }
 
 impl Socket {
-    /// Takes a connection over.
-    pub fn new(stream: TcpStream, ends: Ends) -> Socket {
-        // Answers are small, and the client waits for them.
+    /// Takes over a connection.
+    pub fn new(stream: TcpStream, close_context: CloseContext) -> Socket {
+        // Responses are small, and the client waits for them.
         let _ = stream.set_nodelay(true);
-        let _ = SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT);
-        let patience = Patience { left: PATIENCE, waiting: None };
-        Socket { stream: Some(stream), accepted: 0, patience, look: None, over: false, ends }
+        let _ = SockRef::from(&stream).set_tcp_notsent_lowat(MAX_UNSENT);
+        let stall_timer = StallTimer { left: STALL_TIMEOUT, waiting: None };
+        Socket { stream: Some(stream), accepted: 0, stall_timer, next_check: None, skip_linger: false, close_context }
     }
 
-    /// Bytes that the client's kernel has taken.
-    fn taken(&self) -> u64 {
+    /// Bytes that the client's kernel has acknowledged.
+    fn acknowledged(&self) -> u64 {
         let mut queued = 0;
         if let Some(stream) = &self.stream {
             // SAFETY: the descriptor is open, and the kernel writes one int to where the pointer leads.
@@ -103,43 +106,43 @@ impl Socket {
         self.accepted.saturating_sub(u64::try_from(queued).unwrap_or(0))
     }
 
-    /// What comes of an attempt to write.
-    fn after(&mut self, context: &mut Context, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+    /// Handles the result of an attempt to write.
+    fn after_write(&mut self, context: &mut Context, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         match written {
             Poll::Ready(result) => {
                 match &result {
                     Ok(length) => self.accepted += *length as u64,
-                    Err(_) => self.over = true,
+                    Err(_) => self.skip_linger = true,
                 }
-                if self.patience.waiting.is_some() {
-                    let taken = self.taken();
-                    self.patience.look(Instant::now(), taken);
-                    self.patience.waiting = None;
+                if self.stall_timer.waiting.is_some() {
+                    let acknowledged = self.acknowledged();
+                    self.stall_timer.check(Instant::now(), acknowledged);
+                    self.stall_timer.waiting = None;
                 }
                 Poll::Ready(result)
             }
-            Poll::Pending => self.wait(context),
+            Poll::Pending => self.wait_writable(context),
         }
     }
 
-    /// Waits for a client that does not take what is written.
-    fn wait(&mut self, context: &mut Context) -> Poll<io::Result<usize>> {
-        let mut look = self.look.take().unwrap_or_else(|| Box::pin(tokio::time::sleep(LOOK)));
-        if self.patience.waiting.is_none() {
-            let taken = self.taken();
-            self.patience.look(Instant::now(), taken);
-            look.as_mut().reset(tokio::time::Instant::now() + LOOK);
+    /// Waits until the client reads; an error if it reads too slowly.
+    fn wait_writable(&mut self, context: &mut Context) -> Poll<io::Result<usize>> {
+        let mut timer = self.next_check.take().unwrap_or_else(|| Box::pin(tokio::time::sleep(CHECK_INTERVAL)));
+        if self.stall_timer.waiting.is_none() {
+            let acknowledged = self.acknowledged();
+            self.stall_timer.check(Instant::now(), acknowledged);
+            timer.as_mut().reset(tokio::time::Instant::now() + CHECK_INTERVAL);
         }
-        while look.as_mut().poll(context).is_ready() {
-            let taken = self.taken();
-            if !self.patience.look(Instant::now(), taken) {
-                tracing::debug!("a connection is closed: its client takes too little");
-                self.over = true;
+        while timer.as_mut().poll(context).is_ready() {
+            let acknowledged = self.acknowledged();
+            if !self.stall_timer.check(Instant::now(), acknowledged) {
+                tracing::debug!("connection closed: its client reads too slowly");
+                self.skip_linger = true;
                 return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
             }
-            look.as_mut().reset(tokio::time::Instant::now() + LOOK);
+            timer.as_mut().reset(tokio::time::Instant::now() + CHECK_INTERVAL);
         }
-        self.look = Some(look);
+        self.next_check = Some(timer);
         Poll::Pending
     }
 
@@ -157,8 +160,8 @@ impl AsyncRead for Socket {
         let before = buffer.filled().len();
         let read = ready!(self.stream()?.poll_read(context, buffer));
         let length = buffer.filled().len() - before;
-        let read = read.and_then(|()| self.ends.place.inbox.received(length));
-        self.over |= read.is_err() || (length == 0 && buffer.remaining() > 0);
+        let read = read.and_then(|()| self.close_context.permit.inbox.received(length));
+        self.skip_linger |= read.is_err() || (length == 0 && buffer.remaining() > 0);
         Poll::Ready(read)
     }
 }
@@ -166,7 +169,7 @@ impl AsyncRead for Socket {
 impl AsyncWrite for Socket {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = self.stream()?.poll_write(context, bytes);
-        self.after(context, written)
+        self.after_write(context, written)
     }
 
     fn poll_write_vectored(
@@ -175,7 +178,7 @@ impl AsyncWrite for Socket {
         bytes: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = self.stream()?.poll_write_vectored(context, bytes);
-        self.after(context, written)
+        self.after_write(context, written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -194,19 +197,19 @@ impl AsyncWrite for Socket {
 impl Drop for Socket {
     fn drop(&mut self) {
         let Some(stream) = self.stream.take() else { return };
-        // From now on the kernel alone waits for the client.
-        let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(PATIENCE));
-        if !self.over && Handle::try_current().is_ok() {
-            let Ends { tracker, closing, place } = self.ends.clone();
+        // The server no longer watches the client, so the kernel has to.
+        let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(STALL_TIMEOUT));
+        if !self.skip_linger && Handle::try_current().is_ok() {
+            let CloseContext { tracker, stop_lingering, permit } = self.close_context.clone();
             tracker.spawn(async move {
-                closing.run_until_cancelled(linger(stream)).await;
-                drop(place);
+                stop_lingering.run_until_cancelled(linger(stream)).await;
+                drop(permit);
             });
         }
     }
 }
 
-/// Says that nothing more comes, and reads until the client says so too.
+/// Closes the sending side, then reads until the client closes its side.
 async fn linger(mut stream: TcpStream) {
     let closing = async {
         stream.shutdown().await?;
@@ -220,8 +223,8 @@ async fn linger(mut stream: TcpStream) {
         }
         io::Result::Ok(())
     };
-    // Whatever comes of it, the connection is closed.
-    let _ = tokio::time::timeout(LINGER_TIME, closing).await;
+    // The connection is closed in any case.
+    let _ = tokio::time::timeout(LINGER_TIMEOUT, closing).await;
 }
 
 #[cfg(test)]
@@ -230,40 +233,40 @@ mod tests {
 
     const MINUTE: u64 = 60;
 
-    /// Seconds until a client is given up that takes so many bytes each time so many seconds have passed.
-    fn given_up(bytes: u64, pause: u64) -> Option<u64> {
+    /// Seconds until the server closes the connection of a client that reads `bytes` every `pause` seconds.
+    fn closed_after(bytes: u64, pause: u64) -> Option<u64> {
         let start = Instant::now();
-        let mut patience = Patience { left: PATIENCE, waiting: None };
-        patience.look(start, 0);
-        let looks = (1..2000).map(|n| n * LOOK.as_secs());
-        looks.into_iter().find(|&at| !patience.look(start + Duration::from_secs(at), at / pause * bytes))
+        let mut stall_timer = StallTimer { left: STALL_TIMEOUT, waiting: None };
+        stall_timer.check(start, 0);
+        let checks = (1..2000).map(|n| n * CHECK_INTERVAL.as_secs());
+        checks.into_iter().find(|&at| !stall_timer.check(start + Duration::from_secs(at), at / pause * bytes))
     }
 
     #[test]
     fn who_takes_nothing_is_given_up_after_its_time() {
-        assert_eq!(given_up(0, 1), Some(MINUTE));
+        assert_eq!(closed_after(0, 1), Some(MINUTE));
     }
 
     #[test]
     fn who_takes_a_little_each_time_is_not_given_up() {
-        assert_eq!(given_up(60_000, 8), None);
-        assert_eq!(given_up(400_000, 55), None, "as a window opens that was closed");
-        assert_eq!(given_up(4096, 1), None);
+        assert_eq!(closed_after(60_000, 8), None);
+        assert_eq!(closed_after(400_000, 55), None, "as when a closed receive window reopens");
+        assert_eq!(closed_after(4096, 1), None);
     }
 
     #[test]
     fn who_trickles_is_given_up() {
-        assert!(given_up(1, 1).is_some_and(|at| at <= MINUTE + 5));
-        assert!(given_up(1000, 1).is_some_and(|at| at <= 2 * MINUTE));
+        assert!(closed_after(1, 1).is_some_and(|at| at <= MINUTE + 5));
+        assert!(closed_after(1000, 1).is_some_and(|at| at <= 2 * MINUTE));
     }
 
     #[test]
     fn time_in_which_there_was_nothing_to_send_does_not_count() {
         let start = Instant::now();
-        let mut patience = Patience { left: PATIENCE, waiting: None };
-        patience.look(start, 0);
-        patience.waiting = None;
-        assert!(patience.look(start + Duration::from_secs(600), 0));
-        assert!(patience.look(start + Duration::from_secs(630), 0));
+        let mut stall_timer = StallTimer { left: STALL_TIMEOUT, waiting: None };
+        stall_timer.check(start, 0);
+        stall_timer.waiting = None;
+        assert!(stall_timer.check(start + Duration::from_secs(600), 0));
+        assert!(stall_timer.check(start + Duration::from_secs(630), 0));
     }
 }

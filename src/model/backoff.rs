@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// The pauses between attempts that fail: each is twice as long as the one before it, up to the longest.
+/// Pauses between failed attempts: each is twice as long as the previous one, up to a maximum.
 #[derive(Debug, Clone)]
 pub struct Backoff {
     first: Duration,
@@ -11,7 +11,7 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// A backoff that has seen no failure.
+    /// A backoff with no failure yet.
     pub fn new(first: Duration, longest: Duration) -> Backoff {
         Backoff { first, longest, pause: first }
     }
@@ -21,14 +21,14 @@ impl Backoff {
         self.pause
     }
 
-    /// Notes a failure, and returns the pause before the next attempt.
+    /// Records a failure and returns the pause before the next attempt.
     pub fn failed(&mut self) -> Duration {
         let pause = self.pause;
         self.pause = pause.saturating_mul(2).min(self.longest);
         pause
     }
 
-    /// Notes a success: the next failure is followed by the first pause again.
+    /// Records a success: the pauses start over from the first one.
     pub fn reset(&mut self) {
         self.pause = self.first;
     }

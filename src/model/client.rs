@@ -1,23 +1,24 @@
-//! Who sends requests.
+//! The client of a request.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
-/// Who sends requests: what rates and turns are counted by.
+/// The client of a request: the unit of rate limits and of fair queueing.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub enum Client {
-    /// The name of a key.
+    /// A client with an API key, by the name of the key.
     Key(Arc<str>),
-    /// An address, see [`Client::at`].
+    /// A client without a key, by its address; see [`Client::at`].
     Address(IpAddr),
-    /// Nobody from outside.
+    /// A client without key and address, such as the command line.
     #[default]
-    Ourselves,
+    Unidentified,
 }
 
 impl Client {
-    /// Who has this address. An IPv6 host has a network of 2^64 of them: that counts as one.
+    /// The client at an address. An IPv6 host usually owns a /64 network, so all addresses of a /64 count as one
+    /// client.
     pub fn at(address: IpAddr) -> Client {
         Client::Address(match address.to_canonical() {
             IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64)),
@@ -31,7 +32,7 @@ impl fmt::Display for Client {
         match self {
             Client::Key(name) => f.write_str(name),
             Client::Address(address) => address.fmt(f),
-            Client::Ourselves => f.write_str("unknown"),
+            Client::Unidentified => f.write_str("unknown"),
         }
     }
 }
@@ -46,6 +47,6 @@ mod tests {
         assert_eq!(at("2001:db8:1:2::1"), at("2001:db8:1:2:ffff::9"));
         assert_ne!(at("2001:db8:1:2::1"), at("2001:db8:1:3::1"));
         assert_ne!(at("192.0.2.1"), at("192.0.2.2"));
-        assert_eq!(at("::ffff:192.0.2.1"), at("192.0.2.1"), "the same host over a socket of both kinds");
+        assert_eq!(at("::ffff:192.0.2.1"), at("192.0.2.1"), "an IPv4 client of a dual-stack socket");
     }
 }

@@ -8,30 +8,30 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::limits::{Limits, StageMemory};
 
-/// The unit in which a tmpfs gives memory to a file, in bytes.
+/// Bytes of a page: a tmpfs allocates memory to files in whole pages.
 const PAGE: usize = 4096;
 
 /// One program to compile and run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Job {
-    /// Name in the catalogue.
+    /// Name of the language in the catalogue.
     pub language: String,
-    /// Sources of the client and files that the language adds.
+    /// Source files from the client, then the files that the language adds.
     pub files: Arc<[SourceFile]>,
     /// Standard input of the run stage.
     pub stdin: Bytes,
     /// Arguments appended to the language's run command.
     pub args: Arc<[String]>,
-    /// Whether both output streams share one pipe, which keeps their order exact.
+    /// Whether stdout and stderr share one pipe.
     pub streams: Streams,
-    /// Limits in force, the language's unless the client asked for lower ones.
+    /// Limits of this job: the language's, or lower ones that the client asked for.
     pub limits: Limits,
-    /// Lower memory limits of the stages, where the client asked for them.
+    /// Memory limits of single stages, where the client asked for less than the container has.
     pub memory: StageMemory,
 }
 
 impl Job {
-    /// Checks that the files fit within the limits of disk and inodes; the error says why they do not.
+    /// Checks that the files fit within the disk and inode limits. The error is a message for the client.
     pub fn has_room(&self) -> Result<(), String> {
         let names = || self.files.iter().map(|file| file.name.as_str());
         let parents: BTreeSet<&str> =
@@ -40,12 +40,12 @@ impl Job {
         let inodes = (self.files.len() + parents.len() + 1) as u64;
         let bytes: usize = self.files.iter().map(|file| file.content.len().next_multiple_of(PAGE)).sum();
         if inodes > self.limits.inodes {
-            let most = self.limits.inodes;
-            return Err(format!("the files are {inodes} with their directories, and at most {most} are allowed"));
+            let max = self.limits.inodes;
+            return Err(format!("the files are {inodes} with their directories, and at most {max} are allowed"));
         }
         if bytes as u64 > self.limits.directory_size() {
-            let most = self.limits.directory_size();
-            return Err(format!("the files take {bytes} bytes of a disk of {most}"));
+            let max = self.limits.directory_size();
+            return Err(format!("the files take {bytes} bytes of a disk of {max}"));
         }
         Ok(())
     }
@@ -54,18 +54,18 @@ impl Job {
 /// One file of a job, placed in the working directory before the first stage.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SourceFile {
-    /// Relative path without `..`, checked where the job is built.
+    /// Relative path without `..`; the code that builds the job has checked it.
     pub name: String,
     /// Contents, byte for byte.
     pub content: Bytes,
 }
 
-/// How the two output streams of a program are read.
+/// How the server reads the two output streams of a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Streams {
-    /// One pipe for both: order exact, everything counts as stdout.
+    /// One pipe for both: the order is exact, and everything counts as stdout.
     Merged,
-    /// A pipe each: streams told apart, their order that of arrival.
+    /// A pipe each: the streams stay apart, and their relative order is that of arrival.
     Separate,
 }
 
@@ -73,9 +73,9 @@ pub enum Streams {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Stage {
-    /// Source to artifact.
+    /// Compiles the source to the artifact.
     Compile,
-    /// The program itself.
+    /// Runs the program.
     Run,
 }
 

@@ -1,18 +1,18 @@
-//! The key of a job in the memo: a hash of everything that can change the answer.
+//! The cache key of a job.
 
 use crate::model::job::{Job, Streams};
 use crate::model::limits::Limits;
 
-/// Key of the memo: a hash of everything that can change an answer.
+/// A cache key: a hash of everything that can change the outcome of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct JobKey([u8; 32]);
 
 impl Job {
-    /// The memo key of this job on an image; `image` is its content id, not its name.
+    /// The cache key of this job on an image. `image` is the content id, not the name.
     pub fn key(&self, image: &str) -> JobKey {
-        // Hashed as a whole: hashing piece by piece takes longer than the rest of a memo hit.
+        // Collected first and hashed at once: hashing piece by piece takes longer than the rest of a cache hit.
         let mut text = Vec::with_capacity(512);
-        // Each field is preceded by its length, so that no two jobs give the same text.
+        // Each field is preceded by its length, so that different jobs never give the same bytes.
         let mut add = |bytes: &[u8]| {
             text.extend_from_slice(&(bytes.len() as u64).to_le_bytes());
             text.extend_from_slice(bytes);
@@ -41,7 +41,7 @@ impl Job {
 impl Limits {
     /// All limits as numbers, in a fixed order.
     fn numbers(&self) -> [u128; 12] {
-        // Without `..`: a limit that is added and not hashed does not compile.
+        // Without `..`, so that adding a limit without hashing it does not compile.
         let Limits {
             memory,
             processes,

@@ -1,4 +1,4 @@
-//! Languages, which are data: an image, files, and the commands of two stages.
+//! Languages: each is an image, some files, and the commands of the two stages.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,15 +12,15 @@ use crate::model::job::{Job, SourceFile, Stage, Streams};
 use crate::model::limits::{Limits, StageMemory};
 use crate::model::outcome::{Outcome, StageOutcome, Verdict};
 
-/// The catalogue that is built in.
+/// The built-in catalogue of languages.
 pub const CATALOGUE: &str = include_str!("languages.toml");
 
-/// An entry of the catalogue as it is written. Its limits are only those that differ from the general ones.
+/// A catalogue entry as written in TOML. `limits` holds only those that differ from the general limits.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LanguageSettings {
     image: String,
-    #[serde(default = "some_version")]
+    #[serde(default = "default_version")]
     version: Version,
     #[serde(default)]
     aliases: Vec<String>,
@@ -38,19 +38,19 @@ pub struct LanguageSettings {
     health: Health,
 }
 
-/// The version of an entry that names none.
-fn some_version() -> Version {
+/// Version of an entry that names none.
+fn default_version() -> Version {
     Version::new(1, 0, 0)
 }
 
 impl LanguageSettings {
-    /// Whether requests may use this name for it.
+    /// Whether this is one of its aliases.
     pub fn has_alias(&self, name: &str) -> bool {
         self.aliases.iter().any(|alias| alias == name)
     }
 }
 
-/// What is wrong with an entry: its key, the value and what is allowed.
+/// An invalid entry: the key, its value and what is allowed.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("language.{language}.{key} = {value:?}: {allowed}")]
 pub struct LanguageError {
@@ -60,20 +60,20 @@ pub struct LanguageError {
     allowed: &'static str,
 }
 
-/// A language that can be served.
+/// A checked language.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Language {
-    /// Its key in the catalogue: lower-case letters, digits, `-`, `+` and `_`.
+    /// Name in the catalogue: lower-case letters, digits, `-`, `+` and `_`.
     pub name: String,
-    /// The version that clients are told; they may ask for a range of versions.
+    /// Version shown to clients. A request may name a range that it has to be in.
     pub version: Version,
     /// Other names that requests may use.
     pub aliases: Vec<String>,
-    /// The name of the image. Sandboxes are made from the id that it stood for when it was checked.
+    /// Name of the image. Sandboxes use the image id that the name had when the image was checked.
     pub image: String,
-    /// Name of the file that a request's code becomes.
+    /// Name of the file that holds the request's program.
     pub source: String,
-    /// Files beside it that a request cannot replace.
+    /// Files that the language adds beside the source; a request cannot replace them.
     pub files: BTreeMap<String, String>,
     compile: Vec<String>,
     artifact: Option<String>,
@@ -81,12 +81,12 @@ pub struct Language {
     env: BTreeMap<String, String>,
     /// Limits of its sandboxes.
     pub limits: Limits,
-    /// How its images are checked.
+    /// Health program, which checks its image.
     pub health: Health,
 }
 
 impl Language {
-    /// Checks an entry. `limits` are the general ones with the entry's own over them.
+    /// Checks an entry. `limits` are the general limits, overridden by those of the entry.
     pub fn new(name: &str, entry: LanguageSettings, limits: Limits) -> Result<Language, LanguageError> {
         let require = |ok: bool, key: &'static str, value: &str, allowed: &'static str| match ok {
             true => Ok(()),
@@ -125,12 +125,12 @@ impl Language {
         })
     }
 
-    /// The job of a request that is nothing but code: the language's own files are beside it.
+    /// A job with a single source file. The language's own files are added.
     pub fn job(&self, code: Bytes, streams: Streams) -> Job {
         self.job_of(vec![SourceFile { name: self.source.clone(), content: code }], streams)
     }
 
-    /// The job of a request's files, whose names were checked; the language's own are beside them.
+    /// A job with these files, whose names the caller has checked. The language's own files are added.
     pub fn job_of(&self, files: Vec<SourceFile>, streams: Streams) -> Job {
         let own = self.files.iter().map(|(name, text)| SourceFile { name: name.clone(), content: text.clone().into() });
         Job {
@@ -144,12 +144,12 @@ impl Language {
         }
     }
 
-    /// Names that a request's files cannot have: the language's own files, and what compiling makes.
+    /// File names that a request cannot use: the language's own files and the compile artifact.
     pub fn reserved(&self) -> impl Iterator<Item = &str> {
         self.files.keys().chain(&self.artifact).map(String::as_str)
     }
 
-    /// The command of a stage; none where the language has no such stage.
+    /// The command of a stage, or `None` if the language has no such stage.
     pub fn command(&self, stage: Stage) -> Option<&[String]> {
         match stage {
             Stage::Compile => (!self.compile.is_empty()).then_some(&self.compile),
@@ -157,7 +157,7 @@ impl Language {
         }
     }
 
-    /// The file that a stage must leave behind.
+    /// The file that a stage must create.
     pub fn artifact(&self, stage: Stage) -> Option<&str> {
         match stage {
             Stage::Compile => self.artifact.as_deref(),
@@ -165,7 +165,8 @@ impl Language {
         }
     }
 
-    /// The environment variables of its programs, with the memory limit inserted.
+    /// The environment variables of its programs. `{memory}` and `{memory/2}` become the memory limit and half of it,
+    /// in bytes.
     pub fn environment(&self) -> Vec<(String, String)> {
         let memory = self.limits.memory.as_u64();
         let fill = |value: &String| {
@@ -175,26 +176,26 @@ impl Language {
     }
 }
 
-/// The language of this name or alias.
+/// Finds a language by its name or an alias.
 pub fn named<'a>(languages: &'a [Arc<Language>], name: &str) -> Option<&'a Arc<Language>> {
     languages.iter().find(|language| language.name == name || language.aliases.iter().any(|alias| alias == name))
 }
 
-/// How many characters of the output of a health program are reported when it is not what was expected.
-const TOLD: usize = 300;
+/// Most characters of a failed health program's output that are reported.
+const REPORTED_OUTPUT: usize = 300;
 
-/// A program that shows whether an image works.
+/// A health program: it shows whether an image works.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Health {
     /// Its source.
     pub code: String,
-    /// What it must print.
+    /// The exact output that it must print.
     pub output: String,
 }
 
 impl Health {
-    /// Says what is wrong with an outcome of this program, if anything is.
+    /// Why this outcome of the health program is a failure, or `None` if it passed.
     pub fn failure(&self, outcome: &Outcome) -> Option<String> {
         let printed = outcome.run.as_ref().map(|run| run.output.text()).unwrap_or_default();
         if outcome.verdict() == Verdict::Ok && printed == self.output {
@@ -202,27 +203,27 @@ impl Health {
         }
         let stages = [&outcome.compile, &outcome.run];
         let explained: String = stages.into_iter().flatten().map(StageOutcome::explained).collect();
-        let explained: String = explained.chars().take(TOLD).collect();
+        let explained: String = explained.chars().take(REPORTED_OUTPUT).collect();
         Some(format!("it ended with {:?} and printed {explained:?} instead of {:?}", outcome.verdict(), self.output))
     }
 }
 
-/// Whether this can be the name of a language, of an instance or of the owner of a key. Languages and instances become part
-/// of container names and labels.
+/// Whether this can be the name of a language, an instance or a key. Names of languages and instances become part of
+/// container names and labels.
 pub fn is_name(name: &str) -> bool {
     name.len() <= 32
         && name.starts_with(|c: char| c.is_ascii_lowercase())
         && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "-+_".contains(c))
 }
 
-/// Whether this is an image reference, which podman cannot take for an option.
+/// Whether this is an image reference. One that starts with `-` is refused: podman would take it for an option.
 fn is_image(image: &str) -> bool {
     (1..=255).contains(&image.len())
         && image.starts_with(|c: char| c.is_ascii_alphanumeric())
         && image.chars().all(|c| c.is_ascii_alphanumeric() || "./:@_-".contains(c))
 }
 
-/// Whether this is a path that stays below the directory it is joined to.
+/// Whether this is a relative path that stays below the directory it is joined to.
 pub fn is_file_name(name: &str) -> bool {
     (1..=255).contains(&name.len())
         && !name.contains('\0')

@@ -11,24 +11,24 @@ use crate::model::job::Stage;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Limits {
-    /// Memory of the container with its files; swap is the same, so none.
+    /// Memory of the container, files in writable directories included. No swap is allowed beyond it.
     #[serde(serialize_with = "crate::model::size::exact")]
     pub memory: ByteSize,
-    /// Processes and threads at once.
+    /// Most processes and threads at the same time.
     pub processes: u32,
-    /// CPUs that may be kept busy.
+    /// CPUs that the container may use; may be a fraction.
     pub cpus: f64,
-    /// Open files of a process.
+    /// Most open files of a process.
     pub open_files: u64,
-    /// Size of each writable directory; see [`Limits::directory_size`].
+    /// Largest size of each writable directory; see [`Limits::directory_size`].
     #[serde(serialize_with = "crate::model::size::exact")]
     pub disk: ByteSize,
-    /// Files in each writable directory.
+    /// Most inodes of each writable directory.
     pub inodes: u64,
-    /// Bytes kept of each output stream.
+    /// Most bytes kept of each output stream.
     #[serde(serialize_with = "crate::model::size::exact")]
     pub output: ByteSize,
-    /// Bytes that a stage may print before it is killed.
+    /// Most bytes that a stage may print on both streams; beyond it, the stage is killed.
     #[serde(serialize_with = "crate::model::size::exact")]
     pub output_total: ByteSize,
     /// Wall time of the compile stage.
@@ -46,8 +46,8 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Bytes of each writable directory. There are three, and the memory that they are charged to has to
-    /// suffice when all are full: at most a quarter of it.
+    /// Size of each writable directory in bytes: `disk`, but at most a quarter of the memory. There are three such
+    /// directories, charged to the memory of the container, which has to suffice when all are full.
     pub fn directory_size(&self) -> u64 {
         self.disk.as_u64().min(self.memory.as_u64() / 4)
     }
@@ -69,18 +69,18 @@ impl Limits {
     }
 }
 
-/// Memory that a stage may use, where the client asked for less than the container has. Init enforces these limits by
+/// Memory limits of single stages, where the client asked for less than the container has. Init enforces these by
 /// polling every few milliseconds; the kernel enforces the limit of the container.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct StageMemory {
-    /// Bytes for the compile stage.
+    /// Limit of the compile stage in bytes.
     pub compile: Option<u64>,
-    /// Bytes for the run stage.
+    /// Limit of the run stage in bytes.
     pub run: Option<u64>,
 }
 
 impl StageMemory {
-    /// The memory limit of a stage, where the client asked for one.
+    /// The memory limit of a stage in bytes, if the client asked for one.
     pub fn of(&self, stage: Stage) -> Option<u64> {
         match stage {
             Stage::Compile => self.compile,

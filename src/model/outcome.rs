@@ -11,17 +11,17 @@ use crate::model::output::Output;
 pub enum Ended {
     /// By itself, with this exit code.
     Exited(i32),
-    /// By a signal that was not ours.
+    /// By a signal that neither init nor the server sent.
     Signalled(i32),
     /// Killed at its wall time limit.
     WallTime,
     /// Killed at its CPU time limit.
     CpuTime,
-    /// Killed because its processes used more memory than the request allowed.
+    /// Killed because its processes used more memory than the request allowed the stage.
     Memory,
-    /// Killed by order of the server (output limit, cancelled).
+    /// Killed on request of the server: output limit reached, or run cancelled.
     Killed,
-    /// It could not be started; the reason.
+    /// The command could not be started, for this reason.
     NotStarted(String),
 }
 
@@ -34,13 +34,13 @@ pub struct Usage {
     pub cpu_us: u64,
     /// Peak memory in bytes.
     pub memory: u64,
-    /// Processes that the kernel killed at the memory limit.
+    /// Number of processes that the kernel killed at the memory limit.
     pub oom_kills: u64,
-    /// Forks that the kernel refused at the process limit.
+    /// Number of forks that the kernel refused at the process limit.
     pub forks_refused: u64,
 }
 
-/// What became of a stage or a job.
+/// The result of a stage or a job in one word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
@@ -54,20 +54,20 @@ pub enum Verdict {
     Signalled,
     /// Wall or CPU time ran out.
     TimeLimit,
-    /// The kernel killed at the memory limit.
+    /// Killed at the memory limit.
     MemoryLimit,
     /// The kernel refused forks at the process limit, and the program failed.
     ProcessLimit,
-    /// Printed more than a stage may.
+    /// Printed more than a stage is allowed to.
     OutputLimit,
-    /// Nobody waits for the answer any more.
+    /// The client no longer waits for the result.
     Cancelled,
-    /// Our fault.
+    /// The server failed.
     InternalError,
 }
 
 impl Verdict {
-    /// Whether the same job would get the same verdict again, so that the memo may keep it.
+    /// Whether the outcome may be cached: the same job would get this verdict again.
     pub fn is_repeatable(self) -> bool {
         matches!(self, Verdict::Ok | Verdict::CompileError | Verdict::RuntimeError | Verdict::Signalled)
     }
@@ -80,7 +80,7 @@ pub struct StageOutcome {
     pub stage: Stage,
     /// How its main process ended.
     pub ended: Ended,
-    /// Whether the language's artifact was there at the end; true where it has none.
+    /// Whether the stage created its artifact; true if it has none to create.
     pub artifact: bool,
     /// What it used.
     pub usage: Usage,
@@ -89,11 +89,12 @@ pub struct StageOutcome {
 }
 
 impl StageOutcome {
-    /// The verdict of this stage. Limits are recognised by counters and by our own kills, never by exit codes.
+    /// The verdict of this stage. A limit is recognised by kernel counters and by our own kills, never by the exit
+    /// code.
     pub fn verdict(&self) -> Verdict {
         let failed = self.ended != Ended::Exited(0);
         match self.ended {
-            // Also where the program ended before it could be killed.
+            // Also if the program ended before it was killed.
             _ if self.output.overflowed => Verdict::OutputLimit,
             Ended::Killed => Verdict::Cancelled,
             Ended::Memory => Verdict::MemoryLimit,
@@ -107,26 +108,26 @@ impl StageOutcome {
         }
     }
 
-    /// What it printed, and the [`notes`](Self::notes) where there are any.
+    /// The output of the stage, followed by its [`notes`](Self::notes), if any.
     pub fn explained(&self) -> String {
         self.output.text() + &self.notes_after().unwrap_or_default()
     }
 
-    /// The notes as they follow the printed text: on lines of their own.
+    /// The notes in the form to append to the output: starting on a new line.
     pub fn notes_after(&self) -> Option<String> {
         let notes = self.notes()?;
         Some(if self.output.ends_line() { notes } else { format!("\n{notes}") })
     }
 
-    /// Why it was cut short, in one line without a line feed.
+    /// Why the stage failed or was cut short, in one line without a line feed.
     pub fn why(&self) -> Option<String> {
         match (self.verdict(), &self.ended) {
             (Verdict::MemoryLimit, _) => Some("killed: out of memory".to_owned()),
             (Verdict::ProcessLimit, _) => Some("failed: no more processes or threads allowed".to_owned()),
             (Verdict::OutputLimit, Ended::Killed) => Some("killed: too much output".to_owned()),
             (Verdict::OutputLimit, _) => Some("too much output".to_owned()),
-            (_, Ended::WallTime) => Some(format!("killed: out of time after {}", lasted(self.usage.wall_us))),
-            (_, Ended::CpuTime) => Some(format!("killed: out of CPU time after {}", lasted(self.usage.cpu_us))),
+            (_, Ended::WallTime) => Some(format!("killed: out of time after {}", format_us(self.usage.wall_us))),
+            (_, Ended::CpuTime) => Some(format!("killed: out of CPU time after {}", format_us(self.usage.cpu_us))),
             (_, Ended::Killed) => Some("killed".to_owned()),
             (_, Ended::Signalled(number)) => Some(match nix::sys::signal::Signal::try_from(*number) {
                 Ok(signal) => format!("ended by signal {number} ({signal})"),
@@ -140,7 +141,7 @@ impl StageOutcome {
         }
     }
 
-    /// Why it was cut short, and how much output was left out: a line each.
+    /// How much output was left out, and why the stage failed or was cut short: a line each.
     pub fn notes(&self) -> Option<String> {
         let cut = self
             .output
@@ -151,8 +152,8 @@ impl StageOutcome {
     }
 }
 
-/// Formats a time given in microseconds, with at least two digits.
-fn lasted(us: u64) -> String {
+/// Formats microseconds in a readable unit, with at least two digits.
+fn format_us(us: u64) -> String {
     match us as f64 {
         us if us >= 1e6 => format!("{:.1} s", us / 1e6),
         us if us >= 1e4 => format!("{:.0} ms", us / 1e3),
@@ -160,17 +161,17 @@ fn lasted(us: u64) -> String {
     }
 }
 
-/// The result of a job: its stages.
+/// The result of a job: the results of its stages.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
-    /// The compile stage, where the language has one.
+    /// The compile stage, if the language has one.
     pub compile: Option<StageOutcome>,
     /// The run stage, unless compiling failed.
     pub run: Option<StageOutcome>,
 }
 
 impl Outcome {
-    /// The verdict of the last stage that there was.
+    /// The verdict of the last stage that ran.
     pub fn verdict(&self) -> Verdict {
         match (&self.compile, &self.run) {
             (_, Some(run)) => run.verdict(),
@@ -179,12 +180,12 @@ impl Outcome {
         }
     }
 
-    /// Whether the program was run.
+    /// Whether compilation succeeded, so that the program was run.
     pub fn compiled(&self) -> bool {
         self.run.is_some()
     }
 
-    /// The stage of this kind, if there was one.
+    /// The result of a stage, if it ran.
     pub fn stage(&self, stage: Stage) -> Option<&StageOutcome> {
         match stage {
             Stage::Compile => self.compile.as_ref(),
@@ -192,7 +193,7 @@ impl Outcome {
         }
     }
 
-    /// Bytes of memory that it takes, heap allocations included.
+    /// Bytes of memory that this value takes, heap allocations included.
     pub fn size(&self) -> usize {
         let reason = |ended: &Ended| match ended {
             Ended::NotStarted(reason) => reason.capacity(),
@@ -233,7 +234,7 @@ mod tests {
         flood.output.overflowed = true;
         assert_eq!(flood.verdict(), Verdict::OutputLimit);
         flood.ended = Ended::Exited(0);
-        assert_eq!(flood.verdict(), Verdict::OutputLimit, "however quick it was to end");
+        assert_eq!(flood.verdict(), Verdict::OutputLimit, "also when the program ends before it is killed");
     }
 
     #[test]
@@ -259,10 +260,10 @@ mod tests {
 
     #[test]
     fn time_limits_are_reported_with_at_least_two_digits() {
-        for (us, told) in [(1_500, "1.5 ms"), (22_400, "22 ms"), (999_000, "999 ms"), (5_040_000, "5.0 s")] {
+        for (us, text) in [(1_500, "1.5 ms"), (22_400, "22 ms"), (999_000, "999 ms"), (5_040_000, "5.0 s")] {
             let mut outcome = stage(Stage::Run, Ended::WallTime);
             outcome.usage.wall_us = us;
-            assert_eq!(outcome.why(), Some(format!("killed: out of time after {told}")));
+            assert_eq!(outcome.why(), Some(format!("killed: out of time after {text}")));
         }
     }
 }

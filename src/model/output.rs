@@ -1,4 +1,4 @@
-//! What a stage printed: the first bytes of its two streams, in order of arrival.
+//! The output of a stage: the first bytes of its two streams, in order of arrival.
 
 use serde::Serialize;
 
@@ -12,44 +12,45 @@ pub enum Stream {
     Stderr,
 }
 
-/// The length of a run of bytes of one stream, and which stream: packed, since there can be as many runs as bytes.
+/// A span of consecutive bytes of one stream: the stream and the length, packed into 32 bits since there can be as many
+/// spans as bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Run(u32);
+struct Span(u32);
 
-impl Run {
-    /// The bit that says which stream; the other bits are the length.
+impl Span {
+    /// The bit that is set for stderr; the other bits are the length.
     const STDERR: u32 = 1 << 31;
 
-    /// A run of at most as many of these bytes as it can hold, 2 GiB.
-    fn new(stream: Stream, length: usize) -> Run {
-        let length = u32::try_from(length).unwrap_or(u32::MAX).min(Run::STDERR - 1);
-        Run(if stream == Stream::Stderr { length | Run::STDERR } else { length })
+    /// A span of `length` bytes, or of fewer if that exceeds the 2 GiB that a span can hold.
+    fn new(stream: Stream, length: usize) -> Span {
+        let length = u32::try_from(length).unwrap_or(u32::MAX).min(Span::STDERR - 1);
+        Span(if stream == Stream::Stderr { length | Span::STDERR } else { length })
     }
 
     fn stream(self) -> Stream {
-        if self.0 & Run::STDERR != 0 { Stream::Stderr } else { Stream::Stdout }
+        if self.0 & Span::STDERR != 0 { Stream::Stderr } else { Stream::Stdout }
     }
 
     fn length(self) -> usize {
-        (self.0 & !Run::STDERR) as usize
+        (self.0 & !Span::STDERR) as usize
     }
 }
 
 /// The position of a reader in an [`Output`].
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Place {
-    run: usize,
+pub struct Position {
+    span: usize,
     within: usize,
     byte: usize,
 }
 
-/// What a stage printed: the first bytes of each stream in order of arrival, and how much there was.
+/// The output of a stage: the first bytes of each stream in order of arrival, and the totals of both.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Output {
     bytes: Vec<u8>,
-    /// Which stream the bytes belong to, from the first on. A program that alternates between the streams with each byte
-    /// makes as many runs as bytes.
-    runs: Vec<Run>,
+    /// The streams that `bytes` belong to, in order. A program that alternates between the streams with each byte makes
+    /// as many spans as bytes.
+    spans: Vec<Span>,
     kept: [usize; 2],
     total: [u64; 2],
     /// Whether the stage printed more than `output_total` allows.
@@ -57,7 +58,8 @@ pub struct Output {
 }
 
 impl Output {
-    /// Counts the bytes that a stream brought, keeps as many as fit under `cap` bytes of that stream, and returns those.
+    /// Counts bytes read from a stream and keeps those that fit within `cap` bytes of that stream. Returns the kept
+    /// bytes.
     pub fn push<'a>(&mut self, stream: Stream, bytes: &'a [u8], cap: usize) -> &'a [u8] {
         let at = stream as usize;
         self.total[at] += bytes.len() as u64;
@@ -65,53 +67,56 @@ impl Output {
         self.kept[at] += fits.len();
         self.bytes.extend_from_slice(fits);
         let mut new = fits.len();
-        if let Some(last) = self.runs.last_mut().filter(|last| last.stream() == stream) {
+        if let Some(last) = self.spans.last_mut().filter(|last| last.stream() == stream) {
             let length = last.length() + new;
-            *last = Run::new(stream, length);
+            *last = Span::new(stream, length);
             new = length - last.length();
         }
         while new > 0 {
-            let run = Run::new(stream, new);
-            new -= run.length();
-            self.runs.push(run);
+            let span = Span::new(stream, new);
+            new -= span.length();
+            self.spans.push(span);
         }
         fits
     }
 
-    /// Reads the next run of bytes from `place` on, at most `most`: of the stream `of`, or of either. Empty at the end.
-    pub fn read(&self, place: &mut Place, of: Option<Stream>, most: usize) -> (Stream, &[u8]) {
-        while let Some(run) = self.runs.get(place.run) {
-            let left = run.length() - place.within;
+    /// Reads the next bytes from `position` on, at most `max`, from the stream `only` or from either. Returns no bytes
+    /// at the end.
+    pub fn read(&self, position: &mut Position, only: Option<Stream>, max: usize) -> (Stream, &[u8]) {
+        while let Some(span) = self.spans.get(position.span) {
+            let left = span.length() - position.within;
             if left == 0 {
-                *place = Place { run: place.run + 1, within: 0, byte: place.byte };
+                *position = Position { span: position.span + 1, within: 0, byte: position.byte };
                 continue;
             }
-            let wanted = of.is_none_or(|of| of == run.stream());
-            let taken = if wanted { left.min(most) } else { left };
-            let bytes = self.bytes.get(place.byte..place.byte + taken).unwrap_or_default();
-            place.within += taken;
-            place.byte += taken;
+            let wanted = only.is_none_or(|only| only == span.stream());
+            let taken = if wanted { left.min(max) } else { left };
+            let bytes = self.bytes.get(position.byte..position.byte + taken).unwrap_or_default();
+            position.within += taken;
+            position.byte += taken;
             if wanted {
-                return (run.stream(), bytes);
+                return (span.stream(), bytes);
             }
         }
         (Stream::Stdout, &[])
     }
 
     /// Whether a reader has reached the end.
-    pub fn is_read(&self, place: &Place) -> bool {
-        place.byte >= self.bytes.len()
+    pub fn is_read(&self, position: &Position) -> bool {
+        position.byte >= self.bytes.len()
     }
 
-    /// What was kept, in order of arrival.
+    /// The kept bytes by stream, in order of arrival.
     pub fn chunks(&self) -> impl Iterator<Item = (Stream, &[u8])> {
-        let mut place = Place::default();
-        std::iter::from_fn(move || Some(self.read(&mut place, None, usize::MAX)).filter(|(_, bytes)| !bytes.is_empty()))
+        let mut position = Position::default();
+        std::iter::from_fn(move || {
+            Some(self.read(&mut position, None, usize::MAX)).filter(|(_, bytes)| !bytes.is_empty())
+        })
     }
 
-    /// Bytes of memory that it takes.
+    /// Bytes of heap memory that this output takes.
     pub fn size(&self) -> usize {
-        self.bytes.capacity() + self.runs.capacity() * size_of::<Run>()
+        self.bytes.capacity() + self.spans.capacity() * size_of::<Span>()
     }
 
     /// Bytes kept of a stream.
@@ -134,12 +139,12 @@ impl Output {
         self.kept.iter().sum()
     }
 
-    /// Whether something was printed that was not kept.
+    /// Whether some output was not kept.
     pub fn truncated(&self) -> bool {
         self.total_both() > self.kept() as u64
     }
 
-    /// Whether something was printed on a stream that was not kept.
+    /// Whether some output of a stream was not kept.
     pub fn truncated_of(&self, stream: Stream) -> bool {
         self.total(stream) > self.kept[stream as usize] as u64
     }
@@ -161,7 +166,7 @@ impl Output {
     }
 
     fn decoded(&self, wanted: impl Fn(Stream) -> bool, truncated: bool) -> String {
-        // A character may be split over two chunks: join first, then decode.
+        // A character may be split over two chunks, so join them before decoding.
         let chunks = self.chunks().filter(|(stream, _)| wanted(*stream));
         let mut bytes: Vec<u8> = chunks.flat_map(|(_, chunk)| chunk).copied().collect();
         if truncated {
@@ -171,7 +176,7 @@ impl Output {
     }
 }
 
-/// Length of `bytes` without a character that was cut off at the end.
+/// Length of `bytes` without an incomplete UTF-8 character at the end.
 pub fn whole_characters(bytes: &[u8]) -> usize {
     let start = bytes.len().saturating_sub(3);
     let last = (start..bytes.len()).rev().find(|&at| bytes[at] & 0b1100_0000 != 0b1000_0000);
@@ -206,7 +211,7 @@ mod tests {
             output.push([Stream::Stdout, Stream::Stderr][n % 2], b"x", 1000);
         }
         assert_eq!(output.chunks().count(), 1000);
-        assert!(output.size() >= 1000 * (1 + size_of::<Run>()), "{}", output.size());
+        assert!(output.size() >= 1000 * (1 + size_of::<Span>()), "{}", output.size());
     }
 
     proptest! {

@@ -7,7 +7,7 @@ pub const WORK_DIR: &str = "/work";
 /// Where the job directory is mounted, read-only.
 pub const JOB_DIR: &str = "/job";
 
-/// Where the executable is mounted.
+/// Where the coderunner executable is mounted, which runs as init.
 pub const INIT: &str = "/run/coderunner-init";
 
 /// A directory that programs may write to: a tmpfs of the sandbox's own, charged to its memory.
@@ -33,7 +33,7 @@ pub const WRITABLE_PATHS: [&str; 3] = [WRITABLE[0].path, WRITABLE[1].path, WRITA
 pub const WRITABLE_MODE: u32 = 0o1777;
 
 impl WritableDir {
-    /// Its mount options, with a size in bytes and a number of inodes.
+    /// Mount options for a size in bytes and a number of inodes.
     pub fn mount_options(&self, size: u64, inodes: u64) -> [String; 6] {
         let exec = if self.executable { "exec" } else { "noexec" };
         [
@@ -47,7 +47,7 @@ impl WritableDir {
     }
 }
 
-/// Where devices are.
+/// The directory of devices.
 pub const DEV: &str = "/dev";
 
 /// The devices below [`DEV`] that every container has.

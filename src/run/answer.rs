@@ -1,4 +1,4 @@
-//! What a request for a run gets in the end: an answer, or the reason why there is none.
+//! The result of a request to run a job: an answer or an error.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,12 +7,12 @@ use crate::model::outcome::Outcome;
 use crate::sandbox::SandboxError;
 use crate::scheduler::PoolError;
 
-/// The answer to a request.
+/// The outcome of a job, and how it was obtained.
 #[derive(Debug, Clone)]
 pub struct Answer {
-    /// What became of its job.
+    /// The outcome of the job.
     pub outcome: Arc<Outcome>,
-    /// For how long the outcome has been kept, if it is one from the memo.
+    /// Age of the outcome if it comes from the cache.
     pub cached: Option<Duration>,
     /// How long the run waited for its sandbox.
     pub queued: Duration,
@@ -21,13 +21,13 @@ pub struct Answer {
 /// Why a job has no outcome.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum RunError {
-    /// No sandbox could be had.
+    /// The pool had no sandbox for the job.
     #[error(transparent)]
     Pool(#[from] PoolError),
-    /// The sandbox failed under the job.
+    /// The sandbox failed while it ran the job.
     #[error(transparent)]
     Sandbox(Arc<SandboxError>),
-    /// The server is going down and its time to drain is over.
+    /// The server is shutting down.
     #[error("the server is shutting down")]
     ShuttingDown,
 }

@@ -1,4 +1,4 @@
-//! A batch: one program that is run on many inputs, and compiled once.
+//! A batch: one program, compiled once and run on many inputs.
 
 use std::pin::pin;
 
@@ -11,61 +11,62 @@ use crate::run::answer::{Answer, RunError};
 use crate::run::runner::{Reuse, Runner};
 use crate::sandbox::{BuildRequest, Live};
 
-/// Most runs of a batch at the same time: few, so that there is room for those of others.
-const AT_ONCE: usize = 4;
+/// Most runs of a batch at the same time: few, to leave sandboxes for other clients.
+const MAX_RUNS: usize = 4;
 
 impl Runner {
-    /// Runs jobs that differ only in their input, a few at a time, and tells the result of each as it comes. The first
-    /// one is compiled; the others run the compiled program, each in a sandbox of its own. Where that cannot be copied
-    /// there, each one is compiled by itself. Dropping the future ends all.
+    /// Runs jobs that differ only in their input, a few at a time, and calls `on_result` with the index and result of
+    /// each as it completes. The first job compiles the program; the others run the compiled files, each in a sandbox
+    /// of its own. If the compiled files cannot be copied there, each job compiles for itself. Dropping the future ends
+    /// all runs.
     pub async fn run_batch(
         &self,
         jobs: Vec<Job>,
         reuse: Reuse,
         client: &Client,
-        tell: impl Fn(usize, Result<Answer, RunError>),
+        on_result: impl Fn(usize, Result<Answer, RunError>),
     ) {
         let mut left = jobs.into_iter().enumerate();
         let (first, job) = loop {
             let Some((index, job)) = left.next() else { return };
-            match self.remembered(&job, reuse) {
+            match self.cached(&job, reuse) {
                 Ok(None) => break (index, job),
-                Ok(Some(answer)) => tell(index, Ok(answer)),
-                Err(error) => tell(index, Err(error)),
+                Ok(Some(answer)) => on_result(index, Ok(answer)),
+                Err(error) => on_result(index, Err(error)),
             }
         };
-        let (wanted, mut handed_on) = oneshot::channel();
-        let wanted = BuildRequest { permit: self.tasks.builds.reserve(self.most_build), build: wanted };
+        let (wanted, mut built_files) = oneshot::channel();
+        let wanted = BuildRequest { permit: self.tasks.builds.reserve(self.max_build), build: wanted };
         let mut running = pin!(self.run_live(job, Live { build_request: Some(wanted), ..Live::default() }, client));
-        let mut over = None;
+        let mut finished = None;
         let built = tokio::select! {
             biased;
-            Ok(built) = &mut handed_on => built,
+            Ok(built) = &mut built_files => built,
             result = &mut running => match result {
-                // It was over before the compiled program was received. Its outcome is that of its own input.
+                // The first run finished before its compiled files were received here.
                 Ok(answer) if answer.outcome.compiled() => {
-                    over = Some(Ok(answer));
-                    handed_on.try_recv().ok().flatten()
+                    finished = Some(Ok(answer));
+                    built_files.try_recv().ok().flatten()
                 }
-                // It never got as far as being run, and none of the others would.
+                // The program did not compile, or the server failed: the result is the same for all inputs.
                 result => {
-                    left.for_each(|(index, _)| tell(index, result.clone()));
-                    return tell(first, result);
+                    left.for_each(|(index, _)| on_result(index, result.clone()));
+                    return on_result(first, result);
                 }
             },
         };
         let running = async move {
-            match over {
+            match finished {
                 Some(result) => result,
                 None => running.await,
             }
         };
         let others = stream::iter(left)
             .map(async |(index, job)| (index, self.run_compiled(job, built.clone(), reuse, client).await))
-            .buffer_unordered(AT_ONCE - 1);
+            .buffer_unordered(MAX_RUNS - 1);
         let mut results = pin!(stream::select(stream::once(running).map(|result| (first, result)), others));
         while let Some((index, result)) = results.next().await {
-            tell(index, result);
+            on_result(index, result);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The memo: outcomes that would come out the same again, for a time and in a bounded amount of memory.
+//! The cache: outcomes of repeatable runs, kept for a limited time in a bounded amount of memory.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,59 +16,59 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CacheSettings {
-    /// How long an answer is kept.
+    /// How long an outcome is kept.
     #[serde(with = "humantime_serde")]
     pub ttl: Duration,
-    /// In how much memory all are kept; 0 keeps none.
+    /// Memory for all cached outcomes; 0 turns the cache off.
     #[serde(serialize_with = "exact")]
     pub size: ByteSize,
 }
 
 /// Most entries, whatever their size: bounds the index.
-const ENTRIES: usize = 100_000;
+const MAX_ENTRIES: usize = 100_000;
 
-/// Bytes that an entry takes beside its outcome: the key and the time in the list and in the index, their links, the
-/// counts of the shared outcome, and what the allocator rounds up.
-const ENTRY: usize = 256;
+/// Bytes that an entry takes beside its outcome: key and time in the list and in the index, their links, the reference
+/// counts of the outcome, and allocator rounding.
+const ENTRY_OVERHEAD: usize = 256;
 
-/// An outcome, and since when it is kept.
-type Kept = (Arc<Outcome>, Instant);
+/// An outcome, and when it was stored.
+type Entry = (Arc<Outcome>, Instant);
 
-/// Outcomes by key, the least recently used given up first.
-pub struct MemoCache {
-    entries: Mutex<LruTtlCache<JobKey, Kept>>,
+/// Outcomes by key. Evicts the least recently used entry first.
+pub struct OutcomeCache {
+    entries: Mutex<LruTtlCache<JobKey, Entry>>,
     bytes: Arc<AtomicUsize>,
     capacity: usize,
 }
 
-impl MemoCache {
-    /// An empty memo. A `size` of 0 keeps nothing.
-    pub fn new(settings: CacheSettings) -> Result<MemoCache, cached::BuildError> {
+impl OutcomeCache {
+    /// An empty cache. With a `size` of 0 it stores nothing.
+    pub fn new(settings: CacheSettings) -> Result<OutcomeCache, cached::BuildError> {
         let bytes = Arc::new(AtomicUsize::new(0));
         let freed = Arc::clone(&bytes);
         let entries = LruTtlCache::builder()
-            .max_size(ENTRIES)
+            .max_size(MAX_ENTRIES)
             .ttl(settings.ttl)
-            .on_evict(move |_, (outcome, _): &Kept| {
+            .on_evict(move |_, (outcome, _): &Entry| {
                 freed.fetch_sub(cost(outcome), Ordering::Relaxed);
             })
             .build()?;
         let capacity = usize::try_from(settings.size.as_u64()).unwrap_or(usize::MAX);
-        Ok(MemoCache { entries: Mutex::new(entries), bytes, capacity })
+        Ok(OutcomeCache { entries: Mutex::new(entries), bytes, capacity })
     }
 
-    /// Memory that what is kept takes, about.
+    /// Approximate memory of all entries, in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// An outcome that was kept, and for how long it has been.
+    /// A cached outcome and its age.
     pub fn get(&self, key: &JobKey) -> Option<(Arc<Outcome>, Duration)> {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         entries.cache_get(key).map(|(outcome, since)| (Arc::clone(outcome), since.elapsed()))
     }
 
-    /// Keeps an outcome, if it is of a kind that may be kept.
+    /// Stores an outcome if its verdict is repeatable and it fits.
     pub fn put(&self, key: JobKey, outcome: &Arc<Outcome>) {
         let size = cost(outcome);
         if !outcome.verdict().is_repeatable() || size > self.capacity {
@@ -79,19 +79,19 @@ impl MemoCache {
         if let Some((replaced, _)) = entries.cache_set(key, (Arc::clone(outcome), Instant::now())) {
             self.bytes.fetch_sub(cost(&replaced), Ordering::Relaxed);
         }
-        // Those whose time is over are among the least recently used soon: looking for them would be a walk through all.
+        // Expired entries soon are the least recently used ones. Searching for them would visit all entries.
         while self.bytes.load(Ordering::Relaxed) > self.capacity && entries.cache_size() > 1 {
-            // The store's way of giving up its least recently used entry.
+            // This makes the store evict its least recently used entry.
             let fewer = entries.cache_size() - 1;
             entries.set_max_size(fewer);
         }
-        entries.set_max_size(ENTRIES);
+        entries.set_max_size(MAX_ENTRIES);
     }
 }
 
-/// Bytes of memory that keeping an outcome costs.
+/// Memory that a cached outcome takes, in bytes.
 fn cost(outcome: &Outcome) -> usize {
-    outcome.size() + ENTRY
+    outcome.size() + ENTRY_OVERHEAD
 }
 
 #[cfg(test)]
@@ -116,49 +116,49 @@ mod tests {
         crate::model::job::tests::job(&[n]).key("image")
     }
 
-    fn memo(ttl: Duration, size: u64) -> MemoCache {
-        MemoCache::new(CacheSettings { ttl, size: ByteSize(size) }).unwrap()
+    fn cache(ttl: Duration, size: u64) -> OutcomeCache {
+        OutcomeCache::new(CacheSettings { ttl, size: ByteSize(size) }).unwrap()
     }
 
     #[test]
     fn keeps_what_is_repeatable() {
-        let memo = memo(Duration::from_secs(60), 1 << 20);
+        let cache = cache(Duration::from_secs(60), 1 << 20);
         for (n, ended) in [(1, Ended::Exited(0)), (2, Ended::Exited(3)), (3, Ended::Signalled(11))] {
-            memo.put(key(n), &outcome(ended, 1));
-            assert!(memo.get(&key(n)).is_some());
+            cache.put(key(n), &outcome(ended, 1));
+            assert!(cache.get(&key(n)).is_some());
         }
     }
 
     #[test]
     fn never_keeps_a_limit() {
-        let memo = memo(Duration::from_secs(60), 1 << 20);
+        let cache = cache(Duration::from_secs(60), 1 << 20);
         for (n, ended) in [(1, Ended::WallTime), (2, Ended::CpuTime), (3, Ended::Killed)] {
-            memo.put(key(n), &outcome(ended, 1));
-            assert!(memo.get(&key(n)).is_none());
+            cache.put(key(n), &outcome(ended, 1));
+            assert!(cache.get(&key(n)).is_none());
         }
         let mut killed = (*outcome(Ended::Signalled(9), 1)).clone();
         killed.run.as_mut().unwrap().usage.oom_kills = 1;
-        memo.put(key(4), &Arc::new(killed));
-        assert!(memo.get(&key(4)).is_none());
+        cache.put(key(4), &Arc::new(killed));
+        assert!(cache.get(&key(4)).is_none());
     }
 
     #[test]
     fn forgets_after_its_time() {
-        let memo = memo(Duration::from_millis(50), 1 << 20);
-        memo.put(key(1), &outcome(Ended::Exited(0), 1));
+        let cache = cache(Duration::from_millis(50), 1 << 20);
+        cache.put(key(1), &outcome(Ended::Exited(0), 1));
         std::thread::sleep(Duration::from_millis(80));
-        assert!(memo.get(&key(1)).is_none());
+        assert!(cache.get(&key(1)).is_none());
     }
 
     #[test]
     fn stays_below_its_size_and_gives_up_the_oldest() {
-        let memo = memo(Duration::from_secs(60), 10_000);
+        let cache = cache(Duration::from_secs(60), 10_000);
         for n in 0..100 {
-            memo.put(key(n), &outcome(Ended::Exited(0), 1000));
-            assert!(memo.bytes() <= 10_000, "{}", memo.bytes());
+            cache.put(key(n), &outcome(Ended::Exited(0), 1000));
+            assert!(cache.bytes() <= 10_000, "{}", cache.bytes());
         }
-        assert!(memo.get(&key(0)).is_none());
-        assert!(memo.get(&key(99)).is_some());
+        assert!(cache.get(&key(0)).is_none());
+        assert!(cache.get(&key(99)).is_some());
     }
 
     #[test]
@@ -169,27 +169,27 @@ mod tests {
             job.key("image")
         };
         let small = outcome(Ended::Exited(0), 1);
-        // CPU time of this thread for 500 entries more than there is room for.
+        // CPU time of this thread for storing 500 entries in a full cache.
         let mut cost = |entries: u32| {
-            let memo = memo(Duration::from_secs(600), super::cost(&small) as u64 * u64::from(entries));
+            let cache = cache(Duration::from_secs(600), super::cost(&small) as u64 * u64::from(entries));
             let keys: Vec<JobKey> = (0..entries + 500).map(&mut key).collect();
             let (fill, more) = keys.split_at(entries as usize);
-            fill.iter().for_each(|key| memo.put(*key, &small));
+            fill.iter().for_each(|key| cache.put(*key, &small));
             let used = || {
                 let usage = getrusage(UsageWho::RUSAGE_THREAD).unwrap();
                 (usage.user_time().num_microseconds() + usage.system_time().num_microseconds()) as f64
             };
             let before = used();
-            more.iter().for_each(|key| memo.put(*key, &small));
+            more.iter().for_each(|key| cache.put(*key, &small));
             used() - before
         };
         let (few, many) = (cost(100).max(4000.0), cost(20_000));
-        assert!(many < few * 20.0, "{many} us, and {few} us where there are few");
+        assert!(many < few * 20.0, "{many} us with many entries, {few} us with few");
     }
 
     #[test]
     fn an_entry_costs_what_it_takes() {
-        let entry = size_of::<JobKey>() * 2 + size_of::<Kept>() + size_of::<Outcome>();
+        let entry = size_of::<JobKey>() * 2 + size_of::<Entry>() + size_of::<Outcome>();
         let reason = "r".repeat(5000);
         assert!(cost(&outcome(Ended::Exited(0), 0)) > entry);
         assert!(cost(&outcome(Ended::NotStarted(reason), 1000)) > entry + 6000);
@@ -197,10 +197,10 @@ mod tests {
 
     #[test]
     fn replacing_an_entry_counts_it_once() {
-        let memo = memo(Duration::from_secs(60), 1 << 20);
+        let cache = cache(Duration::from_secs(60), 1 << 20);
         for _ in 0..3 {
-            memo.put(key(1), &outcome(Ended::Exited(0), 1000));
+            cache.put(key(1), &outcome(Ended::Exited(0), 1000));
         }
-        assert_eq!(memo.bytes(), cost(&outcome(Ended::Exited(0), 1000)));
+        assert_eq!(cache.bytes(), cost(&outcome(Ended::Exited(0), 1000)));
     }
 }

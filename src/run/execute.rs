@@ -1,4 +1,4 @@
-//! A run: a job in a sandbox of its own, and in another one if that was lost before anything of the job ran in it.
+//! Executes a job in a sandbox of its own, and in another one if the first was lost before the job started in it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use crate::sandbox::retries::Retries;
 use crate::sandbox::{Live, SandboxError};
 use crate::scheduler::Pool;
 
-/// Runs a job; returns the id of the image that it ran on as well.
+/// Runs a job. Returns the answer and the id of the image that the job ran on.
 pub(super) async fn execute(
     pool: &Pool,
     language: &Language,
@@ -21,19 +21,19 @@ pub(super) async fn execute(
     client: &Client,
 ) -> Result<(Answer, String), RunError> {
     let (mut retries, mut queued) = (Retries::default(), Duration::ZERO);
-    let came = tokio::time::Instant::now();
+    let arrived_at = tokio::time::Instant::now();
     loop {
-        let asked = Instant::now();
-        let acquired = pool.acquire(&job.language, client, live.events.as_ref(), came).await;
+        let acquire_started = Instant::now();
+        let acquired = pool.acquire(&job.language, client, live.events.as_ref(), arrived_at).await;
         let sandbox = acquired.inspect_err(|error| metrics::error(error.kind()))?;
-        queued += asked.elapsed();
-        let _busy = metrics::sandbox_taken(&job.language, asked.elapsed());
+        queued += acquire_started.elapsed();
+        let _busy = metrics::sandbox_taken(&job.language, acquire_started.elapsed());
         let image = sandbox.image.clone();
-        let carried = live.build_for(&image).is_some();
+        let precompiled = live.build_for(&image).is_some();
         match sandbox.run(language, job, &mut live).await {
             Ok(outcome) => {
-                pool.note_proof(&job.language);
-                metrics::ran(&job.language, &outcome, !carried);
+                pool.note_completed_run(&job.language);
+                metrics::ran(&job.language, &outcome, !precompiled);
                 return Ok((Answer { outcome: Arc::new(outcome), cached: None, queued }, image));
             }
             Err(error) => {
@@ -42,9 +42,9 @@ pub(super) async fn execute(
                     continue;
                 }
                 match &error {
-                    // Clients are not told of it as a failure of the server, so nothing else logs it.
+                    // The client gets 503, which is not logged elsewhere.
                     SandboxError::HostMemory => tracing::error!(language = job.language, %error, "a run failed"),
-                    // The API that answers logs it, under the id of each request.
+                    // The HTTP side logs it under the id of each request.
                     _ => tracing::debug!(language = job.language, %error, "a run failed"),
                 }
                 return Err(RunError::Sandbox(Arc::new(error)));

@@ -1,4 +1,4 @@
-//! Single flight: identical requests that come while a job runs share that run.
+//! Single flight: identical requests that arrive while a job runs share that run.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -10,13 +10,13 @@ use crate::model::key::JobKey;
 use crate::run::answer::{Answer, RunError};
 use crate::run::runner::Reuse;
 
-/// The result of a run, once there is one.
+/// The result of a run; `None` while it goes on.
 type Published = Option<Result<Answer, RunError>>;
 
-/// A run that one or more requests wait for. The last one that drops it ends the run.
+/// A run that one or more requests wait for. When the last of them drops it, the run is cancelled.
 pub(super) struct Flight {
     result: watch::Receiver<Published>,
-    _last_left: DropGuard,
+    _cancel_when_dropped: DropGuard,
 }
 
 impl Flight {
@@ -30,13 +30,13 @@ impl Flight {
     }
 }
 
-/// The flights at the moment, by the key of their job.
+/// The current flights, by the key of their job.
 #[derive(Clone, Default)]
 pub(super) struct Flights(Arc<Mutex<HashMap<JobKey, Weak<Flight>>>>);
 
 impl Flights {
-    /// Joins the flight of the same job, or starts one where there is none that may be joined. The caller has to see
-    /// that a flight that is started is run, and its result published.
+    /// Joins the flight of the same job, or starts a new one if there is none that may be joined. The caller then has
+    /// to run the job of the new flight and publish the result with the [`Publisher`].
     pub(super) fn join_or_start(&self, key: JobKey, reuse: Reuse) -> (Arc<Flight>, Option<Publisher>) {
         let mut flights = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if reuse == Reuse::Allowed
@@ -45,11 +45,11 @@ impl Flights {
             return (flight, None);
         }
         let (sender, result) = watch::channel(None);
-        let given_up = CancellationToken::new();
-        let flight = Arc::new(Flight { result, _last_left: given_up.clone().drop_guard() });
+        let abandoned = CancellationToken::new();
+        let flight = Arc::new(Flight { result, _cancel_when_dropped: abandoned.clone().drop_guard() });
         let own = Arc::downgrade(&flight);
         flights.insert(key, Weak::clone(&own));
-        let publisher = Publisher { flights: self.clone(), key, own, sender, given_up };
+        let publisher = Publisher { flights: self.clone(), key, own, sender, abandoned };
         (flight, Some(publisher))
     }
 }
@@ -60,21 +60,21 @@ pub(super) struct Publisher {
     key: JobKey,
     own: Weak<Flight>,
     sender: watch::Sender<Published>,
-    given_up: CancellationToken,
+    abandoned: CancellationToken,
 }
 
 impl Publisher {
-    /// Waits until no request waits for the flight any more.
-    pub(super) async fn given_up(&self) {
-        self.given_up.cancelled().await;
+    /// Returns when no request waits for the flight any more.
+    pub(super) async fn abandoned(&self) {
+        self.abandoned.cancelled().await;
     }
 
-    /// Ends the flight: all who wait for it get this result, and nobody joins it any more.
+    /// Ends the flight: all waiting requests get this result, and no further request can join.
     pub(super) fn publish(self, result: Result<Answer, RunError>) {
         {
             let mut flights = self.flights.0.lock().unwrap_or_else(PoisonError::into_inner);
-            // Another flight of the same job may have taken its place: after it was given up, or by a request that
-            // refuses to join one.
+            // A later flight of the same job may have replaced this one: after it was abandoned, or because a request
+            // refused to join it.
             if flights.get(&self.key).is_some_and(|flight| Weak::ptr_eq(flight, &self.own)) {
                 flights.remove(&self.key);
             }
@@ -105,7 +105,7 @@ mod tests {
             first.await.unwrap().unwrap();
             let joins = begin(&runner, Reuse::Allowed);
             let spare = starts.recv().await.unwrap().succeed();
-            // It would be given to the one who joins, if that took any.
+            // A request that did not join would take this sandbox.
             assert!(tokio::time::timeout(Duration::from_secs(1), spare.receive()).await.is_err());
             two.end_well();
             anew.await.unwrap().unwrap();

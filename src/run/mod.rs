@@ -1,14 +1,14 @@
 //! From a job to its outcome.
 //!
 //! ```text
-//! runner       the way of a job: the memo, then a run of the same job in flight, then a run of its own
-//!  ├ cache        the memo: outcomes of earlier runs
+//! runner       answers a job from the cache, from a run of the same job in flight, or by a run of its own
+//!  ├ cache        outcomes of earlier runs
 //!  ├ flight       single flight: identical requests share one run
-//!  ├ execute      a run: a job in a sandbox of its own, and in another one if that was lost
-//!  └ batch        one program and many inputs: compiled once
-//! answer       what a request gets in the end
-//! tasks        all runs of the server, and their end at shutdown
-//! readiness    whether a language works
+//!  ├ execute      runs a job in a sandbox, and again in another one if the sandbox was lost
+//!  └ batch        runs one program, compiled once, on many inputs
+//! answer       the result of a request, and its errors
+//! tasks        tracks all runs of the server and ends them at shutdown
+//! readiness    checks whether a language works
 //! ```
 
 mod answer;

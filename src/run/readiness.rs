@@ -1,8 +1,8 @@
-//! Whether a language really works: what `/readyz` is answered by.
+//! Readiness: whether a language works, for `/readyz`.
 //!
-//! The best proof costs nothing: a program of a client's that ran a moment ago. Where there is none, the language's
-//! health program runs in a sandbox that waits for work, but only while no request waits for one, and not more
-//! often than `ready.interval` however often it is asked for. Who is busy is not broken.
+//! A client's program that ran within the last `ready.interval` proves that its language works. Without one, the
+//! language's health program runs in a ready sandbox: only while no request waits for a sandbox, and at most once per
+//! `ready.interval`. A language whose sandboxes are all busy therefore does not become unready.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,32 +26,32 @@ use std::time::Duration;
 pub struct ReadySettings {
     /// Whether `/readyz` runs health programs.
     pub probe: bool,
-    /// How long what is known of a language is not asked again.
+    /// How long the result of a health program, or a run of a client, is valid.
     #[serde(with = "humantime_serde")]
     pub interval: Duration,
 }
 
-/// What the latest health program of a language came to.
+/// Result of the latest health program of a language.
 #[derive(Debug, Clone)]
-struct Probed {
+struct ProbeResult {
     at: Instant,
     problem: Option<String>,
 }
 
-/// Remembers what was found.
+/// The results of the latest health programs.
 pub struct Readiness {
     settings: ReadySettings,
-    /// Each is locked while its health program runs: who asks meanwhile gets the same answer.
-    probed: Mutex<BTreeMap<String, Arc<AsyncMutex<Option<Probed>>>>>,
+    /// By language. An entry is locked while its health program runs, so that concurrent requests share the result.
+    probed: Mutex<BTreeMap<String, Arc<AsyncMutex<Option<ProbeResult>>>>>,
 }
 
 impl Readiness {
-    /// Nothing has been found yet.
+    /// No language has been probed yet.
     pub fn new(settings: ReadySettings) -> Readiness {
         Readiness { settings, probed: Mutex::default() }
     }
 
-    /// Why a language cannot be used at present, if it cannot.
+    /// Why a language cannot be used at present, or `None` if it works.
     pub async fn problem(&self, runner: &Runner, language: &Arc<Language>) -> Option<String> {
         let status = runner.pool().status(&language.name);
         if status.problem.is_some() || status.enforced.is_none() {
@@ -65,38 +65,38 @@ impl Readiness {
             Arc::clone(probed.entry(language.name.clone()).or_default())
         };
         let probed = of_language.lock_owned().await;
-        let is_new = |at: Instant| at.elapsed() < self.settings.interval;
-        // Asked again: one may have succeeded while we waited.
-        let proved_at = runner.pool().status(&language.name).proved_at;
-        if let Some(known) = probed.as_ref().filter(|known| is_new(known.at)) {
-            return known.problem.clone().filter(|_| proved_at.is_none_or(|at| at < known.at));
+        let is_recent = |at: Instant| at.elapsed() < self.settings.interval;
+        // Read the status again: a run may have succeeded while this request waited for the lock.
+        let last_run_at = runner.pool().status(&language.name).last_run_at;
+        if let Some(known) = probed.as_ref().filter(|known| is_recent(known.at)) {
+            return known.problem.clone().filter(|_| last_run_at.is_none_or(|at| at < known.at));
         }
-        if proved_at.is_some_and(is_new) {
+        if last_run_at.is_some_and(is_recent) {
             return None;
         }
-        // Nobody waits for it, and it is not made for this.
+        // Only an idle sandbox is used: none is made for a probe, and none is taken from a waiting request.
         let Some(sandbox) = runner.pool().take_idle(&language.name) else {
             return probed.as_ref().and_then(|known| known.problem.clone());
         };
-        // Whoever asked may leave: the sandbox is used up then, and what comes of it is to be known.
+        // In a task of its own: the client may leave, and the result should be kept since the sandbox is used up.
         let probing = probe(Arc::clone(runner.pool()), Arc::clone(language), sandbox, probed);
         let probing = runner.spawn(probing.in_current_span());
         probing.await.ok().flatten().unwrap_or_else(|| Some(RunError::ShuttingDown.to_string()))
     }
 }
 
-/// Runs the health program, and keeps what it came to.
+/// Runs the health program and stores the result.
 async fn probe(
     pool: Arc<Pool>,
     language: Arc<Language>,
     mut sandbox: Sandbox,
-    mut probed: OwnedMutexGuard<Option<Probed>>,
+    mut probed: OwnedMutexGuard<Option<ProbeResult>>,
 ) -> Option<String> {
     let job = language.job(language.health.code.clone().into(), Streams::Merged);
     let failure = loop {
         match sandbox.run(&language, &job, &mut Live::default()).await {
             Ok(outcome) => break language.health.failure(&outcome),
-            // It proves nothing.
+            // A lost sandbox says nothing about the language.
             Err(SandboxError::Lost) => match pool.take_idle(&language.name) {
                 Some(another) => sandbox = another,
                 None => return probed.as_ref().and_then(|known| known.problem.clone()),
@@ -108,8 +108,8 @@ async fn probe(
         tracing::error!(language = language.name, failure, "not ready: the health program fails");
     }
     metrics::probed(&language.name, failure.is_none());
-    // What exactly is for the log.
+    // Clients do not see the details; the log has them.
     let problem = failure.map(|_| "its health program fails".to_owned());
-    *probed = Some(Probed { at: Instant::now(), problem: problem.clone() });
+    *probed = Some(ProbeResult { at: Instant::now(), problem: problem.clone() });
     problem
 }

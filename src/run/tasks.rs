@@ -1,4 +1,4 @@
-//! All runs of the server, and their end at shutdown.
+//! Tracks all runs of the server and ends them at shutdown.
 
 use std::time::Duration;
 
@@ -7,24 +7,23 @@ use tokio_util::task::TaskTracker;
 
 use crate::sandbox::BuildBudget;
 
-/// The runs of all runners there have been since the start: a reload makes a new runner, and the runs of
-/// the old one go on.
+/// The runs of all runners of this process: a reload makes a new runner, while the runs of the old one go on.
 #[derive(Debug, Clone, Default)]
 pub struct Tasks {
     pub(super) running: TaskTracker,
-    /// Ends all runs.
+    /// Cancels all runs.
     pub(super) stop: CancellationToken,
-    /// Memory budget of compiled files of all batches.
+    /// Memory budget for the compiled files of batches.
     pub(super) builds: BuildBudget,
 }
 
 impl Tasks {
-    /// How many runs there are, those in the queue included.
+    /// Number of runs, queued ones included.
     pub fn running(&self) -> usize {
         self.running.len()
     }
 
-    /// Refuses new runs, lets the others go on until `drain` is over, then ends them.
+    /// Refuses new runs, waits up to `drain` for the others, then cancels them.
     pub async fn shut_down(&self, drain: Duration) {
         self.running.close();
         if tokio::time::timeout(drain, self.running.wait()).await.is_err() {

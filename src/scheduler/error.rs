@@ -1,8 +1,8 @@
-//! The error of a request that gets no sandbox.
+//! Errors of requests that get no sandbox.
 
 use std::time::Duration;
 
-/// Why no sandbox could be had.
+/// Why a request gets no sandbox.
 #[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
 pub enum PoolError {
     /// The language has no image yet, or none that works.
@@ -19,30 +19,30 @@ pub enum PoolError {
         /// Which language.
         language: String,
     },
-    /// No more requests may wait.
+    /// The queue is at its limit.
     #[error("the queue is full: {length} requests are waiting")]
     QueueFull {
-        /// How many wait.
+        /// How many requests wait.
         length: usize,
     },
-    /// The request has waited as long as it may.
+    /// The request has waited for the longest allowed time.
     #[error("no container became free within {}", humantime::format_duration(*.waited))]
     QueueTimeout {
-        /// How long that is.
+        /// The longest allowed time.
         waited: Duration,
     },
-    /// The server is going down.
+    /// The server is shutting down.
     #[error("the server is shutting down")]
     Draining,
 }
 
 impl PoolError {
-    /// There are no sandboxes for this language.
+    /// The error for a language that is not enabled.
     pub fn not_enabled(language: &str) -> PoolError {
         PoolError::Unavailable { language: language.to_owned(), reason: "it is not enabled".into() }
     }
 
-    /// Which failure it is, in a word.
+    /// The kind of the error, for metrics.
     pub fn kind(&self) -> &'static str {
         match self {
             PoolError::Unavailable { .. } => "unavailable",

@@ -1,4 +1,4 @@
-//! The manager: the background task that makes sandboxes, and what it shares with the pool.
+//! The manager: the background task that makes sandboxes, and the state that it shares with the pool.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -12,33 +12,33 @@ use crate::scheduler::state::State;
 use crate::scheduler::step::Step;
 
 /// Time between two checks for ready sandboxes that died without their engine noticing.
-const LOOK_PAUSE: Duration = Duration::from_secs(10);
+const CHECK_INTERVAL: Duration = Duration::from_secs(10);
 
-/// What the pool and its manager share.
+/// State shared by the pool and its manager.
 pub(super) struct Shared {
     pub(super) engine: Arc<dyn Engine>,
     state: Mutex<State>,
     /// Wakes the manager.
     pub(super) changed: Notify,
-    /// Where sandboxes give their slots back.
+    /// On which [`Slot`]s report that they are free again.
     freed: mpsc::UnboundedSender<u32>,
     pub(super) stop: CancellationToken,
 }
 
 impl Shared {
-    /// A state behind its lock, whose sandboxes give their slots back on `freed`.
+    /// Wraps the state. Slots are returned on `freed`.
     fn new(engine: Arc<dyn Engine>, state: State, freed: mpsc::UnboundedSender<u32>) -> Shared {
         Shared { engine, state: Mutex::new(state), changed: Notify::new(), freed, stop: CancellationToken::new() }
     }
 
-    /// Locks the state, which never lasts over an await.
+    /// Locks the state. The lock is never held across an await.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the result of a start: a sandbox, for the first request that waits for one, or a failure.
-    fn arrived(&self, language: &str, generation: u64, number: u32, made: Result<Sandbox, SandboxError>) {
-        // A sandbox that is not needed, or has ended already, is dropped when the state is unlocked.
+    /// Handles the result of a start: a sandbox goes to the first request that waits for one, else to the ready ones.
+    fn start_finished(&self, language: &str, generation: u64, number: u32, made: Result<Sandbox, SandboxError>) {
+        // A sandbox that is not needed or has already ended. Dropped after the state is unlocked.
         let mut unwanted = None;
         {
             let mut state = self.lock();
@@ -46,13 +46,13 @@ impl Shared {
             let Some(lane) = lanes.get_mut(language).filter(|lane| lane.generation == generation) else {
                 return;
             };
-            // The slot of a failed start may have come back before this, and have been taken again.
+            // The slot of a failed start may already have been returned and be in use again.
             let was_making = lane.making.remove(&number);
             closing.remove(&number);
             match made {
                 Ok(sandbox) if *draining || sandbox.is_gone() => unwanted = Some(sandbox),
                 Ok(sandbox) => {
-                    lane.forget_failures();
+                    lane.clear_failures();
                     let missing = sandbox.enforced.missing().join(", ");
                     if lane.enforced.replace(sandbox.enforced) != Some(sandbox.enforced) && !missing.is_empty() {
                         tracing::warn!(
@@ -65,8 +65,8 @@ impl Shared {
                 }
                 Err(error) => {
                     closing.extend(was_making.then_some(number));
-                    lane.failed(&error.to_string());
-                    if let Err(refusal) = lane.refusal() {
+                    lane.note_failure(&error.to_string());
+                    if let Err(refusal) = lane.check_available() {
                         queue.refuse(language, &refusal);
                     }
                 }
@@ -79,19 +79,19 @@ impl Shared {
 
 /// Starts the manager of a pool.
 pub(super) fn spawn(engine: Arc<dyn Engine>, state: State) -> Arc<Shared> {
-    let (freed, given_back) = mpsc::unbounded_channel();
+    let (freed, freed_slots) = mpsc::unbounded_channel();
     let shared = Arc::new(Shared::new(engine, state, freed));
-    tokio::spawn(manage(Arc::clone(&shared), given_back));
+    tokio::spawn(manage(Arc::clone(&shared), freed_slots));
     shared
 }
 
-/// Does what [`State::next_step`] says until the pool is drained.
-async fn manage(shared: Arc<Shared>, mut given_back: mpsc::UnboundedReceiver<u32>) {
+/// Follows [`State::next_step`] until the pool is drained.
+async fn manage(shared: Arc<Shared>, mut freed_slots: mpsc::UnboundedReceiver<u32>) {
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
-    let mut look_at = Instant::now() + LOOK_PAUSE;
+    let mut check_at = Instant::now() + CHECK_INTERVAL;
     loop {
-        if Instant::now() >= look_at {
-            look_at = Instant::now() + LOOK_PAUSE;
+        if Instant::now() >= check_at {
+            check_at = Instant::now() + CHECK_INTERVAL;
             let dead = shared.lock().take_dead();
             drop(dead);
         }
@@ -115,27 +115,27 @@ async fn manage(shared: Arc<Shared>, mut given_back: mpsc::UnboundedReceiver<u32
                             made = shared.engine.start(spec) => made,
                             () = shared.stop.cancelled() => return,
                         };
-                        shared.arrived(&name, generation, number, made);
+                        shared.start_finished(&name, generation, number, made);
                     });
                 }
-                Step::GiveUp(name) => {
-                    let given_up = state.lanes.get_mut(&name).and_then(|lane| lane.ready.pop_front());
-                    state.note_closing(&given_up);
+                Step::Discard(name) => {
+                    let discarded = state.lanes.get_mut(&name).and_then(|lane| lane.ready.pop_front());
+                    state.note_closing(&discarded);
                     drop(state);
-                    drop(given_up);
+                    drop(discarded);
                 }
-                // A language whose pause is over waits for an attempt, a slot or a core, each of which wakes the
+                // A language whose backoff is over waits for a start to finish, a slot or a core; each wakes the
                 // manager.
                 Step::Nothing => {
                     break state.lanes.values().filter_map(|lane| lane.retry_at).filter(|at| *at > now).min();
                 }
             }
         };
-        let wake = retry_at.map_or(look_at, |at| at.min(look_at));
+        let wake = retry_at.map_or(check_at, |at| at.min(check_at));
         tokio::select! {
             () = shared.changed.notified() => {}
-            Some(number) = given_back.recv() => {
-                let ended = shared.lock().take_back(number);
+            Some(number) = freed_slots.recv() => {
+                let ended = shared.lock().slot_freed(number);
                 drop(ended);
             }
             () = tokio::time::sleep_until(wake) => {}
@@ -156,14 +156,14 @@ mod tests {
             let mut state = state(1, &["a"]);
             assert_eq!(state.made(), ["a"]);
             if is_back {
-                drop(state.take_back(0));
+                drop(state.slot_freed(0));
             }
             let shared = Shared::new(fake::engine().0, state, mpsc::unbounded_channel().0);
-            shared.arrived("a", 0, 0, Err(SandboxError::Lost));
+            shared.start_finished("a", 0, 0, Err(SandboxError::Lost));
             let mut state = shared.lock();
             assert_eq!(state.closing.is_empty(), is_back);
             if !is_back {
-                drop(state.take_back(0));
+                drop(state.slot_freed(0));
             }
             assert!(state.closing.is_empty() && state.lanes["a"].making.is_empty());
         }

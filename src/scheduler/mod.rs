@@ -1,12 +1,12 @@
-//! Which request runs next, and in which sandbox: the queue of requests and the pool of ready sandboxes.
+//! Assigns sandboxes to requests: the pool of ready sandboxes and the queue of requests that wait for one.
 //!
 //! ```text
-//! pool      what the rest of the program calls
+//! pool      the interface for the rest of the program
 //!  └ manager   the background task that makes sandboxes
-//!     └ state     behind the pool's one lock: slots, a lane for each language, the queue
-//!        ├ step      the decision what the manager does next
+//!     └ state     slots, a lane for each language, the queue: all behind one lock
+//!        ├ step      decides what the manager does next
 //!        ├ lane      the sandboxes of one language
-//!        └ queue     the requests that wait
+//!        └ queue     the waiting requests
 //! ```
 
 mod error;
@@ -18,6 +18,6 @@ mod state;
 mod step;
 
 pub use error::PoolError;
-pub use lane::{Image, Status};
+pub use lane::{Image, LanguageStatus};
 pub use pool::Pool;
 pub use queue::QueueSettings;

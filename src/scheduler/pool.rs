@@ -1,8 +1,7 @@
-//! The pool: a bounded number of slots for sandboxes, which are made ahead of time, and a queue for the requests that
-//! find none ready.
+//! The pool: a bounded number of sandboxes, made ahead of time, and a queue for requests that find none ready.
 //!
-//! One task, the manager, makes sandboxes; everything else happens in the tasks of the callers. The state is behind one
-//! lock that is never held across an await.
+//! One task, the manager, makes sandboxes; everything else happens in the tasks of the callers. One lock protects the
+//! state and is never held across an await.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -14,12 +13,12 @@ use tokio::time::Instant;
 use crate::model::client::Client;
 use crate::model::language::Language;
 use crate::sandbox::{Engine, Event, Sandbox};
-use crate::scheduler::lane::{Image, Lane, Status};
+use crate::scheduler::lane::{Image, Lane, LanguageStatus};
 use crate::scheduler::manager::{self, Shared};
 use crate::scheduler::state::State;
 use crate::scheduler::{PoolError, QueueSettings};
 
-/// Time between two checks of the position of a request that is watched.
+/// Time between two checks of the queue position of a watched request.
 const POSITION_CHECK: Duration = Duration::from_millis(200);
 
 /// Ready sandboxes of all languages.
@@ -28,46 +27,46 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// A pool of `slots` containers for these languages, none of which has an image yet.
+    /// A pool of `slots` sandboxes for these languages. It makes none until [`Pool::set_image`] names an image.
     pub fn new(engine: Arc<dyn Engine>, slots: u32, queue: QueueSettings, languages: &[Arc<Language>]) -> Pool {
         Pool { shared: manager::spawn(engine, State::new(slots, queue, languages)) }
     }
 
-    /// Takes a ready sandbox of a language, or waits for one in the queue, until `queue.wait` has passed since the
-    /// request `came`; a watcher is told its place there. Dropping the future leaves the queue.
+    /// Takes a ready sandbox of a language, or waits in the queue for one, at most `queue.wait` from `arrived_at` on. A
+    /// watcher receives the position in the queue. Dropping the future leaves the queue.
     pub async fn acquire(
         &self,
         language: &str,
         client: &Client,
         watcher: Option<&mpsc::UnboundedSender<Event>>,
-        came: Instant,
+        arrived_at: Instant,
     ) -> Result<Sandbox, PoolError> {
-        // Dropped when the state is unlocked.
+        // Dropped after the state is unlocked.
         let mut ended = Vec::new();
-        let (place, turn, wait) = {
+        let (ticket, receiver, wait) = {
             let mut state = self.shared.lock();
             let wait = state.queue.settings.wait;
             if state.draining {
                 return Err(PoolError::Draining);
             }
             let lane = state.lane(language)?;
-            lane.note_use();
+            lane.note_request();
             let taken = lane.take(&mut ended);
             state.note_closing(&ended);
             if let Some(sandbox) = taken {
                 self.shared.changed.notify_one();
                 return Ok(sandbox);
             }
-            state.lane(language)?.refusal()?;
-            let (id, turn) = state.queue.join(language, client)?;
-            (Place { shared: &self.shared, id }, turn, wait)
+            state.lane(language)?.check_available()?;
+            let (id, receiver) = state.queue.join(language, client)?;
+            (Ticket { shared: &self.shared, id }, receiver, wait)
         };
         self.shared.changed.notify_one();
         let waited = tokio::select! {
-            waited = tokio::time::timeout(wait.saturating_sub(came.elapsed()), turn) => waited,
-            never = place.report_position(watcher) => match never {},
+            waited = tokio::time::timeout(wait.saturating_sub(arrived_at.elapsed()), receiver) => waited,
+            never = ticket.report_position(watcher) => match never {},
         };
-        drop(place);
+        drop(ticket);
         match waited {
             Ok(Ok(handed_over)) => handed_over,
             Ok(Err(_)) => Err(PoolError::Draining),
@@ -75,23 +74,22 @@ impl Pool {
         }
     }
 
-    /// Sets the image of a language: from now on sandboxes are made from it, and ready ones of another image are given
-    /// up.
+    /// Sets the image from which sandboxes of a language are made, and discards ready sandboxes of another image.
     pub fn set_image(&self, language: &str, image: Image) {
-        let Some(given_up) = self.shared.lock().set_image(language, image) else { return };
-        drop(given_up);
+        let Some(discarded) = self.shared.lock().set_image(language, image) else { return };
+        drop(discarded);
         self.shared.changed.notify_one();
     }
 
-    /// Serves other languages, or the same with other limits, in other numbers. What runs is not disturbed.
+    /// Changes the number of slots, the settings of the queue and the languages. Running jobs are not affected.
     pub fn reconfigure(&self, slots: u32, queue: QueueSettings, languages: &[Arc<Language>]) {
-        let given_up = self.shared.lock().reconfigure(slots, queue, languages);
-        drop(given_up);
+        let discarded = self.shared.lock().reconfigure(slots, queue, languages);
+        drop(discarded);
         self.shared.engine.keep_only(languages);
         self.shared.changed.notify_one();
     }
 
-    /// The image that a language's sandboxes are made from, or why there is none.
+    /// The id of the image that a language's sandboxes are made from, or why there is none.
     pub fn image(&self, language: &str) -> Result<String, PoolError> {
         let mut state = self.shared.lock();
         if state.draining {
@@ -101,22 +99,22 @@ impl Pool {
     }
 
     /// The status of a language.
-    pub fn status(&self, language: &str) -> Status {
+    pub fn status(&self, language: &str) -> LanguageStatus {
         self.shared.lock().lane(language).map(|lane| lane.status()).unwrap_or_default()
     }
 
     /// The status of each language, the default one first.
-    pub fn statuses(&self) -> Vec<(String, Status)> {
+    pub fn statuses(&self) -> Vec<(String, LanguageStatus)> {
         let mut state = self.shared.lock();
         let mut lanes: Vec<(&String, &mut Lane)> = state.lanes.iter_mut().collect();
         lanes.sort_by_key(|(_, lane)| lane.rank);
         lanes.into_iter().map(|(name, lane)| (name.clone(), lane.status())).collect()
     }
 
-    /// Notes that a sandbox of this language has just run a program to its end.
-    pub fn note_proof(&self, language: &str) {
+    /// Records that a sandbox of this language has just run a program to completion.
+    pub fn note_completed_run(&self, language: &str) {
         if let Ok(lane) = self.shared.lock().lane(language) {
-            lane.proved_at = Some(Instant::now());
+            lane.last_run_at = Some(Instant::now());
         }
     }
 
@@ -125,7 +123,8 @@ impl Pool {
         self.shared.lock().queue.len()
     }
 
-    /// Takes a ready sandbox of a language, if there is one and no request waits for any. It does not count as a use.
+    /// Takes a ready sandbox of a language, if there is one and no request waits for any. This does not count as a
+    /// request.
     pub fn take_idle(&self, language: &str) -> Option<Sandbox> {
         let mut ended = Vec::new();
         let mut state = self.shared.lock();
@@ -138,10 +137,10 @@ impl Pool {
         sandbox
     }
 
-    /// Ends: requests that wait are refused, ready sandboxes are given up, nothing more is made.
+    /// Shuts the pool down: refuses waiting requests, discards ready sandboxes and makes no more.
     pub fn drain(&self) {
-        let given_up = self.shared.lock().drain();
-        drop(given_up);
+        let discarded = self.shared.lock().drain();
+        drop(discarded);
         self.shared.stop.cancel();
     }
 }
@@ -152,21 +151,21 @@ impl Drop for Pool {
     }
 }
 
-/// The place of a request in the queue; dropping it leaves the queue.
-struct Place<'a> {
+/// A request in the queue; dropping the ticket leaves the queue.
+struct Ticket<'a> {
     shared: &'a Shared,
     id: u64,
 }
 
-impl Place<'_> {
-    /// Tells the watcher how many requests wait before this one, now and whenever that changes.
+impl Ticket<'_> {
+    /// Sends the watcher the number of requests before this one, now and whenever it changes.
     async fn report_position(&self, watcher: Option<&mpsc::UnboundedSender<Event>>) -> Infallible {
         let Some(watcher) = watcher else { return std::future::pending().await };
-        let mut told = None;
+        let mut reported = None;
         loop {
             let position = self.shared.lock().queue.position(self.id);
-            if let Some(position) = position.filter(|position| told != Some(*position)) {
-                told = Some(position);
+            if let Some(position) = position.filter(|position| reported != Some(*position)) {
+                reported = Some(position);
                 let _ = watcher.send(Event::Queued(position));
             }
             tokio::time::sleep(POSITION_CHECK).await;
@@ -174,7 +173,7 @@ impl Place<'_> {
     }
 }
 
-impl Drop for Place<'_> {
+impl Drop for Ticket<'_> {
     fn drop(&mut self) {
         self.shared.lock().queue.leave(self.id);
     }
@@ -195,7 +194,7 @@ mod tests {
         QueueSettings { length: 10, wait: Duration::from_secs(30), fair: false }
     }
 
-    /// A pool for bash, whose image is ready, and the starts of its engine.
+    /// A pool for bash, whose image is ready, and the starts of its fake engine.
     fn pool(slots: u32) -> (Arc<Pool>, mpsc::UnboundedReceiver<fake::Start>) {
         let (engine, starts) = fake::engine();
         let pool = Arc::new(Pool::new(engine, slots, queue_settings(), &[bash()]));
@@ -239,7 +238,7 @@ mod tests {
         });
     }
 
-    /// Waits until so many sandboxes are ready.
+    /// Waits until `count` sandboxes are ready.
     async fn wait_ready(pool: &Pool, count: usize) {
         while pool.status("bash").ready != count {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -255,21 +254,21 @@ mod tests {
                 inits.push_back(starts.recv().await.unwrap().succeed());
                 wait_ready(&pool, ready).await;
             }
-            // The engine reports the end of one before any request comes.
-            let told = inits.remove(1).unwrap();
-            let slot = told.slot();
-            drop(told);
+            // The engine reports the end of a ready sandbox: its slot is used again.
+            let ended = inits.remove(1).unwrap();
+            let slot = ended.slot();
+            drop(ended);
             let again = starts.recv().await.unwrap();
             assert_eq!(again.spec.slot.number, slot);
             inits.push_back(again.succeed());
             wait_ready(&pool, 3).await;
-            // One whose end nobody has noticed yet is skipped and given up when it would be next.
+            // A sandbox that ended without a report is skipped and discarded by a request.
             let mut first = inits.pop_front().unwrap();
             first.close_channel();
             let given = pool.acquire("bash", &Client::default(), None, Instant::now()).await.unwrap();
             assert_eq!(given.number, inits[0].slot());
             first.released().await;
-            // One whose end nobody reports is found by the next check.
+            // Without a request, the next periodic check discards it.
             inits[1].close_channel();
             inits[1].released().await;
         });

@@ -1,4 +1,4 @@
-//! Requests that wait for a sandbox: in order of arrival, or a turn for each client.
+//! The queue of requests that wait for a sandbox: in order of arrival, or fair, with clients taking turns.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -14,65 +14,64 @@ use std::time::Duration;
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct QueueSettings {
-    /// Jobs that may wait.
+    /// Most requests that may wait.
     pub length: usize,
-    /// How long each may wait.
+    /// How long a request may wait.
     #[serde(with = "humantime_serde")]
     pub wait: Duration,
     /// Whether clients take turns.
     pub fair: bool,
 }
 
-/// What a waiting request is told in the end.
-pub type Turn = oneshot::Receiver<Result<Sandbox, PoolError>>;
+/// On which a waiting request receives its sandbox or its refusal.
+pub type SandboxReceiver = oneshot::Receiver<Result<Sandbox, PoolError>>;
 
-/// Those who wait, in the order in which they are served.
+/// Waiting requests, in the order in which they are served.
 pub struct Queue {
-    /// How many may wait, how long, and whether each client has its turn.
+    /// Changeable at any time; requests that already wait keep their position.
     pub settings: QueueSettings,
     waiters: VecDeque<Waiter>,
-    next: u64,
-    /// The latest round in which anybody was served.
+    next_id: u64,
+    /// The latest round in which a request was served.
     round: u64,
 }
 
 struct Waiter {
     id: u64,
     language: String,
-    /// Whose turn it is.
     client: Client,
-    /// In each round every client is served once.
+    /// In a fair queue, a client is served at most once per round.
     round: u64,
-    hand_over: oneshot::Sender<Result<Sandbox, PoolError>>,
+    sender: oneshot::Sender<Result<Sandbox, PoolError>>,
 }
 
 impl Queue {
-    /// An empty one.
+    /// An empty queue.
     pub fn new(settings: QueueSettings) -> Queue {
-        Queue { settings, waiters: VecDeque::new(), next: 0, round: 0 }
+        Queue { settings, waiters: VecDeque::new(), next_id: 0, round: 0 }
     }
 
-    /// Gives a request its place, and the number of that. Where the queue is fair, it is behind those of each client's
-    /// that were served as often as this one's; else, and among those of one client, at the end.
-    pub fn join(&mut self, language: &str, client: &Client) -> Result<(u64, Turn), PoolError> {
+    /// Adds a request and returns its id. In a fair queue it comes one round after the last waiting request of its
+    /// client, or in the next round if none waits; otherwise it goes to the end.
+    pub fn join(&mut self, language: &str, client: &Client) -> Result<(u64, SandboxReceiver), PoolError> {
         if self.waiters.len() >= self.settings.length {
-            self.make_place(client)?;
+            self.make_room(client)?;
         }
         let latest = self.waiters.iter().filter(|waiter| waiter.client == *client).map(|waiter| waiter.round).max();
         let last = self.waiters.back().map_or(self.round, |waiter| waiter.round);
-        // It may have been fair when the others came.
+        // The queue may have been fair when the others joined.
         let round = if self.settings.fair { self.round.max(latest.unwrap_or(0)) + 1 } else { self.round.max(last) };
         let at = self.waiters.partition_point(|waiter| waiter.round <= round);
-        let id = self.next;
-        self.next += 1;
-        let (hand_over, turn) = oneshot::channel();
-        self.waiters.insert(at, Waiter { id, language: language.to_owned(), client: client.clone(), round, hand_over });
-        Ok((id, turn))
+        let id = self.next_id;
+        self.next_id += 1;
+        let (sender, receiver) = oneshot::channel();
+        self.waiters.insert(at, Waiter { id, language: language.to_owned(), client: client.clone(), round, sender });
+        Ok((id, receiver))
     }
 
-    /// Makes a place in a full queue, if it is fair: the last one of the client who has most gives way to one who
-    /// has less than that even with it.
-    fn make_place(&mut self, client: &Client) -> Result<(), PoolError> {
+    /// Makes room in a full queue, if it is fair: refuses the last request of the client with the most waiting
+    /// requests, if these are more than `client` would have with the new one.
+    fn make_room(&mut self, client: &Client) -> Result<(), PoolError> {
         let full = PoolError::QueueFull { length: self.waiters.len() };
         if !self.settings.fair {
             return Err(full);
@@ -84,62 +83,62 @@ impl Queue {
         let last = most.and_then(|(most, _)| self.waiters.iter().rposition(|waiter| waiter.client == *most));
         match last.and_then(|at| self.waiters.remove(at)) {
             Some(waiter) => {
-                let _ = waiter.hand_over.send(Err(full));
+                let _ = waiter.sender.send(Err(full));
                 Ok(())
             }
             None => Err(full),
         }
     }
 
-    /// Gives a place up.
+    /// Removes a request.
     pub fn leave(&mut self, id: u64) {
         self.waiters.retain(|waiter| waiter.id != id);
     }
 
-    /// How many wait before this one.
+    /// Number of requests before this one.
     pub fn position(&self, id: u64) -> Option<usize> {
         self.waiters.iter().position(|waiter| waiter.id == id)
     }
 
-    /// How many wait.
+    /// Number of waiting requests.
     pub fn len(&self) -> usize {
         self.waiters.len()
     }
 
-    /// Whether nobody waits.
+    /// Whether no request waits.
     pub fn is_empty(&self) -> bool {
         self.waiters.is_empty()
     }
 
-    /// The languages that are waited for, of the first first.
+    /// The languages of the waiting requests, in the order in which they are served.
     pub fn languages(&self) -> impl Iterator<Item = &str> {
-        self.waiters.iter().filter(|waiter| !waiter.hand_over.is_closed()).map(|waiter| waiter.language.as_str())
+        self.waiters.iter().filter(|waiter| !waiter.sender.is_closed()).map(|waiter| waiter.language.as_str())
     }
 
-    /// Hands a sandbox to the first who waits for its language, or back where nobody does.
+    /// Hands a sandbox to the first request that waits for its language. Returns the sandbox if there is none.
     pub fn serve(&mut self, language: &str, mut sandbox: Sandbox) -> Option<Sandbox> {
         while let Some(at) = self.waiters.iter().position(|waiter| waiter.language == language)
             && let Some(waiter) = self.waiters.remove(at)
         {
             self.round = waiter.round.max(self.round);
-            // One that has left meanwhile hands it back.
-            sandbox = waiter.hand_over.send(Ok(sandbox)).err()?.ok()?;
+            // Sending to a request that has left returns the sandbox.
+            sandbox = waiter.sender.send(Ok(sandbox)).err()?.ok()?;
         }
         Some(sandbox)
     }
 
-    /// Refuses all who wait for a language.
+    /// Refuses all requests that wait for a language.
     pub fn refuse(&mut self, language: &str, refusal: &PoolError) {
         let (refused, others) =
             std::mem::take(&mut self.waiters).into_iter().partition(|waiter| waiter.language == language);
         self.waiters = others;
         let refused: VecDeque<Waiter> = refused;
         for waiter in refused {
-            let _ = waiter.hand_over.send(Err(refusal.clone()));
+            let _ = waiter.sender.send(Err(refusal.clone()));
         }
     }
 
-    /// Refuses all who wait, as the server is going down.
+    /// Drops all requests, which the pool reports as [`PoolError::Draining`].
     pub fn clear(&mut self) {
         self.waiters.clear();
     }
@@ -147,7 +146,7 @@ impl Queue {
 
 #[cfg(test)]
 impl Queue {
-    /// Takes the first out, as if it were served.
+    /// Removes the first request as if it were served.
     pub fn take_first(&mut self) -> Option<Client> {
         let waiter = self.waiters.pop_front()?;
         self.round = waiter.round.max(self.round);
@@ -164,7 +163,7 @@ mod tests {
         Queue::new(QueueSettings { length: 10, wait: Duration::from_secs(1), fair: true })
     }
 
-    /// Serves the first in the queue; the name of its client.
+    /// Serves the first request and returns the name of its client.
     fn serve(queue: &mut Queue) -> String {
         name(&queue.take_first().unwrap())
     }
@@ -180,7 +179,8 @@ mod tests {
         }
     }
 
-    /// Who waits, in order of arrival; who is served, in that order.
+    /// Adds a request for each character of `arrivals`, named after its client; returns the order in which they are
+    /// served.
     fn served(queue: &mut Queue, arrivals: &str) -> String {
         let _turns: Vec<_> = arrivals.chars().map(|c| queue.join("a", &client(&c.to_string()))).collect();
         (0..queue.len()).map(|_| serve(queue)).collect()
@@ -190,7 +190,7 @@ mod tests {
     fn a_fair_queue_serves_one_of_each_client_in_turn() {
         let mut queue = queue();
         assert_eq!(served(&mut queue, "xxxxyyz"), "xyzxyxx");
-        assert_eq!(served(&mut queue, "yyxx"), "yxyx", "and has forgotten who came before");
+        assert_eq!(served(&mut queue, "yyxx"), "yxyx", "earlier rounds do not count");
         assert_eq!(served(&mut queue, "xxx"), "xxx");
     }
 
@@ -236,10 +236,10 @@ mod tests {
         let mut of_x: Vec<_> = (0..3).map(|_| queue.join("a", &client("x")).unwrap()).collect();
         assert!(matches!(queue.join("a", &client("x")), Err(PoolError::QueueFull { .. })));
         let _of_y = queue.join("a", &client("y")).unwrap();
-        let told = of_x.pop().unwrap().1.try_recv().unwrap();
-        assert!(matches!(told, Err(PoolError::QueueFull { .. })), "the last of x's");
-        assert!(of_x.iter_mut().all(|(_, turn)| turn.try_recv().is_err()), "the others wait on");
-        assert!(queue.join("a", &client("y")).is_err(), "two and one are as equal as can be");
+        let refused = of_x.pop().unwrap().1.try_recv().unwrap();
+        assert!(matches!(refused, Err(PoolError::QueueFull { .. })), "the last of x's");
+        assert!(of_x.iter_mut().all(|(_, receiver)| receiver.try_recv().is_err()), "the others wait on");
+        assert!(queue.join("a", &client("y")).is_err(), "two requests and one are a fair share");
         assert_eq!(queue.len(), 3);
     }
 }

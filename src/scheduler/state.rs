@@ -1,6 +1,7 @@
-//! The state of the pool: its slots, the lanes of the languages, the queue; and what changes several of these.
+//! The state of the pool: slots, the lanes of the languages and the queue, with the operations that change several of
+//! them.
 //!
-//! Sandboxes that are given up are returned to the caller, who drops them when the pool is unlocked again.
+//! The operations return discarded sandboxes to the caller, who drops them after unlocking the state.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -11,22 +12,23 @@ use crate::scheduler::lane::{Image, Lane};
 use crate::scheduler::queue::Queue;
 use crate::scheduler::{PoolError, QueueSettings};
 
-/// What the pool's lock protects.
+/// The state behind the lock of the pool.
 pub(super) struct State {
     pub(super) queue: Queue,
-    /// How many slots there may be.
+    /// The configured number of slots.
     slots: u32,
-    /// The slots that there are, free or taken: more than there may be, for a while after their number was reduced.
+    /// All slots, free or taken. After their number was reduced there are more than `slots` until taken ones are
+    /// returned.
     existing: BTreeSet<u32>,
     pub(super) free: Vec<u32>,
-    /// Slots of sandboxes given up that have not come back yet.
+    /// Slots of discarded sandboxes that have not been returned yet.
     pub(super) closing: BTreeSet<u32>,
     pub(super) lanes: BTreeMap<String, Lane>,
     pub(super) draining: bool,
 }
 
 impl State {
-    /// So many free slots, an empty queue, and a lane for each language, none of which has an image yet.
+    /// `slots` free slots, an empty queue, and a lane without an image for each language.
     pub(super) fn new(slots: u32, queue: QueueSettings, languages: &[Arc<Language>]) -> State {
         let lane = |(rank, language): (usize, &Arc<Language>)| (language.name.clone(), Lane::new(rank, language));
         let mut state = State {
@@ -46,7 +48,7 @@ impl State {
         self.lanes.get_mut(language).ok_or_else(|| PoolError::not_enabled(language))
     }
 
-    /// Sets the image of a language; the sandboxes given up for that, or `None` where nothing changes.
+    /// Sets the image of a language. Returns the sandboxes discarded for it, or `None` if nothing changes.
     pub(super) fn set_image(&mut self, language: &str, image: Image) -> Option<VecDeque<Sandbox>> {
         let lane = self.lane(language).ok()?;
         let known = matches!(lane.image, Image::Ready(_));
@@ -55,20 +57,20 @@ impl State {
         }
         lane.image = image;
         let refusal = lane.image_id().err();
-        lane.forget_failures();
+        lane.clear_failures();
         lane.generation += 1;
-        let given_up = std::mem::take(&mut lane.ready);
+        let discarded = std::mem::take(&mut lane.ready);
         let making = std::mem::take(&mut lane.making);
         self.closing.extend(making);
-        self.note_closing(&given_up);
-        // Requests that wait get the same refusal as new ones.
+        self.note_closing(&discarded);
+        // Waiting requests get the same refusal as new ones.
         if let Some(refusal) = refusal {
             self.queue.refuse(language, &refusal);
         }
-        Some(given_up)
+        Some(discarded)
     }
 
-    /// Changes the number of slots, the queue's settings and the languages; the sandboxes given up for that.
+    /// Changes the number of slots, the queue's settings and the languages. Returns the sandboxes discarded for it.
     pub(super) fn reconfigure(
         &mut self,
         slots: u32,
@@ -78,7 +80,7 @@ impl State {
         self.resize(slots);
         self.queue.settings = queue;
         let mut before = std::mem::take(&mut self.lanes);
-        let mut given_up = Vec::new();
+        let mut discarded = Vec::new();
         for (rank, language) in languages.iter().enumerate() {
             let lane = match before.remove(&language.name) {
                 Some(mut same) if same.language == *language => {
@@ -86,13 +88,13 @@ impl State {
                     same
                 }
                 Some(mut other) => {
-                    given_up.extend(std::mem::take(&mut other.ready));
+                    discarded.extend(std::mem::take(&mut other.ready));
                     self.closing.append(&mut other.making);
                     let mut lane = Lane::new(rank, language);
                     if other.language.image == language.image {
                         lane.image = other.image;
                     }
-                    // Sandboxes that are being made have the old limits: they are given up on arrival.
+                    // Sandboxes that are being made have the old limits: with a new generation they are discarded.
                     lane.generation = other.generation + 1;
                     lane
                 }
@@ -102,7 +104,7 @@ impl State {
         }
         for (name, lane) in before {
             self.queue.refuse(&name, &PoolError::not_enabled(&name));
-            given_up.extend(lane.ready);
+            discarded.extend(lane.ready);
             self.closing.extend(lane.making);
         }
         for lane in self.lanes.values_mut() {
@@ -110,25 +112,25 @@ impl State {
                 std::mem::take(&mut lane.ready).into_iter().partition(|sandbox| sandbox.number < slots);
             lane.ready = kept;
             let beyond: VecDeque<Sandbox> = beyond;
-            given_up.extend(beyond);
+            discarded.extend(beyond);
         }
-        self.note_closing(&given_up);
-        given_up
+        self.note_closing(&discarded);
+        discarded
     }
 
-    /// Makes nothing more and refuses the requests that wait; all ready sandboxes.
+    /// Stops making sandboxes and refuses all waiting requests. Returns all ready sandboxes.
     pub(super) fn drain(&mut self) -> Vec<Sandbox> {
         self.draining = true;
         self.queue.clear();
         self.lanes.values_mut().flat_map(|lane| std::mem::take(&mut lane.ready)).collect()
     }
 
-    /// Changes the number of slots; those beyond it go when they come back.
+    /// Changes the number of slots. Taken slots beyond it are removed when they are returned.
     fn resize(&mut self, slots: u32) {
         self.slots = slots;
-        // Beyond the new number only those that are taken still exist.
+        // Removes free slots beyond the new number.
         for number in std::mem::take(&mut self.free) {
-            let _none = self.take_back(number);
+            let _none = self.slot_freed(number);
         }
         for number in (0..slots).rev() {
             if self.existing.insert(number) {
@@ -137,8 +139,8 @@ impl State {
         }
     }
 
-    /// Takes back a slot; with it the ready sandbox that was in it, if its container ended by itself.
-    pub(super) fn take_back(&mut self, number: u32) -> Vec<Sandbox> {
+    /// Records that a slot is free again. Returns the ready sandbox in it, whose container then ended by itself.
+    pub(super) fn slot_freed(&mut self, number: u32) -> Vec<Sandbox> {
         self.closing.remove(&number);
         let mut ended = Vec::new();
         for lane in self.lanes.values_mut() {
@@ -153,23 +155,23 @@ impl State {
         ended
     }
 
-    /// Takes out the ready sandboxes whose init has exited, whether or not their engine knows. Each costs a system
-    /// call.
+    /// Removes and returns the ready sandboxes whose init has exited, even if their engine has not noticed. Checking
+    /// each is a system call.
     pub(super) fn take_dead(&mut self) -> VecDeque<Sandbox> {
         let mut dead = VecDeque::new();
         for lane in self.lanes.values_mut() {
-            let (gone, living) = std::mem::take(&mut lane.ready).into_iter().partition(Sandbox::is_gone);
-            lane.ready = living;
+            let (gone, alive) = std::mem::take(&mut lane.ready).into_iter().partition(Sandbox::is_gone);
+            lane.ready = alive;
             dead.extend::<VecDeque<Sandbox>>(gone);
         }
         self.note_closing(&dead);
         dead
     }
 
-    /// Notes that the slots of these sandboxes are going to come back. The slot of a container that ended by itself may
-    /// be back already.
-    pub(super) fn note_closing<'a>(&mut self, given_up: impl IntoIterator<Item = &'a Sandbox>) {
-        let numbers = given_up.into_iter().map(|sandbox| sandbox.number);
+    /// Records that the slots of these sandboxes will be returned. The slot of a container that ended by itself may
+    /// already have been.
+    pub(super) fn note_closing<'a>(&mut self, discarded: impl IntoIterator<Item = &'a Sandbox>) {
+        let numbers = discarded.into_iter().map(|sandbox| sandbox.number);
         self.closing.extend(numbers.filter(|number| self.existing.contains(number) && !self.free.contains(number)));
     }
 }
@@ -182,10 +184,10 @@ pub(super) mod tests {
 
     use super::*;
     use crate::model::client::Client;
-    use crate::scheduler::queue::Turn;
+    use crate::scheduler::queue::SandboxReceiver;
     use crate::scheduler::step::Step;
 
-    /// So many slots, and languages of these names, whose images are there.
+    /// A state with `slots` slots and languages of these names, whose images are ready.
     pub fn state(slots: u32, names: &[&str]) -> State {
         let language = |name: &&str| {
             let mut language = crate::config::tests::language("bash");
@@ -200,11 +202,12 @@ pub(super) mod tests {
     }
 
     impl State {
-        pub fn wait_for(&mut self, language: &str) -> Turn {
+        pub fn wait_for(&mut self, language: &str) -> SandboxReceiver {
             self.queue.join(language, &Client::default()).unwrap().1
         }
 
-        /// Follows the steps until there is nothing to do; the languages in the order in which they were made.
+        /// Follows the steps until nothing is left to do; returns the languages in the order in which sandboxes were
+        /// made.
         pub fn made(&mut self) -> Vec<String> {
             let mut made = Vec::new();
             while let Step::Make(name) = self.next_step(usize::MAX, Instant::now()) {
@@ -221,9 +224,9 @@ pub(super) mod tests {
         let mut state = state(3, &["a"]);
         state.free.clear();
         state.closing.insert(1);
-        drop(state.take_back(0));
+        drop(state.slot_freed(0));
         assert_eq!(state.closing, BTreeSet::from([1]), "the slot of a finished run was not closing");
-        drop(state.take_back(1));
+        drop(state.slot_freed(1));
         assert!(state.closing.is_empty());
     }
 
@@ -238,7 +241,7 @@ pub(super) mod tests {
         seen.sort_unstable();
         assert_eq!(seen, [0, 1, 2, 3]);
         state.resize(1);
-        taken.into_iter().for_each(|number| drop(state.take_back(number)));
+        taken.into_iter().for_each(|number| drop(state.slot_freed(number)));
         assert_eq!(state.free, [0]);
     }
 }

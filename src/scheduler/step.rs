@@ -1,4 +1,4 @@
-//! The decision what the manager does next: which language gets a sandbox, and which one gives a slot up for it.
+//! Decides what the manager does next: which language gets a sandbox, and which one loses a ready sandbox for it.
 
 use std::collections::BTreeMap;
 
@@ -7,19 +7,20 @@ use tokio::time::Instant;
 use crate::scheduler::lane::Lane;
 use crate::scheduler::state::State;
 
-/// What the manager does next.
+/// The next action of the manager.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Step {
     /// Make a sandbox of this language.
     Make(String),
-    /// Give up a ready sandbox of this language, so that another language gets its slot.
-    GiveUp(String),
+    /// Discard a ready sandbox of this language, so that another language gets its slot.
+    Discard(String),
     /// Wait until something changes.
     Nothing,
 }
 
 impl State {
-    /// Serves the requests that wait, in the order of the queue; then refills the languages that are used most.
+    /// Makes sandboxes for waiting requests first, in the order of the queue; then for the most requested languages. At
+    /// most `cores` are made at the same time.
     pub(super) fn next_step(&mut self, cores: usize, now: Instant) -> Step {
         if self.draining {
             return Step::Nothing;
@@ -46,10 +47,10 @@ impl State {
                 coming -= 1;
                 continue;
             }
-            // No request waits for a language that has a ready sandbox: it would have been given that.
+            // A language with a ready sandbox has no waiting request: it would have got the sandbox.
             let spare = self.lanes.iter().filter(|(_, lane)| !lane.ready.is_empty());
             return match spare.max_by_key(|(_, lane)| (lane.ready.len(), lane.rank)) {
-                Some((name, _)) => Step::GiveUp(name.clone()),
+                Some((name, _)) => Step::Discard(name.clone()),
                 None => Step::Nothing,
             };
         }
@@ -59,7 +60,7 @@ impl State {
                 false => Step::Nothing,
             };
         }
-        // One core is left to the runs that clients wait for.
+        // Refilling leaves one core to running jobs.
         if making >= cores.saturating_sub(1).max(1) {
             return Step::Nothing;
         }
@@ -69,21 +70,23 @@ impl State {
         refill.map_or(Step::Nothing, |(name, _)| Step::Make(name.clone()))
     }
 
-    /// Sees that every language has a ready sandbox, where there are slots enough: a language whose image arrived late
-    /// gets the slot of one that has two, or, if it never had any, of one that comes after it in the configuration.
+    /// Makes sure that every language has a ready sandbox if there are enough slots: a language without one, such as
+    /// one whose image arrived late, gets the slot of a language that has several, or, if it never had a sandbox, of a
+    /// language that comes later in the configuration.
     fn rebalance(&self, now: Instant) -> Step {
         let lanes = || self.lanes.iter();
-        let lacks = |lane: &Lane| lane.ready.len() + lane.making.len() == 0 && lane.failures == 0 && lane.can_make(now);
-        let Some((_, lacking)) = lanes().filter(|(_, lane)| lacks(lane)).min_by_key(|(_, lane)| lane.rank) else {
+        let has_none =
+            |lane: &Lane| lane.ready.len() + lane.making.len() == 0 && lane.failures == 0 && lane.can_make(now);
+        let Some((_, needy)) = lanes().filter(|(_, lane)| has_none(lane)).min_by_key(|(_, lane)| lane.rank) else {
             return Step::Nothing;
         };
-        let gives = |lane: &Lane| match lane.ready.len() {
+        let can_give = |lane: &Lane| match lane.ready.len() {
             0 => false,
-            1 => lacking.enforced.is_none() && lacking.rank < lane.rank,
+            1 => needy.enforced.is_none() && needy.rank < lane.rank,
             _ => true,
         };
-        let giver = lanes().filter(|(_, lane)| gives(lane)).max_by_key(|(_, lane)| (lane.ready.len(), lane.rank));
-        giver.map_or(Step::Nothing, |(name, _)| Step::GiveUp(name.clone()))
+        let giver = lanes().filter(|(_, lane)| can_give(lane)).max_by_key(|(_, lane)| (lane.ready.len(), lane.rank));
+        giver.map_or(Step::Nothing, |(name, _)| Step::Discard(name.clone()))
     }
 }
 
@@ -104,7 +107,7 @@ mod tests {
     #[tokio::test]
     async fn spare_slots_go_to_the_languages_that_are_used() {
         let mut state = state(10, &["a", "b"]);
-        (0..8).for_each(|_| state.lanes.get_mut("b").unwrap().note_use());
+        (0..8).for_each(|_| state.lanes.get_mut("b").unwrap().note_request());
         let made = state.made();
         assert!(made.iter().filter(|name| *name == "b").count() >= 8, "{made:?}");
         assert!(made.contains(&"a".to_owned()));
@@ -139,8 +142,8 @@ mod tests {
     async fn a_failing_language_is_retried_after_a_pause_and_does_not_hold_up_others() {
         let mut state = state(4, &["a", "b"]);
         let broken = state.lanes.get_mut("a").unwrap();
-        (0..BROKEN_AFTER).for_each(|_| broken.failed("no podman"));
-        assert!(matches!(broken.refusal(), Err(PoolError::Broken { .. })));
+        (0..BROKEN_AFTER).for_each(|_| broken.note_failure("no podman"));
+        assert!(matches!(broken.check_available(), Err(PoolError::Broken { .. })));
         assert_eq!(state.made(), ["b"; 4]);
         let later = Instant::now() + RETRY_LONGEST;
         state.free.push(9);

@@ -16,13 +16,13 @@ use crate::config::{Overrides, Settings};
 use crate::host::log;
 use crate::host::print::{self, PrintError};
 use crate::host::signals::{self, Shutdown};
-use crate::http::{PistonAnswer, place};
+use crate::http::{ExecuteResponse, job_files};
 use crate::images::names;
 use crate::model::client::Client;
 use crate::model::job::{SourceFile, Stage, Streams};
 use crate::model::language::Language;
 use crate::model::outcome::{Ended, StageOutcome, Verdict};
-use crate::run::cache::MemoCache;
+use crate::run::cache::OutcomeCache;
 use crate::run::{Runner, Tasks};
 use crate::sandbox::Live;
 use crate::sandbox::podman::Podman;
@@ -100,7 +100,7 @@ pub(super) async fn run(args: RunArgs) -> anyhow::Result<u8> {
     pool.set_image(&language.name, Image::Ready(image));
     let runner = Runner::new(
         vec![Arc::clone(&language)],
-        MemoCache::new(settings.cache)?,
+        OutcomeCache::new(settings.cache)?,
         Arc::clone(&pool),
         Tasks::default(),
         0,
@@ -125,7 +125,7 @@ pub(super) async fn run(args: RunArgs) -> anyhow::Result<u8> {
         Ok(())
     };
     // `try_join` cancels the run if its output cannot be printed: the reader has closed the pipe, or a disk is full.
-    let running = async { Ok::<_, PrintError>(runner.run_live(job, live, &Client::Ourselves).await) };
+    let running = async { Ok::<_, PrintError>(runner.run_live(job, live, &Client::Unidentified).await) };
     let result = tokio::select! {
         result = async { tokio::try_join!(running, printing) } => Some(result),
         () = shutdown.stop.cancelled() => None,
@@ -141,7 +141,7 @@ pub(super) async fn run(args: RunArgs) -> anyhow::Result<u8> {
             let outcome = &answer.outcome;
             let last = outcome.run.as_ref().or(outcome.compile.as_ref()).context("nothing was run")?;
             if args.json {
-                print::stdout(serde_json::to_string(&PistonAnswer::new(&language, &answer))? + "\n")?;
+                print::stdout(serde_json::to_string(&ExecuteResponse::new(&language, &answer))? + "\n")?;
             } else if let Some(why) = last.notes() {
                 log::print(terminal::coloured(&why).trim_end_matches('\n'));
             }
@@ -183,7 +183,7 @@ fn files(language: &Language, args: &RunArgs) -> anyhow::Result<Vec<SourceFile>>
     let (_, program) = read(&args.file)?;
     let others = args.files.iter().map(read).collect::<anyhow::Result<Vec<_>>>()?;
     let all = std::iter::once((None, program)).chain(others).collect();
-    place(language, all, usize::MAX).map_err(|error| anyhow::anyhow!("{error}"))
+    job_files(language, all, usize::MAX).map_err(|error| anyhow::anyhow!("{error}"))
 }
 
 /// The exit code of this command, by the last stage of the program.

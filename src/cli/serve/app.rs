@@ -14,7 +14,7 @@ use crate::http::routes::Routes;
 use crate::http::{Api, Budget, Sockets};
 use crate::metrics::Export;
 use crate::model::language::Language;
-use crate::run::cache::MemoCache;
+use crate::run::cache::OutcomeCache;
 use crate::run::readiness::Readiness;
 use crate::run::{Runner, Tasks};
 use crate::scheduler::Pool;
@@ -33,7 +33,7 @@ pub(super) struct AppBuilder {
 impl AppBuilder {
     /// Builds the application for these settings and languages.
     pub(super) fn build(&self, settings: &Settings, languages: &[Arc<Language>]) -> anyhow::Result<Arc<App>> {
-        let memo = MemoCache::new(settings.cache).context("cannot make the cache")?;
+        let memo = OutcomeCache::new(settings.cache).context("cannot make the cache")?;
         let (pool, tasks) = (Arc::clone(&self.pool), self.tasks.clone());
         let bytes = |size: ByteSize| usize::try_from(size.as_u64()).unwrap_or(usize::MAX);
         let api = Api {

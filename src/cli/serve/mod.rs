@@ -22,7 +22,7 @@ use crate::host::systemd;
 use crate::http;
 use crate::metrics::Export;
 use crate::run::Tasks;
-use crate::scheduler::{Pool, Status};
+use crate::scheduler::{LanguageStatus, Pool};
 use app::AppBuilder;
 use background::Background;
 use host::LimitCheck;
@@ -104,7 +104,7 @@ pub(super) async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow
 /// The status line of `systemctl status`: the address, the running jobs, and the state of each language.
 fn status(address: SocketAddr, pool: &Pool, tasks: &Tasks) -> String {
     let lanes = pool.statuses();
-    let lane = |(name, status): &(String, Status)| match (&status.problem, status.enforced) {
+    let lane = |(name, status): &(String, LanguageStatus)| match (&status.problem, status.enforced) {
         (Some(problem), _) => format!("{name}: {problem}"),
         (None, None) => format!("{name}: no sandbox yet"),
         (None, Some(_)) => format!("{name}: {} ready", status.ready),

@@ -1,4 +1,4 @@
-//! `POST /coderunner`: code in, three fields out.
+//! `POST /coderunner`: takes code, responds with three fields.
 
 use std::sync::Arc;
 
@@ -10,43 +10,44 @@ use warp::reply::Response;
 use crate::http::Api;
 use crate::http::error::ApiError;
 use crate::http::json::is_json;
-use crate::http::openapi::Refused;
+use crate::http::openapi::ErrorResponses;
 use crate::http::request::{Call, post};
 use crate::http::text::{Text, Texts};
 use crate::model::job::{Job, Stage, Streams};
 use crate::model::language::Language;
 use crate::model::outcome::Outcome;
 
-/// A request that is one, for those who sent another.
+/// A valid request, shown in error messages.
 const EXAMPLE: &str = "{\"code\": \"…\"}";
 
-/// What is asked. Fields of other APIs are ignored.
+/// The request. Unknown fields are ignored.
 #[derive(Debug, Deserialize, ToSchema)]
 #[schema(as = Code, example = json!({"code": "echo hello"}))]
-pub struct Request {
+pub struct CodeRequest {
     /// The program, in the default language.
     code: String,
 }
 
-/// What is answered.
+/// The response.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 #[schema(as = CodeAnswer)]
-struct Answer {
+struct CodeResponse {
     /// 1 if it compiled, 0 if not.
     #[schema(maximum = 1)]
     status: u8,
     /// What the compiler printed, both streams in order.
     #[schema(value_type = String)]
     compile_output: Text,
-    /// What the program printed, both streams in order. A last line that begins with `coderunner:` says why it was cut short.
+    /// What the program printed, both streams in order. If it was cut short, a last line that begins with `coderunner:`
+    /// says why.
     #[schema(value_type = String)]
     run_output: Text,
 }
 
-impl From<&Arc<Outcome>> for Answer {
-    fn from(outcome: &Arc<Outcome>) -> Answer {
-        Answer {
+impl From<&Arc<Outcome>> for CodeResponse {
+    fn from(outcome: &Arc<Outcome>) -> CodeResponse {
+        CodeResponse {
             status: outcome.compiled().into(),
             compile_output: Text::explained(outcome, Stage::Compile),
             run_output: Text::explained(outcome, Stage::Run),
@@ -54,15 +55,15 @@ impl From<&Arc<Outcome>> for Answer {
     }
 }
 
-impl Texts for Answer {
-    fn each(&mut self, see: &mut dyn FnMut(&mut Text)) {
-        see(&mut self.compile_output);
-        see(&mut self.run_output);
+impl Texts for CodeResponse {
+    fn each_text(&mut self, visit: &mut dyn FnMut(&mut Text)) {
+        visit(&mut self.compile_output);
+        visit(&mut self.run_output);
     }
 }
 
-impl Request {
-    /// The job that it stands for.
+impl CodeRequest {
+    /// Converts the request to a job in `language`.
     pub fn into_job(self, language: &Language, source_limit: usize) -> Result<Job, ApiError> {
         if self.code.len() > source_limit {
             return Err(ApiError::TooLarge { what: "the code is", size: Some(self.code.len()), limit: source_limit });
@@ -80,17 +81,17 @@ pub fn filter(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
 
 /// Compile and run code in the default language
 ///
-/// Whatever the program does, the answer is 200. With `Accept: text/event-stream` events tell what happens: `queued`,
-/// `stage`, `data`, `exit`, and at last `result` with the plain answer, or `error`.
+/// The status is 200 whatever the program does. With `Accept: text/event-stream` the response is a stream of events:
+/// `queued`, `stage`, `data`, `exit`, and finally `result` with the plain response, or `error`.
 #[utoipa::path(
-    post, path = "/coderunner", operation_id = "code", request_body = Request,
-    responses((status = 200, description = "What became of it",
-        content((Answer = "application/json"), (String = "text/event-stream"))), Refused)
+    post, path = "/coderunner", operation_id = "code", request_body = CodeRequest,
+    responses((status = 200, description = "The result of the run",
+        content((CodeResponse = "application/json"), (String = "text/event-stream"))), ErrorResponses)
 )]
-async fn run(request: Request, call: Call) -> Result<Response, ApiError> {
-    let language = call.api.runner.language(None).map_err(|error| call.context.refusal(error))?;
+async fn run(request: CodeRequest, call: Call) -> Result<Response, ApiError> {
+    let language = call.api.runner.language(None).map_err(|error| call.context.api_error(error))?;
     let job = request.into_job(language, call.api.source_limit)?;
-    call.respond(job, |answer| Answer::from(&answer.outcome)).await
+    call.respond(job, |answer| CodeResponse::from(&answer.outcome)).await
 }
 
 #[cfg(test)]
@@ -113,16 +114,16 @@ mod tests {
                 usage: Usage::default(),
                 output,
             };
-            let told = run.explained();
+            let text = run.explained();
             assert_eq!(
-                told,
+                text,
                 run.output.text()
                     + if run.output.text().is_empty() || run.output.text().ends_with('\n') { "" } else { "\n" }
                     + &run.notes().unwrap()
             );
             let outcome = Arc::new(Outcome { compile: None, run: Some(run) });
-            let json = serde_json::json!({"status": 1, "compileOutput": "", "runOutput": told});
-            assert_eq!(serde_json::to_value(Answer::from(&outcome)).unwrap(), json);
+            let json = serde_json::json!({"status": 1, "compileOutput": "", "runOutput": text});
+            assert_eq!(serde_json::to_value(CodeResponse::from(&outcome)).unwrap(), json);
         }
     }
 }

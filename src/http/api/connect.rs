@@ -1,4 +1,5 @@
-//! Piston's WebSocket: a run whose output comes as it is printed, and that can be typed to.
+//! Piston's WebSocket: an interactive run. The server sends output as it is printed; the client may send input and
+//! signals.
 
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,106 +19,109 @@ use warp::ws::{Message, WebSocket, Ws};
 use warp::{Filter, Reply};
 
 use crate::host::signals;
-use crate::http::api::piston::Request;
+use crate::http::api::piston::ExecuteRequest;
 use crate::http::backlog::Backlog;
 use crate::http::budget::Allowance;
 use crate::http::error::ApiError;
-use crate::http::events::{Teller, Told};
+use crate::http::events::{MessageEncoder, ServerMessage};
 use crate::http::inbox::Inbox;
-use crate::http::openapi::Refused;
-use crate::http::server::{Place, Shares};
+use crate::http::openapi::ErrorResponses;
+use crate::http::server::{ClientPermits, ConnectionPermit};
 use crate::http::{Api, Context, json};
 use crate::model::client::Client;
 use crate::run::Live;
 
-/// How long a client may take to say what it wants.
-const INIT_TIME: Duration = Duration::from_secs(5);
+/// How long a client may take to send its `init` message.
+const INIT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a client may take to agree that it is over.
-const CLOSE_TIME: Duration = Duration::from_secs(2);
+/// How long a client may take to answer the close frame.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Sockets at once: each may wait in the queue, or for its client.
+/// Most WebSockets at the same time.
 const MAX_SOCKETS: usize = 1000;
 
-/// What is typed and not yet read, in messages; in bytes it is the largest body.
-const MAX_TYPED: usize = 1024;
+/// Most input messages that the program has not read yet. `body_limit` bounds all input in bytes.
+const MAX_INPUT_MESSAGES: usize = 1024;
 
-/// Signals that are not yet sent.
+/// Most signals that have not been delivered yet.
 const MAX_SIGNALS: usize = 8;
 
-/// From the client.
+/// A message from the client.
 #[derive(Debug, Deserialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
-pub enum Said {
-    /// Run this.
-    Init(Box<Request>),
-    /// Type this.
+pub enum ClientMessage {
+    /// The program to run.
+    Init(Box<ExecuteRequest>),
+    /// Input for the program.
     Data { stream: String, data: String },
-    /// Nothing more will be typed. An addition to Piston's.
+    /// End of input. An addition to Piston's messages.
     Eof,
-    /// Send this signal to the program.
+    /// A signal for the program, by name.
     Signal { signal: String },
-    /// What others may say is none of our business.
+    /// Any other message; ignored.
     #[serde(other)]
-    Else,
+    Unknown,
 }
 
-/// Why the conversation is over.
+/// Why the server closes the WebSocket.
 #[derive(Debug)]
-enum Over {
+enum CloseReason {
     Done,
     AlreadyInitialized,
-    Late,
+    InitTimeout,
     Failed(String),
     NotInitialized,
     NotStdin,
-    NoSignal,
-    Left,
+    InvalidSignal,
+    ClientLeft,
 }
 
-impl Over {
-    /// Piston's close codes.
+impl CloseReason {
+    /// Piston's close code and its text.
     fn code(&self) -> (u16, &'static str) {
         match self {
-            Over::Done => (4999, "Job Completed"),
-            Over::AlreadyInitialized => (4000, "Already Initialized"),
-            Over::Late => (4001, "Initialization Timeout"),
-            Over::Failed(_) => (4002, "Notified Error"),
-            Over::NotInitialized => (4003, "Not yet initialized"),
-            Over::NotStdin => (4004, "Can only write to stdin"),
-            Over::NoSignal => (4005, "Invalid signal"),
-            Over::Left => (1000, ""),
+            CloseReason::Done => (4999, "Job Completed"),
+            CloseReason::AlreadyInitialized => (4000, "Already Initialized"),
+            CloseReason::InitTimeout => (4001, "Initialization Timeout"),
+            CloseReason::Failed(_) => (4002, "Notified Error"),
+            CloseReason::NotInitialized => (4003, "Not yet initialized"),
+            CloseReason::NotStdin => (4004, "Can only write to stdin"),
+            CloseReason::InvalidSignal => (4005, "Invalid signal"),
+            CloseReason::ClientLeft => (1000, ""),
         }
     }
 }
 
-/// The WebSockets of a server, within a bound, and each client's share of them: as a client may have half of the
-/// connections, it could have all sockets otherwise.
+/// Limits the WebSockets of a server, in total and per client. The limit per client is needed since a client may hold
+/// half of the connections, which may be more than all WebSockets.
 pub struct Sockets {
-    all: Arc<Semaphore>,
-    shares: Mutex<Shares>,
+    total: Arc<Semaphore>,
+    per_client: Mutex<ClientPermits>,
 }
 
 impl Default for Sockets {
     fn default() -> Sockets {
-        Sockets { all: Arc::new(Semaphore::new(MAX_SOCKETS)), shares: Mutex::new(Shares::new(MAX_SOCKETS)) }
+        Sockets {
+            total: Arc::new(Semaphore::new(MAX_SOCKETS)),
+            per_client: Mutex::new(ClientPermits::new(MAX_SOCKETS)),
+        }
     }
 }
 
 impl Sockets {
-    fn take(&self, client: &Client) -> Result<(OwnedSemaphorePermit, Option<OwnedSemaphorePermit>), ApiError> {
+    fn acquire(&self, client: &Client) -> Result<(OwnedSemaphorePermit, Option<OwnedSemaphorePermit>), ApiError> {
         let overloaded = |whose: &str| ApiError::Overloaded(format!("too many open WebSockets{whose}"));
-        let share = match client {
-            // Whoever comes through a proxy on this host need not be alone behind its address.
+        let client_permit = match client {
+            // Clients behind a proxy on this host share its address.
             Client::Address(address) if address.is_loopback() => None,
-            Client::Ourselves => None,
+            Client::Unidentified => None,
             _ => {
-                let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
-                Some(shares.take(client.clone()).ok_or_else(|| overloaded(" of one client"))?)
+                let mut per_client = self.per_client.lock().unwrap_or_else(PoisonError::into_inner);
+                Some(per_client.try_acquire(client.clone()).ok_or_else(|| overloaded(" of one client"))?)
             }
         };
-        let place = Arc::clone(&self.all).try_acquire_owned().map_err(|_| overloaded(""))?;
-        Ok((place, share))
+        let permit = Arc::clone(&self.total).try_acquire_owned().map_err(|_| overloaded(""))?;
+        Ok((permit, client_permit))
     }
 }
 
@@ -134,22 +138,27 @@ pub fn filter(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
     socket.or(other).unify().boxed()
 }
 
-/// Agrees to the upgrade, if there is a place for another socket.
-fn open(upgrade: Ws, context: Context, connection: Option<Place>, api: Arc<Api>) -> Result<Response, ApiError> {
-    let place = api.sockets.take(&context.client)?;
+/// Accepts the upgrade if the limits allow another WebSocket.
+fn open(
+    upgrade: Ws,
+    context: Context,
+    connection: Option<ConnectionPermit>,
+    api: Arc<Api>,
+) -> Result<Response, ApiError> {
+    let permit = api.sockets.acquire(&context.client)?;
     let upgrade = upgrade.max_message_size(api.body_limit).max_frame_size(api.body_limit);
-    let inbox = connection.as_ref().map(|place| place.inbox.clone()).unwrap_or_default();
-    inbox.open(api.bodies.of(&context.client));
-    // Made here, in the span of the request; the socket comes later, in a task of its own.
+    let inbox = connection.as_ref().map(|permit| permit.inbox.clone()).unwrap_or_default();
+    inbox.open(api.bodies.for_client(&context.client));
+    // Created here, so that it runs in the span of the request. It gets the socket later, in a task of its own.
     let (hand_over, socket) = oneshot::channel();
     let serving = async move {
         if let Ok(socket) = socket.await {
             serve(socket, inbox, api, context).await;
         }
-        // The connection has ended for the server when this began; its place is taken until now.
-        drop((place, connection));
+        // hyper is done with the connection after the upgrade, so its permit is held here.
+        drop((permit, connection));
     };
-    // Its state is large, and would be copied from one wrapper into the next on the stack.
+    // Boxed: the state is large and would be copied on the stack from one wrapper into the next.
     let serving = signals::isolate_panics(Box::pin(serving)).in_current_span();
     let upgraded = upgrade.on_upgrade(move |socket| {
         let _ = hand_over.send(socket);
@@ -160,167 +169,184 @@ fn open(upgrade: Ws, context: Context, connection: Option<Place>, api: Arc<Api>)
 
 /// Run a program interactively, by WebSocket
 ///
-/// The client says `init` with the fields of a program, then `data` for `stdin`, `eof` and `signal`; the server says
+/// The client sends `init` with the fields of a program, then `data` for `stdin`, `eof` and `signal`; the server sends
 /// `runtime`, `queued`, `stage`, `data`, `exit` and `error`, and closes with 4999 when the program is done.
 #[utoipa::path(
     get, path = "/api/v2/connect", operation_id = "connect",
-    responses((status = 101, description = "The conversation begins"), Refused)
+    responses((status = 101, description = "The connection becomes a WebSocket"), ErrorResponses)
 )]
 async fn serve(socket: WebSocket, inbox: Inbox, api: Arc<Api>, context: Context) {
-    let memory = api.answers.of(&context.client);
+    let memory = api.answers.for_client(&context.client);
     let (mut sink, messages) = socket.split();
-    let mut stream = Messages { messages, inbox };
-    let over = converse(&mut sink, &mut stream, &api, &context, &memory).await;
-    if let Over::Failed(message) = &over {
-        let told = Told::Error { message: message.clone() };
-        let _ = timeout(CLOSE_TIME, send(&mut sink, &told, &memory)).await;
+    let mut stream = MessageReader { messages, inbox };
+    let reason = run_interactive(&mut sink, &mut stream, &api, &context, &memory).await;
+    if let CloseReason::Failed(message) = &reason {
+        let message = ServerMessage::Error { message: message.clone() };
+        let _ = timeout(CLOSE_TIMEOUT, send(&mut sink, &message, &memory)).await;
     }
-    let (code, reason) = over.code();
+    let (code, text) = reason.code();
     let closing = async {
-        if sink.send(Message::close_with(code, reason)).await.is_ok() {
+        if sink.send(Message::close_with(code, text)).await.is_ok() {
             while let Some(Ok(_)) = stream.messages.next().await {}
         }
     };
-    let _ = timeout(CLOSE_TIME, closing).await;
+    let _ = timeout(CLOSE_TIMEOUT, closing).await;
 }
 
 type Sink = SplitSink<WebSocket, Message>;
 
-async fn converse(sink: &mut Sink, stream: &mut Messages, api: &Api, context: &Context, memory: &Allowance) -> Over {
-    let request = match timeout(INIT_TIME, first(stream)).await {
+async fn run_interactive(
+    sink: &mut Sink,
+    stream: &mut MessageReader,
+    api: &Api,
+    context: &Context,
+    memory: &Allowance,
+) -> CloseReason {
+    let request = match timeout(INIT_TIMEOUT, read_init(stream)).await {
         Ok(Ok(request)) => request,
-        Ok(Err(over)) => return over,
-        Err(_) => return Over::Late,
+        Ok(Err(reason)) => return reason,
+        Err(_) => return CloseReason::InitTimeout,
     };
     let (language, job) = match request.into_job(api.runner.languages(), api.source_limit) {
-        Ok(asked) => asked,
-        Err(error) => return Over::Failed(error.message()),
+        Ok(converted) => converted,
+        Err(error) => return CloseReason::Failed(error.message()),
     };
-    let runtime = Told::Runtime { language: language.name.clone(), version: language.version.to_string() };
-    if let Err(over) = send(sink, &runtime, memory).await {
-        return over;
+    let runtime = ServerMessage::Runtime { language: language.name.clone(), version: language.version.to_string() };
+    if let Err(reason) = send(sink, &runtime, memory).await {
+        return reason;
     }
-    let (events, happening) = mpsc::unbounded_channel();
-    let (typing, typed) = mpsc::channel(MAX_TYPED);
-    let (signalling, signals) = mpsc::channel(MAX_SIGNALS);
-    let keyboard = Keyboard { typing: Some(typing), left: api.body_limit, signalling };
-    let live = Live { events: Some(events), stdin: Some(typed), signals: Some(signals), ..Live::default() };
+    let (events, received) = mpsc::unbounded_channel();
+    let (stdin, stdin_receiver) = mpsc::channel(MAX_INPUT_MESSAGES);
+    let (signals, signal_receiver) = mpsc::channel(MAX_SIGNALS);
+    let input = ProgramInput { stdin: Some(stdin), left: api.body_limit, signals };
+    let live =
+        Live { events: Some(events), stdin: Some(stdin_receiver), signals: Some(signal_receiver), ..Live::default() };
     let backlog = Backlog::new(memory);
     let running = async {
         let ran = api.runner.run_live(job, live, &context.client).await;
-        ran.map_err(|error| failed(context.refusal(error)))
+        ran.map_err(|error| failure(context.api_error(error)))
     };
-    let taking = async { backlog.take(happening).await.map_err(|exhausted| failed(exhausted.into())) };
-    let telling = async {
-        let mut teller = Teller::default();
+    let collecting = async { backlog.collect(received).await.map_err(|exhausted| failure(exhausted.into())) };
+    let sending = async {
+        let mut encoder = MessageEncoder::default();
         while let Some(event) = backlog.next().await {
-            for told in teller.tell(event) {
-                send(sink, &told, memory).await?;
+            for message in encoder.encode(event) {
+                send(sink, &message, memory).await?;
             }
         }
         Ok(())
     };
-    // Side by side: a client that reads slowly does not slow the program down.
+    // Concurrently, so that a client that reads slowly does not slow the program down.
     tokio::select! {
-        done = async { tokio::try_join!(async { running.await.map(drop) }, taking, telling) } => match done {
-            Ok(_) => Over::Done,
-            Err(over) => over,
+        done = async { tokio::try_join!(async { running.await.map(drop) }, collecting, sending) } => match done {
+            Ok(_) => CloseReason::Done,
+            Err(reason) => reason,
         },
-        over = keyboard.listen(stream) => over,
+        reason = input.forward(stream) => reason,
     }
 }
 
-fn failed(error: ApiError) -> Over {
-    Over::Failed(error.message())
+fn failure(error: ApiError) -> CloseReason {
+    CloseReason::Failed(error.message())
 }
 
-/// What the client wants to be run.
-async fn first(stream: &mut Messages) -> Result<Request, Over> {
+/// Reads messages up to `init`.
+async fn read_init(stream: &mut MessageReader) -> Result<ExecuteRequest, CloseReason> {
     loop {
         match stream.next().await? {
-            Said::Init(request) => return Ok(*request),
-            Said::Data { .. } | Said::Eof | Said::Signal { .. } => return Err(Over::NotInitialized),
-            Said::Else => {}
+            ClientMessage::Init(request) => return Ok(*request),
+            ClientMessage::Data { .. } | ClientMessage::Eof | ClientMessage::Signal { .. } => {
+                return Err(CloseReason::NotInitialized);
+            }
+            ClientMessage::Unknown => {}
         }
     }
 }
 
-/// What comes from the client while its program runs.
-struct Keyboard {
-    typing: Option<mpsc::Sender<Bytes>>,
-    /// Bytes that may still be typed.
+/// Forwards input and signals from the client to the program.
+struct ProgramInput {
+    stdin: Option<mpsc::Sender<Bytes>>,
+    /// Bytes of input that the client may still send.
     left: usize,
-    signalling: mpsc::Sender<i32>,
+    signals: mpsc::Sender<i32>,
 }
 
-impl Keyboard {
-    /// Passes on what is said until something ends the conversation.
-    async fn listen(mut self, stream: &mut Messages) -> Over {
+impl ProgramInput {
+    /// Forwards messages until one of them, or the end of the connection, closes the WebSocket.
+    async fn forward(mut self, stream: &mut MessageReader) -> CloseReason {
         loop {
-            let said = match stream.next().await {
-                Ok(said) => said,
-                Err(over) => return over,
+            let message = match stream.next().await {
+                Ok(message) => message,
+                Err(reason) => return reason,
             };
-            match said {
-                Said::Init(_) => return Over::AlreadyInitialized,
-                Said::Data { stream, data } if stream == "stdin" => {
-                    if let Err(over) = self.type_in(data.into()) {
-                        return over;
+            match message {
+                ClientMessage::Init(_) => return CloseReason::AlreadyInitialized,
+                ClientMessage::Data { stream, data } if stream == "stdin" => {
+                    if let Err(reason) = self.write_stdin(data.into()) {
+                        return reason;
                     }
                 }
-                Said::Data { .. } => return Over::NotStdin,
-                Said::Eof => self.typing = None,
-                Said::Signal { signal } => match Signal::from_str(&signal) {
-                    // More than the program can have taken yet are as good as one.
-                    Ok(signal) => drop(self.signalling.try_send(signal as i32)),
-                    Err(_) => return Over::NoSignal,
+                ClientMessage::Data { .. } => return CloseReason::NotStdin,
+                ClientMessage::Eof => self.stdin = None,
+                ClientMessage::Signal { signal } => match Signal::from_str(&signal) {
+                    // If many signals are pending, dropping one makes no difference.
+                    Ok(signal) => drop(self.signals.try_send(signal as i32)),
+                    Err(_) => return CloseReason::InvalidSignal,
                 },
-                Said::Else => {}
+                ClientMessage::Unknown => {}
             }
         }
     }
 
-    /// Never waits for the program: that the client leaves is to be noticed at any time.
-    fn type_in(&mut self, bytes: Bytes) -> Result<(), Over> {
-        let Some(typing) = self.typing.as_ref().filter(|_| !bytes.is_empty()) else { return Ok(()) };
-        self.left = self.left.checked_sub(bytes.len()).ok_or_else(|| Over::Failed("too much was typed".into()))?;
-        match typing.try_send(bytes) {
-            Err(mpsc::error::TrySendError::Full(_)) => Err(Over::Failed("the program does not read its input".into())),
-            // A program that does not read any more is no error.
+    /// Queues input for the program. Does not wait for it, so that the server notices when the client leaves.
+    fn write_stdin(&mut self, bytes: Bytes) -> Result<(), CloseReason> {
+        let Some(stdin) = self.stdin.as_ref().filter(|_| !bytes.is_empty()) else { return Ok(()) };
+        self.left =
+            self.left.checked_sub(bytes.len()).ok_or_else(|| CloseReason::Failed("too much input was sent".into()))?;
+        match stdin.try_send(bytes) {
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                Err(CloseReason::Failed("the program does not read its input".into()))
+            }
+            // The program may have closed its input, which is no error.
             _ => Ok(()),
         }
     }
 }
 
-/// What comes from the client.
-struct Messages {
+/// Reads messages from the client.
+struct MessageReader {
     messages: SplitStream<WebSocket>,
     inbox: Inbox,
 }
 
-impl Messages {
+impl MessageReader {
     /// The next message.
-    async fn next(&mut self) -> Result<Said, Over> {
+    async fn next(&mut self) -> Result<ClientMessage, CloseReason> {
         loop {
             let message = match self.messages.next().await {
                 Some(Ok(message)) if !message.is_close() => message,
-                _ => return Err(self.inbox.exhausted().map_or(Over::Left, |exhausted| failed(exhausted.into()))),
+                _ => {
+                    return Err(self
+                        .inbox
+                        .exhausted()
+                        .map_or(CloseReason::ClientLeft, |exhausted| failure(exhausted.into())));
+                }
             };
             self.inbox.complete();
             if message.is_text() || message.is_binary() {
                 return json::parse(message.as_bytes())
-                    .map_err(|error| failed(ApiError::BadRequest(error.to_string())));
+                    .map_err(|error| failure(ApiError::BadRequest(error.to_string())));
             }
         }
     }
 }
 
-/// Sends a message, within the budget until the client has taken it: that it does is seen to by its socket.
-async fn send(sink: &mut Sink, told: &Told, memory: &Allowance) -> Result<(), Over> {
-    let text = serde_json::to_string(told).map_err(|error| failed(ApiError::unwritten(error)))?;
-    // The frame around it is a copy.
-    let _lease = memory.lease(2 * text.len()).await.map_err(|exhausted| failed(exhausted.into()))?;
-    sink.send(Message::text(text)).await.map_err(|_| Over::Left)
+/// Sends a message, whose memory is leased until the client has taken it. The socket enforces the deadline for that.
+async fn send(sink: &mut Sink, message: &ServerMessage, memory: &Allowance) -> Result<(), CloseReason> {
+    let text = serde_json::to_string(message).map_err(|error| failure(ApiError::unserializable(error)))?;
+    // Twice the size: the frame holds a copy.
+    let _lease = memory.lease(2 * text.len()).await.map_err(|exhausted| failure(exhausted.into()))?;
+    sink.send(Message::text(text)).await.map_err(|_| CloseReason::ClientLeft)
 }
 
 #[cfg(test)]
@@ -330,17 +356,17 @@ mod tests {
     #[test]
     fn no_client_takes_more_than_half_of_the_sockets() {
         let sockets = Sockets::default();
-        let alice = || sockets.take(&Client::Key("alice".into()));
+        let alice = || sockets.acquire(&Client::Key("alice".into()));
         let mut held: Vec<_> = (0..MAX_SOCKETS).map_while(|_| alice().ok()).collect();
         assert_eq!(held.len(), MAX_SOCKETS / 2);
         let elsewhere = Client::at([192, 0, 2, 1].into());
-        held.push(sockets.take(&elsewhere).ok().unwrap());
-        // Those behind a proxy on this host have what is left, and no more.
-        let local = || sockets.take(&Client::at([127, 0, 0, 1].into()));
+        held.push(sockets.acquire(&elsewhere).ok().unwrap());
+        // Clients behind a proxy on this host can use the rest of the total.
+        let local = || sockets.acquire(&Client::at([127, 0, 0, 1].into()));
         let rest: Vec<_> = (0..MAX_SOCKETS).map_while(|_| local().ok()).collect();
         assert_eq!(rest.len(), MAX_SOCKETS / 2 - 1);
         drop(rest);
         drop(held.remove(0));
-        assert!(alice().is_ok(), "what is given back can be had again");
+        assert!(alice().is_ok(), "a released permit can be acquired again");
     }
 }

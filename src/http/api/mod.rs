@@ -1,4 +1,4 @@
-//! An adapter for each API that clients speak: wire types become jobs, outcomes become answers.
+//! One adapter per client API: each turns its wire types into jobs, and outcomes into its wire types.
 
 pub mod batch;
 pub mod coderunner;

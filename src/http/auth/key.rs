@@ -1,4 +1,4 @@
-//! API keys, of which the server knows only the hashes.
+//! API keys. The server stores only their hashes.
 
 use std::fmt;
 use std::fs::File;
@@ -11,10 +11,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::http::auth::parse::{NotValid, as_text};
 
-/// The prefix of our keys, by which scanners for leaked secrets find them.
+/// Prefix of all keys, by which secret scanners recognise leaked ones.
 const KEY_PREFIX: &str = "crk_";
 
-/// The BLAKE3 hash of a key. Two are compared in constant time, as `blake3::Hash` does it.
+/// The BLAKE3 hash of a key. Comparison takes constant time, as in `blake3::Hash`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct KeyHash(blake3::Hash);
@@ -45,7 +45,7 @@ impl fmt::Display for KeyHash {
 
 as_text!(KeyHash);
 
-/// Makes a new key, to be known by its owner only, and its hash for the configuration.
+/// Makes a new key. Returns the key, for its owner only, and its hash, for the configuration.
 pub fn new_key() -> io::Result<(String, KeyHash)> {
     let mut random = [0; 32];
     File::open("/dev/urandom")?.read_exact(&mut random)?;

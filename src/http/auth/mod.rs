@@ -1,5 +1,4 @@
-//! Who may run code here, and how often: identifies the client of a request, checks its key and counts it against its
-//! rate.
+//! Access control: identifies the client of a request, checks its key and enforces its rate limit.
 
 pub(crate) mod key;
 mod network;
@@ -21,41 +20,41 @@ use crate::http::auth::network::Network;
 use crate::http::auth::rate::Rate;
 use crate::model::client::Client;
 
-/// Clients whose rates are known at once; beyond it new ones share one rate. About 20 MiB.
+/// Most clients with a rate of their own, about 20 MiB. Further clients without a key share one rate.
 const MAX_CLIENTS: usize = if cfg!(test) { 1000 } else { 100_000 };
 
-/// Time between two searches for clients that have been quiet for so long that their rates need not be remembered.
-const FORGET_PAUSE: Duration = Duration::from_secs(10);
+/// Time between two removals of clients that have not used their rate for so long that it is full again.
+const CLEANUP_INTERVAL: Duration = Duration::from_secs(10);
 
 /// `[access]`
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
 pub struct AccessSettings {
-    /// Hashes of keys by the names of their owners. If there are any, code is run for these clients only.
+    /// Hashes of keys by name. If there are any, only clients with one of these keys may run code.
     pub keys: BTreeMap<String, KeyHash>,
-    /// How many requests a client may send.
+    /// Rate limit of a client.
     pub rate: Rate,
-    /// How many requests a client may send at once.
+    /// Number of requests that a client may send at once.
     pub burst: NonZeroU32,
-    /// The proxies whose `X-Forwarded-For` is believed.
+    /// Proxies whose `X-Forwarded-For` is trusted.
     pub trusted_proxies: Vec<Network>,
 }
 
-/// Why a request is not served.
+/// Why a request is denied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Denied {
-    /// It needs a key and has no known one.
+    /// The request needs a key and has no valid one.
     NoKey,
-    /// Its client sends too many; how long it is until the next one will be served.
+    /// The client exceeds its rate; the time until its next request is allowed.
     TooMany(Duration),
 }
 
-/// The parts of a request that tell who sent it.
+/// The parts of a request that identify its client.
 #[derive(Debug, Default)]
 pub struct Credentials<'a> {
-    /// The peer of its connection; `None` where it has no address.
+    /// Address of the peer; `None` if it has none.
     pub peer: Option<IpAddr>,
-    /// `X-Forwarded-For`, all of them in order.
+    /// All `X-Forwarded-For` headers in order.
     pub forwarded: Vec<&'a str>,
     /// `Authorization`
     pub authorization: Option<&'a str>,
@@ -67,78 +66,78 @@ pub struct Credentials<'a> {
 pub struct Gate {
     keys: Vec<(Arc<str>, KeyHash)>,
     limiter: Option<DefaultKeyedRateLimiter<Client>>,
-    forgot: Mutex<Instant>,
+    last_cleanup: Mutex<Instant>,
     trusted: Vec<Network>,
 }
 
 impl Gate {
-    /// A gate that has counted no request yet.
+    /// A gate with unused rates.
     pub fn new(settings: &AccessSettings) -> Gate {
         Gate {
             keys: settings.keys.iter().map(|(name, hash)| (name.as_str().into(), *hash)).collect(),
             limiter: settings.rate.quota(settings.burst).map(RateLimiter::hashmap),
-            forgot: Mutex::new(Instant::now()),
+            last_cleanup: Mutex::new(Instant::now()),
             trusted: settings.trusted_proxies.clone(),
         }
     }
 
-    /// Identifies who sent a request: the owner of its key, or else an address.
+    /// Identifies the client of a request: by its key, or else by its address.
     pub fn client(&self, credentials: &Credentials) -> Client {
         let key = credentials.key.or_else(|| credentials.authorization.map(bearer));
-        match (key.and_then(|key| self.owner(key)), credentials.peer) {
+        match (key.and_then(|key| self.key_name(key)), credentials.peer) {
             (Some(owner), _) => Client::Key(owner),
-            (None, Some(peer)) => Client::at(self.address(peer, &credentials.forwarded)),
-            (None, None) => Client::Ourselves,
+            (None, Some(peer)) => Client::at(self.client_address(peer, &credentials.forwarded)),
+            (None, None) => Client::Unidentified,
         }
     }
 
-    /// Checks that this client has a known key, if keys are needed.
-    pub fn knows(&self, client: &Client) -> Result<(), Denied> {
+    /// Checks that the client has a key, if keys are required.
+    pub fn check_key(&self, client: &Client) -> Result<(), Denied> {
         match self.keys.is_empty() || matches!(client, Client::Key(_)) {
             true => Ok(()),
             false => Err(Denied::NoKey),
         }
     }
 
-    /// Counts a request against its client's rate.
-    pub fn count(&self, client: &Client) -> Result<(), Denied> {
+    /// Counts a request against the rate of its client.
+    pub fn check_rate(&self, client: &Client) -> Result<(), Denied> {
         let Some(limiter) = &self.limiter else { return Ok(()) };
-        self.forget(limiter);
+        self.clean_up(limiter);
         let known = limiter.len() < MAX_CLIENTS || matches!(client, Client::Key(_));
-        let counted = if known { client } else { &Client::Ourselves };
+        let counted = if known { client } else { &Client::Unidentified };
         limiter.check_key(counted).map_err(|until| Denied::TooMany(until.wait_time_from(DefaultClock::default().now())))
     }
 
-    /// Forgets, from time to time, the clients whose rates need not be remembered.
-    fn forget(&self, limiter: &DefaultKeyedRateLimiter<Client>) {
-        let mut forgot = self.forgot.lock().unwrap_or_else(PoisonError::into_inner);
-        if forgot.elapsed() >= FORGET_PAUSE {
-            *forgot = Instant::now();
-            drop(forgot);
+    /// Removes clients with unused rates, once per [`CLEANUP_INTERVAL`].
+    fn clean_up(&self, limiter: &DefaultKeyedRateLimiter<Client>) {
+        let mut last_cleanup = self.last_cleanup.lock().unwrap_or_else(PoisonError::into_inner);
+        if last_cleanup.elapsed() >= CLEANUP_INTERVAL {
+            *last_cleanup = Instant::now();
+            drop(last_cleanup);
             limiter.retain_recent();
         }
     }
 
-    /// The owner of a key. Each hash is compared in constant time, and all are, so that the time tells nothing about them.
-    fn owner(&self, key: &str) -> Option<Arc<str>> {
+    /// The name of a key. Compares all hashes, each in constant time, so that timing reveals nothing about them.
+    fn key_name(&self, key: &str) -> Option<Arc<str>> {
         let hash = KeyHash::of(key);
         self.keys.iter().fold(None, |found, (name, known)| if hash == *known { Some(Arc::clone(name)) } else { found })
     }
 
-    /// Whether this is the address of a proxy of ours.
+    /// Whether this is the address of a trusted proxy.
     pub fn trusts(&self, address: IpAddr) -> bool {
         self.trusted.iter().any(|network| network.contains(address.to_canonical()))
     }
 
-    /// The nearest address in the chain of proxies that is not one of ours.
-    fn address(&self, peer: IpAddr, forwarded: &[&str]) -> IpAddr {
+    /// The last address in the chain of proxies that is not a trusted proxy.
+    fn client_address(&self, peer: IpAddr, forwarded: &[&str]) -> IpAddr {
         let hops = forwarded.iter().rev().flat_map(|header| header.rsplit(',')).map(str::trim);
         let mut nearest = peer;
         for hop in hops {
             if !self.trusts(nearest) {
                 break;
             }
-            // What stands before an entry that is not an address cannot be believed.
+            // Entries before one that is not an address cannot be trusted.
             match hop.parse().or_else(|_| hop.parse::<SocketAddr>().map(|address| address.ip())) {
                 Ok(address) => nearest = address,
                 Err(_) => break,
@@ -185,14 +184,14 @@ mod tests {
         let lower = format!("bearer {key}");
         for authorization in [bearer.as_str(), &lower, &key] {
             let client = gate.client(&Credentials { authorization: Some(authorization), ..from("192.0.2.1", &[]) });
-            assert_eq!((gate.knows(&client), client), (Ok(()), alice.clone()));
+            assert_eq!((gate.check_key(&client), client), (Ok(()), alice.clone()));
         }
         assert_eq!(gate.client(&Credentials { key: Some(&key), ..from("192.0.2.1", &[]) }), alice);
         for wrong in ["", "crk_", &key[..key.len() - 1], &format!("{key}x"), &key.to_uppercase(), "Basic xyz"] {
             let credentials = Credentials { authorization: Some(wrong), key: Some(wrong), ..from("192.0.2.1", &[]) };
             let client = gate.client(&credentials);
             assert_eq!(client, Client::at("192.0.2.1".parse().unwrap()));
-            assert_eq!(gate.knows(&client), Err(Denied::NoKey));
+            assert_eq!(gate.check_key(&client), Err(Denied::NoKey));
         }
     }
 
@@ -201,7 +200,7 @@ mod tests {
         let (gate, key) = with_keys();
         let hash = KeyHash::of(&key).to_string();
         let client = gate.client(&Credentials { key: Some(&hash), ..from("192.0.2.1", &[]) });
-        assert_eq!(gate.knows(&client), Err(Denied::NoKey));
+        assert_eq!(gate.check_key(&client), Err(Denied::NoKey));
         let refusal = key.parse::<KeyHash>().unwrap_err().to_string();
         assert!(!refusal.contains(&key) && refusal.contains("coderunner key"), "{refusal}");
     }
@@ -213,10 +212,14 @@ mod tests {
             Client::Address(address) => address.to_string(),
             other => panic!("{other:?}"),
         };
-        assert_eq!(address("192.0.2.1", &["198.51.100.7"]), "192.0.2.1", "not one of ours");
+        assert_eq!(address("192.0.2.1", &["198.51.100.7"]), "192.0.2.1", "not a trusted proxy");
         assert_eq!(address("10.0.0.1", &["198.51.100.7"]), "198.51.100.7");
-        assert_eq!(address("10.0.0.1", &["203.0.113.9, 198.51.100.7"]), "198.51.100.7", "what the client wrote itself");
-        assert_eq!(address("10.0.0.1", &["198.51.100.7, 10.1.2.3"]), "198.51.100.7", "through two of ours");
+        assert_eq!(
+            address("10.0.0.1", &["203.0.113.9, 198.51.100.7"]),
+            "198.51.100.7",
+            "the first entry is the client's own"
+        );
+        assert_eq!(address("10.0.0.1", &["198.51.100.7, 10.1.2.3"]), "198.51.100.7", "through two trusted proxies");
         assert_eq!(address("10.0.0.1", &["203.0.113.9", "198.51.100.7"]), "198.51.100.7", "the later header");
         assert_eq!(address("10.0.0.1", &["198.51.100.7:4711"]), "198.51.100.7");
         assert_eq!(address("::1", &["[2001:db8::5]:80"]), "2001:db8::");
@@ -229,19 +232,19 @@ mod tests {
     fn each_client_has_a_rate_of_its_own() {
         let gate = Gate::new(&AccessSettings { rate: "1/h".parse().unwrap(), ..settings("") });
         let [one, other] = ["192.0.2.1", "192.0.2.2"].map(|address| Client::at(address.parse().unwrap()));
-        assert_eq!((gate.count(&one), gate.count(&one)), (Ok(()), Ok(())), "the burst");
-        let Err(Denied::TooMany(wait)) = gate.count(&one) else { panic!("a third") };
+        assert_eq!((gate.check_rate(&one), gate.check_rate(&one)), (Ok(()), Ok(())), "the burst");
+        let Err(Denied::TooMany(wait)) = gate.check_rate(&one) else { panic!("a third") };
         assert!(wait > Duration::from_secs(3000) && wait <= Duration::from_secs(3600), "{wait:?}");
-        assert_eq!(gate.count(&other), Ok(()));
+        assert_eq!(gate.check_rate(&other), Ok(()));
     }
 
     #[test]
     fn the_number_of_remembered_clients_is_bounded() {
         let gate = Gate::new(&AccessSettings { rate: "1/h".parse().unwrap(), ..settings("") });
         let addresses = (0..MAX_CLIENTS as u32 + 100).map(|n| Client::at(IpAddr::from(n.to_be_bytes())));
-        let refused = addresses.filter(|client| gate.count(client).is_err()).count();
-        assert_eq!(refused, 98, "those beyond share the burst of one");
+        let refused = addresses.filter(|client| gate.check_rate(client).is_err()).count();
+        assert_eq!(refused, 98, "the others share one burst");
         assert!(gate.limiter.as_ref().unwrap().len() <= MAX_CLIENTS + 1);
-        assert_eq!(gate.count(&Client::Key("alice".into())), Ok(()), "known by name");
+        assert_eq!(gate.check_rate(&Client::Key("alice".into())), Ok(()), "clients with a key have their own rate");
     }
 }

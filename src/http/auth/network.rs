@@ -1,4 +1,4 @@
-//! Networks of addresses, such as those of trusted proxies.
+//! IP networks, such as those of trusted proxies.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -9,13 +9,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::http::auth::parse::{NotValid, as_text};
 
-/// An address or a network of them.
+/// An IP address or network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Network(IpNet);
 
 impl Network {
-    /// Whether the address belongs to it.
+    /// Whether the network contains the address.
     pub(super) fn contains(&self, address: IpAddr) -> bool {
         self.0.contains(&address)
     }

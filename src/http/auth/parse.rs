@@ -1,4 +1,4 @@
-//! Parsing of values that the configuration writes as text.
+//! Parsing of settings that are written as text.
 
 /// A value that cannot be parsed, with what is allowed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -8,7 +8,7 @@ pub struct NotValid {
     pub(super) allowed: &'static str,
 }
 
-/// Implements the conversions that serde needs, by `FromStr` and `Display`.
+/// Implements the conversions that serde needs, in terms of `FromStr` and `Display`.
 macro_rules! as_text {
     ($kind:ident) => {
         impl TryFrom<String> for $kind {

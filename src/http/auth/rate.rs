@@ -1,4 +1,4 @@
-//! How many requests a client may send in a period of time.
+//! Rate limits as settings.
 
 use std::fmt;
 use std::num::NonZeroU32;
@@ -22,7 +22,7 @@ enum Period {
 }
 
 impl Rate {
-    /// The quota of the limiter; none where there is no limit.
+    /// The quota for the limiter; `None` if there is no limit.
     pub(super) fn quota(self, burst: NonZeroU32) -> Option<Quota> {
         let (count, period) = self.0?;
         let quota = match period {

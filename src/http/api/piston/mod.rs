@@ -1,7 +1,7 @@
-//! Piston's API, version 2: what its clients send and read, and what we add beside its fields.
+//! Piston's API, version 2, with additional fields.
 
-mod answer;
 mod request;
+mod response;
 mod version;
 
 use std::sync::Arc;
@@ -13,13 +13,13 @@ use warp::{Filter, Reply};
 use crate::http::Api;
 use crate::http::error::ApiError;
 use crate::http::json::is_json;
-use crate::http::openapi::Refused;
+use crate::http::openapi::ErrorResponses;
 use crate::http::request::{Call, post};
 use crate::run::Runner;
-pub use answer::{Answer, Ending, Ran, Runtime, StageAnswer};
-pub use request::{Request, arguments, place};
+pub use request::{ExecuteRequest, check_args, job_files};
+pub use response::{Ending, ExecuteResponse, RunResult, Runtime, StageResult};
 
-/// A request that is one, for those who sent another.
+/// A valid request, shown in error messages.
 const EXAMPLE: &str = "{\"language\": \"…\", \"version\": \"*\", \"files\": [{\"content\": \"…\"}]}";
 
 /// Answers `/api/v2/runtimes`.
@@ -30,31 +30,32 @@ pub fn runtimes_filter(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
 
 /// Answers `/api/v2/execute`.
 pub fn execute_filter(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
-    post(is_taken, EXAMPLE, execute, api)
+    post(is_accepted, EXAMPLE, execute, api)
 }
 
-/// Published clients send their JSON as text, or do not say what it is.
-fn is_taken(kind: Option<&str>) -> bool {
+/// Some published clients send JSON as `text/plain` or without a content type.
+fn is_accepted(kind: Option<&str>) -> bool {
     let essence = kind.and_then(|kind| kind.split(';').next()).map(str::trim);
     is_json(kind) || essence.is_none_or(|essence| essence.eq_ignore_ascii_case("text/plain"))
 }
 
-/// The languages that are served
-#[utoipa::path(get, path = "/api/v2/runtimes", responses((status = 200, description = "All of them", body = Vec<Runtime>), Refused))]
+/// The enabled languages
+#[utoipa::path(get, path = "/api/v2/runtimes", responses((status = 200, description = "All enabled languages", body = Vec<Runtime>), ErrorResponses))]
 fn runtimes(runner: &Runner) -> Vec<Runtime> {
     runner.languages().iter().map(|language| Runtime::from(&**language)).collect()
 }
 
 /// Compile and run a program
 ///
-/// As Piston has it, with additions: `verdict`, `cached`, `age`, `queued`, `truncated`, and totals of bytes. Whatever the
-/// program does, the answer is 200. `Cache-Control: no-cache` runs anew; `Accept: text/event-stream` tells what happens.
+/// As in Piston, with additional fields: `verdict`, `cached`, `age`, `queued`, `truncated`, `stdout_bytes` and
+/// `stderr_bytes`. The status is 200 whatever the program does. `Cache-Control: no-cache` forces a new run. With
+/// `Accept: text/event-stream` the response is a stream of events.
 #[utoipa::path(
-    post, path = "/api/v2/execute", request_body = Request,
-    responses((status = 200, description = "What became of it",
-        content((Answer = "application/json"), (String = "text/event-stream"))), Refused)
+    post, path = "/api/v2/execute", request_body = ExecuteRequest,
+    responses((status = 200, description = "The result of the run",
+        content((ExecuteResponse = "application/json"), (String = "text/event-stream"))), ErrorResponses)
 )]
-async fn execute(request: Request, call: Call) -> Result<Response, ApiError> {
+async fn execute(request: ExecuteRequest, call: Call) -> Result<Response, ApiError> {
     let (language, job) = request.into_job(call.api.runner.languages(), call.api.source_limit)?;
-    call.respond(job, move |answer| Answer::new(&language, answer)).await
+    call.respond(job, move |answer| ExecuteResponse::new(&language, answer)).await
 }

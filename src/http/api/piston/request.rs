@@ -1,4 +1,4 @@
-//! What clients of Piston's API send, and the jobs that it stands for.
+//! Requests of Piston's API, and their conversion to jobs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,52 +15,52 @@ use crate::model::job::{Job, SourceFile, Streams};
 use crate::model::language::{Language, is_file_name, named};
 use crate::model::limits::{Limits, StageMemory};
 
-/// Files of a request. Their names travel in one message to init, and their directories count as files.
+/// Most files of a request: all names have to fit into one message to init, and directories count as inodes too.
 const MAX_FILES: usize = 100;
 
-/// Parts of a file's name.
+/// Most parts of a file's path.
 const MAX_DEPTH: usize = 16;
 
-/// Bytes of all arguments as JSON: they travel in one message to init.
+/// Most bytes of all arguments as JSON: they have to fit into one message to init.
 const MAX_ARGS: usize = 96 * 1024;
 
-/// Base64 as clients write it, padded or not.
+/// Base64, padded or not.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &ALPHABET,
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
 );
 
-/// What is asked. Other fields are ignored; null is the same as leaving a field out.
+/// The request. Unknown fields are ignored; null is the same as leaving a field out.
 #[derive(Debug, Deserialize, ToSchema)]
 #[schema(as = Program, example = json!({"language": "bash", "version": "*", "files": [{"content": "echo hello"}]}))]
-pub struct Request {
+pub struct ExecuteRequest {
     /// Name or alias of a language.
     pub language: String,
-    /// The versions that will do, as a range; any where it is left out.
+    /// The accepted versions, as an npm range; any version if left out.
     pub version: Option<String>,
-    /// The first one is the program, whatever its name.
+    /// The source files. The first one is the program, whatever its name.
     #[schema(min_items = 1, max_items = 100)]
     pub files: Vec<File>,
-    /// What the program reads.
+    /// Standard input of the program.
     pub stdin: Option<String>,
-    /// What is appended to the command that runs the program.
+    /// Arguments appended to the run command.
     pub args: Option<Vec<String>>,
-    /// Wall time of compiling in milliseconds.
+    /// Wall time limit of compiling in milliseconds.
     #[schema(minimum = 1)]
     pub compile_timeout: Option<f64>,
-    /// Wall time of running in milliseconds.
+    /// Wall time limit of running in milliseconds.
     #[schema(minimum = 1)]
     pub run_timeout: Option<f64>,
-    /// CPU time of compiling in milliseconds, all processes together.
+    /// CPU time limit of compiling in milliseconds, all processes together.
     #[schema(minimum = 1)]
     pub compile_cpu_time: Option<f64>,
-    /// CPU time of running in milliseconds, all processes together.
+    /// CPU time limit of running in milliseconds, all processes together.
     #[schema(minimum = 1)]
     pub run_cpu_time: Option<f64>,
-    /// Memory of compiling in bytes; -1 for what the language has.
+    /// Memory limit of compiling in bytes; -1 for the language's limit.
     #[schema(minimum = -1)]
     pub compile_memory_limit: Option<f64>,
-    /// Memory of running in bytes; -1 for what the language has.
+    /// Memory limit of running in bytes; -1 for the language's limit.
     #[schema(minimum = -1)]
     pub run_memory_limit: Option<f64>,
 }
@@ -68,56 +68,56 @@ pub struct Request {
 /// A file of a request.
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct File {
-    /// A relative path without `.` or `..`; made up where there is none.
+    /// A relative path without `.` or `..`; the server chooses one if left out.
     pub name: Option<String>,
     /// The contents.
     pub content: String,
-    /// How they are written.
+    /// The encoding of `content`; `utf8` if left out.
     pub encoding: Option<Encoding>,
 }
 
-/// How a file's contents are written.
+/// The encoding of a file's content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Encoding {
-    /// As they are.
+    /// Plain text.
     Utf8,
-    /// In base64, with or without padding.
+    /// Base64, with or without padding.
     Base64,
-    /// In hexadecimal.
+    /// Hexadecimal.
     Hex,
 }
 
-impl Request {
-    /// The job that is asked for, and which of the languages it is for.
+impl ExecuteRequest {
+    /// Converts the request to a job. Returns its language as well.
     pub fn into_job(self, languages: &[Arc<Language>], source_limit: usize) -> Result<(Arc<Language>, Job), ApiError> {
         let range = self.version.as_deref().unwrap_or("*");
         let language = named(languages, &self.language).filter(|language| is_within(&language.version, range));
         let Some(language) = language.map(Arc::clone) else {
             return Err(bad(format!("{}-{range} runtime is unknown; GET /api/v2/runtimes lists them", self.language)));
         };
-        let mut job = language.job_of(files(&language, self.files, source_limit)?, Streams::Separate);
-        let most = &language.limits;
+        let mut job = language.job_of(decode_files(&language, self.files, source_limit)?, Streams::Separate);
+        let max = &language.limits;
         job.limits = Limits {
-            compile_time: time("compile_timeout", self.compile_timeout, most.compile_time)?,
-            run_time: time("run_timeout", self.run_timeout, most.run_time)?,
-            compile_cpu_time: time("compile_cpu_time", self.compile_cpu_time, most.compile_cpu_time)?,
-            run_cpu_time: time("run_cpu_time", self.run_cpu_time, most.run_cpu_time)?,
+            compile_time: time("compile_timeout", self.compile_timeout, max.compile_time)?,
+            run_time: time("run_timeout", self.run_timeout, max.run_time)?,
+            compile_cpu_time: time("compile_cpu_time", self.compile_cpu_time, max.compile_cpu_time)?,
+            run_cpu_time: time("run_cpu_time", self.run_cpu_time, max.run_cpu_time)?,
             ..job.limits
         };
         job.memory = StageMemory {
-            compile: memory("compile_memory_limit", self.compile_memory_limit, most.memory.as_u64())?,
-            run: memory("run_memory_limit", self.run_memory_limit, most.memory.as_u64())?,
+            compile: memory("compile_memory_limit", self.compile_memory_limit, max.memory.as_u64())?,
+            run: memory("run_memory_limit", self.run_memory_limit, max.memory.as_u64())?,
         };
-        job.args = arguments(self.args.unwrap_or_default())?.into();
+        job.args = check_args(self.args.unwrap_or_default())?.into();
         job.stdin = self.stdin.unwrap_or_default().into();
         job.has_room().map_err(bad)?;
         Ok((language, job))
     }
 }
 
-/// Arguments that a program can be given.
-pub fn arguments(args: Vec<String>) -> Result<Vec<String>, ApiError> {
+/// Checks the arguments for a program: no NUL, at most `MAX_ARGS` bytes.
+pub fn check_args(args: Vec<String>) -> Result<Vec<String>, ApiError> {
     if args.iter().any(|arg| arg.contains('\0')) {
         return Err(bad("args must not contain NUL"));
     }
@@ -134,8 +134,8 @@ fn bad(message: impl Into<String>) -> ApiError {
     ApiError::BadRequest(message.into())
 }
 
-/// The files of a job, decoded and placed.
-fn files(language: &Language, files: Vec<File>, source_limit: usize) -> Result<Vec<SourceFile>, ApiError> {
+/// Decodes the files of a request and names them as `job_files` does.
+fn decode_files(language: &Language, files: Vec<File>, source_limit: usize) -> Result<Vec<SourceFile>, ApiError> {
     let decoded = files.into_iter().enumerate().map(|(at, file)| {
         let content = match file.encoding.unwrap_or(Encoding::Utf8) {
             Encoding::Utf8 => Some(file.content.into_bytes()),
@@ -145,11 +145,11 @@ fn files(language: &Language, files: Vec<File>, source_limit: usize) -> Result<V
         let content = content.ok_or_else(|| bad(format!("files[{at}].content is not of its encoding")))?;
         Ok((file.name, content))
     });
-    place(language, decoded.collect::<Result<_, ApiError>>()?, source_limit)
+    job_files(language, decoded.collect::<Result<_, ApiError>>()?, source_limit)
 }
 
-/// Files with names that a job may have, the program first and under the name that the language's commands have for it.
-pub fn place(
+/// Checks and completes the names of files. The first file is the program and gets the source name of the language.
+pub fn job_files(
     language: &Language,
     files: Vec<(Option<String>, Vec<u8>)>,
     source_limit: usize,
@@ -171,8 +171,8 @@ pub fn place(
             )));
         }
         let name = if at == 0 { language.source.clone() } else { name };
-        let taken = language.reserved().chain(placed.iter().map(|file| file.name.as_str()));
-        if let Some(other) = taken.into_iter().find(|other| overlap(&name, other)) {
+        let used_names = language.reserved().chain(placed.iter().map(|file| file.name.as_str()));
+        if let Some(other) = used_names.into_iter().find(|other| overlap(&name, other)) {
             return Err(bad(format!(
                 "files[{at}].name {name:?} is in the way of {other:?}, which is there already (the first file is always {:?})",
                 language.source
@@ -187,27 +187,27 @@ pub fn place(
     }
 }
 
-/// Whether two files cannot both be there: the same one, or one in the other's place as a directory.
+/// Whether two paths conflict: they are equal, or one is a directory in the path of the other.
 fn overlap(one: &str, other: &str) -> bool {
     let within = |inner: &str, outer: &str| inner.strip_prefix(outer).is_some_and(|rest| rest.starts_with('/'));
     one == other || within(one, other) || within(other, one)
 }
 
-fn time(name: &str, asked: Option<f64>, most: Duration) -> Result<Duration, ApiError> {
-    let Some(millis) = asked else { return Ok(most) };
-    let most_millis = most.as_secs_f64() * 1e3;
-    if (1.0..=most_millis).contains(&millis) {
-        return Ok(Duration::from_secs_f64(millis / 1e3).min(most));
+fn time(name: &str, requested: Option<f64>, max: Duration) -> Result<Duration, ApiError> {
+    let Some(millis) = requested else { return Ok(max) };
+    let max_millis = max.as_secs_f64() * 1e3;
+    if (1.0..=max_millis).contains(&millis) {
+        return Ok(Duration::from_secs_f64(millis / 1e3).min(max));
     }
-    Err(bad(format!("{name} must be from 1 to the configured limit of {most_millis} milliseconds")))
+    Err(bad(format!("{name} must be from 1 to the configured limit of {max_millis} milliseconds")))
 }
 
-fn memory(name: &str, asked: Option<f64>, most: u64) -> Result<Option<u64>, ApiError> {
-    match asked {
+fn memory(name: &str, requested: Option<f64>, max: u64) -> Result<Option<u64>, ApiError> {
+    match requested {
         None | Some(-1.0) => Ok(None),
-        // Sizes are far below where floats have gaps.
-        Some(bytes) if (1.0..=most as f64).contains(&bytes) => Ok(Some(bytes as u64).filter(|bytes| *bytes < most)),
-        Some(_) => Err(bad(format!("{name} must be from 1 to the configured limit of {most} bytes, or -1 for that"))),
+        // Exact: memory sizes are far below 2^53.
+        Some(bytes) if (1.0..=max as f64).contains(&bytes) => Ok(Some(bytes as u64).filter(|bytes| *bytes < max)),
+        Some(_) => Err(bad(format!("{name} must be from 1 to the configured limit of {max} bytes, or -1 for that"))),
     }
 }
 
@@ -217,7 +217,7 @@ mod tests {
 
     fn files_named(names: &[&str]) -> Result<Vec<SourceFile>, ApiError> {
         let file = |name: &&str| File { name: Some((*name).into()), content: "x".into(), encoding: None };
-        files(&crate::config::tests::language("c"), names.iter().map(file).collect(), 1000)
+        decode_files(&crate::config::tests::language("c"), names.iter().map(file).collect(), 1000)
     }
 
     #[test]
@@ -248,7 +248,7 @@ mod tests {
     fn contents_are_decoded_and_bounded() {
         let language = crate::config::tests::language("c");
         let one = |content: &str, encoding| {
-            files(&language, vec![File { name: None, content: content.into(), encoding: Some(encoding) }], 16)
+            decode_files(&language, vec![File { name: None, content: content.into(), encoding: Some(encoding) }], 16)
                 .map(|placed| placed[0].content.to_vec())
         };
         assert_eq!(one("aGk=", Encoding::Base64).unwrap(), b"hi");
@@ -262,14 +262,12 @@ mod tests {
 
     #[test]
     fn limits_are_lowered_never_raised_and_zero_is_a_number() {
-        let most = Duration::from_secs(5);
-        assert_eq!(time("t", None, most).unwrap(), most);
-        assert_eq!(time("t", Some(5000.0), most).unwrap(), most);
-        assert_eq!(time("t", Some(1.5), most).unwrap(), Duration::from_micros(1500));
+        let max = Duration::from_secs(5);
+        assert_eq!(time("t", None, max).unwrap(), max);
+        assert_eq!(time("t", Some(5000.0), max).unwrap(), max);
+        assert_eq!(time("t", Some(1.5), max).unwrap(), Duration::from_micros(1500));
         for wrong in [0.0, -1.0, 0.5, 5000.1, 1e300] {
-            assert!(
-                time("t", Some(wrong), most).is_err() && memory("m", Some(wrong), 4000).is_err() == (wrong != -1.0)
-            );
+            assert!(time("t", Some(wrong), max).is_err() && memory("m", Some(wrong), 4000).is_err() == (wrong != -1.0));
         }
         assert_eq!(memory("m", Some(-1.0), 4000).unwrap(), None);
         assert_eq!(memory("m", Some(4000.0), 4000).unwrap(), None);

@@ -1,19 +1,22 @@
-//! Ranges of versions, as npm writes them.
+//! Version ranges as in npm.
 
-/// Whether a version is in a range as npm writes them: alternatives apart by `||`, each a list that must all hold.
+/// Whether a version is in an npm range: alternatives separated by `||`, each a list of comparators that all have to
+/// match.
 pub fn is_within(version: &semver::Version, range: &str) -> bool {
     range.split("||").any(|set| {
         let words: Vec<&str> = set.split_whitespace().collect();
         match words[..] {
             [] => true,
-            [from, "-", to] => holds(version, &format!(">={from}")) && holds(version, &format!("<={to}")),
-            _ => apart(&words).iter().all(|comparator| holds(version, comparator)),
+            [from, "-", to] => {
+                matches_comparator(version, &format!(">={from}")) && matches_comparator(version, &format!("<={to}"))
+            }
+            _ => join_operators(&words).iter().all(|comparator| matches_comparator(version, comparator)),
         }
     })
 }
 
-/// Comparators whose operator may stand apart from its version.
-fn apart(words: &[&str]) -> Vec<String> {
+/// Joins operators with their versions, which white space may separate.
+fn join_operators(words: &[&str]) -> Vec<String> {
     words.iter().fold(Vec::new(), |mut comparators: Vec<String>, word| {
         match comparators.last_mut().filter(|last| last.ends_with(['<', '>', '=', '^', '~'])) {
             Some(last) => last.push_str(word),
@@ -23,16 +26,16 @@ fn apart(words: &[&str]) -> Vec<String> {
     })
 }
 
-fn holds(version: &semver::Version, comparator: &str) -> bool {
+fn matches_comparator(version: &semver::Version, comparator: &str) -> bool {
     let at = comparator.find(|c: char| !"<>=^~".contains(c)).unwrap_or(comparator.len());
-    let (operator, of) = comparator.split_at(at);
-    let of = of.strip_prefix('v').unwrap_or(of);
-    if matches!(of, "" | "*" | "x" | "X" | "latest") {
+    let (operator, operand) = comparator.split_at(at);
+    let operand = operand.strip_prefix('v').unwrap_or(operand);
+    if matches!(operand, "" | "*" | "x" | "X" | "latest") {
         return operator.is_empty() || operator == ">=";
     }
-    // A bare version is that one, not what is compatible with it.
+    // A version without an operator means exactly this version, not a compatible one.
     let operator = if operator.is_empty() { "=" } else { operator };
-    semver::VersionReq::parse(&format!("{operator}{of}")).is_ok_and(|required| required.matches(version))
+    semver::VersionReq::parse(&format!("{operator}{operand}")).is_ok_and(|required| required.matches(version))
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! What clients of Piston's API read, and what we add beside its fields.
+//! Responses of Piston's API, with additional fields.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,17 +13,17 @@ use crate::model::outcome::{Ended, Outcome, StageOutcome, Verdict};
 use crate::model::output::Stream;
 use crate::run;
 
-/// Exit code of what could not be started, as shells have it.
+/// Exit code of a command that could not be started, as in shells.
 const CODE_NOT_STARTED: i32 = 127;
 
-/// A language that is served.
+/// An enabled language.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Runtime {
     /// Its name.
     pub language: String,
     /// Its version.
     pub version: String,
-    /// Other names of it.
+    /// Aliases, which requests may use as well.
     pub aliases: Vec<String>,
 }
 
@@ -37,87 +37,90 @@ impl From<&Language> for Runtime {
     }
 }
 
-/// What is answered.
+/// The response.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = ProgramAnswer)]
-pub struct Answer {
+pub struct ExecuteResponse {
     /// The language's name.
     pub language: String,
     /// The language's version.
     pub version: String,
-    /// Compiling, where the language has that.
+    /// The compile stage, if the language has one.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub compile: Option<StageAnswer>,
-    /// The rest.
+    pub compile: Option<StageResult>,
+    /// The run.
     #[serde(flatten)]
-    pub ran: Ran,
+    pub ran: RunResult,
 }
 
-/// What became of a program on one input.
+/// The result of a program on one input.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct Ran {
-    /// Running, unless compiling failed.
+#[schema(as = Ran)]
+pub struct RunResult {
+    /// The run stage, unless compiling failed.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub run: Option<StageAnswer>,
-    /// What became of the program.
+    pub run: Option<StageResult>,
+    /// The verdict on the program.
     pub verdict: Verdict,
-    /// Whether this is the outcome of an earlier run.
+    /// Whether this is the cached outcome of an earlier run.
     pub cached: bool,
-    /// How long ago that was, in milliseconds.
+    /// Age of the cached outcome, in milliseconds.
     pub age: Option<u64>,
     /// How long the run waited for its container, in milliseconds.
     pub queued: u64,
-    /// Whether something was printed that is not here.
+    /// Whether some output was left out.
     pub truncated: bool,
 }
 
-/// What became of a stage.
+/// The result of a stage.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct StageAnswer {
-    /// What it printed there. Bytes that are no UTF-8 are U+FFFD.
+#[schema(as = StageAnswer)]
+pub struct StageResult {
+    /// Standard output. Invalid UTF-8 is replaced by U+FFFD.
     #[schema(value_type = String)]
     pub stdout: Text,
-    /// What it printed there.
+    /// Standard error.
     #[schema(value_type = String)]
     pub stderr: Text,
-    /// Both in order of arrival.
+    /// Both streams in order of arrival.
     #[schema(value_type = String)]
     pub output: Text,
-    /// The rest.
+    /// How the stage ended.
     #[serde(flatten)]
     pub ending: Ending,
 }
 
-/// How a stage ended and what it used.
+/// How a stage ended, and its resource usage.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Ending {
     /// The exit code; null if a signal ended it.
     pub code: Option<i32>,
     /// The signal's name; null if it ended by itself.
     pub signal: Option<String>,
-    /// Why it was cut short.
+    /// Why it failed or was cut short.
     pub message: Option<String>,
-    /// Piston's word for what went wrong; null if nothing did.
-    pub status: Option<Status>,
+    /// Piston's code for a failure; null if there was none.
+    pub status: Option<PistonStatus>,
     /// CPU time in milliseconds, all processes together.
     pub cpu_time: u64,
     /// Wall time in milliseconds.
     pub wall_time: u64,
     /// Peak memory in bytes.
     pub memory: u64,
-    /// What became of it.
+    /// The verdict on the stage.
     pub verdict: Verdict,
-    /// Whether something was printed that is not here.
+    /// Whether some output was left out.
     pub truncated: bool,
-    /// Bytes printed there, kept or not.
+    /// Bytes printed on stdout, kept or not.
     pub stdout_bytes: u64,
-    /// Bytes printed there, kept or not.
+    /// Bytes printed on stderr, kept or not.
     pub stderr_bytes: u64,
 }
 
-/// Piston's words for what went wrong.
+/// Piston's codes for failures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
-pub enum Status {
+#[schema(as = Status)]
+pub enum PistonStatus {
     /// An exit code other than 0.
     RE,
     /// Ended by a signal.
@@ -128,7 +131,7 @@ pub enum Status {
     OL,
     /// Too much on stderr.
     EL,
-    /// The server's fault.
+    /// The server failed.
     XX,
 }
 
@@ -136,24 +139,24 @@ fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-impl Answer {
-    /// An answer in Piston's form.
-    pub fn new(language: &Language, answer: &run::Answer) -> Answer {
-        Answer {
+impl ExecuteResponse {
+    /// The response for an answer.
+    pub fn new(language: &Language, answer: &run::Answer) -> ExecuteResponse {
+        ExecuteResponse {
             language: language.name.clone(),
             version: language.version.to_string(),
-            compile: StageAnswer::of(&answer.outcome, Stage::Compile),
-            ran: Ran::from(answer),
+            compile: StageResult::of(&answer.outcome, Stage::Compile),
+            ran: RunResult::from(answer),
         }
     }
 }
 
-impl From<&run::Answer> for Ran {
-    fn from(answer: &run::Answer) -> Ran {
+impl From<&run::Answer> for RunResult {
+    fn from(answer: &run::Answer) -> RunResult {
         let outcome = &answer.outcome;
         let stages = || outcome.compile.iter().chain(&outcome.run);
-        Ran {
-            run: StageAnswer::of(outcome, Stage::Run),
+        RunResult {
+            run: StageResult::of(outcome, Stage::Run),
             verdict: outcome.verdict(),
             cached: answer.cached.is_some(),
             age: answer.cached.map(millis),
@@ -163,46 +166,47 @@ impl From<&run::Answer> for Ran {
     }
 }
 
-impl Ran {
-    /// Cuts what was printed so that it takes no more than about so many bytes as JSON.
-    pub fn cut(&mut self, most: usize) {
-        self.truncated |= self.run.as_mut().is_some_and(|run| run.cut(most));
+impl RunResult {
+    /// Cuts the output to about `max_json` bytes of JSON.
+    pub fn cut(&mut self, max_json: usize) {
+        self.truncated |= self.run.as_mut().is_some_and(|run| run.cut(max_json));
     }
 }
 
-impl StageAnswer {
-    /// What became of a stage, if there was one.
-    pub fn of(outcome: &Arc<Outcome>, stage: Stage) -> Option<StageAnswer> {
+impl StageResult {
+    /// The result of a stage, if it ran.
+    pub fn of(outcome: &Arc<Outcome>, stage: Stage) -> Option<StageResult> {
         let ending = Ending::from(outcome.stage(stage)?);
-        let text = |of| Text::new(outcome, stage, of);
+        let text = |stream| Text::new(outcome, stage, stream);
         let (stdout, stderr) = (text(Some(Stream::Stdout)), text(Some(Stream::Stderr)));
-        Some(StageAnswer { stdout, stderr, output: text(None), ending })
+        Some(StageResult { stdout, stderr, output: text(None), ending })
     }
 
-    /// Cuts what was printed so that it takes no more than about so many bytes as JSON; whether something is missing now.
-    pub fn cut(&mut self, most: usize) -> bool {
-        let cut = [self.stdout.cut(most / 4), self.stderr.cut(most / 4), self.output.cut(most / 2)].contains(&true);
+    /// Cuts the output to about `max_json` bytes of JSON. Returns whether anything was left out.
+    pub fn cut(&mut self, max_json: usize) -> bool {
+        let cut = [self.stdout.cut(max_json / 4), self.stderr.cut(max_json / 4), self.output.cut(max_json / 2)]
+            .contains(&true);
         self.ending.truncated |= cut;
         cut
     }
 }
 
-impl Texts for StageAnswer {
-    fn each(&mut self, see: &mut dyn FnMut(&mut Text)) {
-        [&mut self.stdout, &mut self.stderr, &mut self.output].into_iter().for_each(see);
+impl Texts for StageResult {
+    fn each_text(&mut self, visit: &mut dyn FnMut(&mut Text)) {
+        [&mut self.stdout, &mut self.stderr, &mut self.output].into_iter().for_each(visit);
     }
 }
 
-impl Texts for Ran {
-    fn each(&mut self, see: &mut dyn FnMut(&mut Text)) {
-        self.run.iter_mut().for_each(|run| run.each(see));
+impl Texts for RunResult {
+    fn each_text(&mut self, visit: &mut dyn FnMut(&mut Text)) {
+        self.run.iter_mut().for_each(|run| run.each_text(visit));
     }
 }
 
-impl Texts for Answer {
-    fn each(&mut self, see: &mut dyn FnMut(&mut Text)) {
-        self.compile.iter_mut().for_each(|compile| compile.each(see));
-        self.ran.each(see);
+impl Texts for ExecuteResponse {
+    fn each_text(&mut self, visit: &mut dyn FnMut(&mut Text)) {
+        self.compile.iter_mut().for_each(|compile| compile.each_text(visit));
+        self.ran.each_text(visit);
     }
 }
 
@@ -210,7 +214,7 @@ impl From<&StageOutcome> for Ending {
     fn from(stage: &StageOutcome) -> Ending {
         let (output, verdict) = (&stage.output, stage.verdict());
         let (code, signal) = match stage.ended {
-            // Clients ask this code whether there is a program.
+            // Clients take exit code 0 to mean that there is a program.
             Ended::Exited(0) if stage.stage == Stage::Compile && !stage.artifact => (Some(1), None),
             Ended::Exited(code) => (Some(code), None),
             Ended::NotStarted(_) => (Some(CODE_NOT_STARTED), None),
@@ -219,14 +223,14 @@ impl From<&StageOutcome> for Ending {
         };
         let status = match verdict {
             Verdict::Ok => None,
-            Verdict::TimeLimit => Some(Status::TO),
+            Verdict::TimeLimit => Some(PistonStatus::TO),
             Verdict::OutputLimit => match output.total(Stream::Stderr) > output.total(Stream::Stdout) {
-                true => Some(Status::EL),
-                false => Some(Status::OL),
+                true => Some(PistonStatus::EL),
+                false => Some(PistonStatus::OL),
             },
-            Verdict::InternalError => Some(Status::XX),
-            _ if signal.is_some() => Some(Status::SG),
-            _ => Some(Status::RE),
+            Verdict::InternalError => Some(PistonStatus::XX),
+            _ if signal.is_some() => Some(PistonStatus::SG),
+            _ => Some(PistonStatus::RE),
         };
         Ending {
             code,
