@@ -291,39 +291,39 @@ mod tests {
 
     proptest! {
         #[test]
-        fn requests_of_each_kind(body in bytes(requests())) {
+        fn malformed_requests_do_not_panic(body in bytes(requests())) {
             request(&body, &[Arc::new(crate::config::tests::language("c"))]);
         }
 
         #[test]
-        fn messages_to_init(packet in bytes(to_init()), fds in 0_usize..6) {
+        fn malformed_messages_to_init_do_not_panic(packet in bytes(to_init()), fds in 0_usize..6) {
             message::<ToInit>(&packet, fds);
         }
 
         #[test]
-        fn messages_from_init(packet in bytes(from_init()), fds in 0_usize..6) {
+        fn malformed_messages_from_init_do_not_panic(packet in bytes(from_init()), fds in 0_usize..6) {
             message::<FromInit>(&packet, fds);
         }
 
         #[test]
-        fn packets_larger_than_any_message(length in MAX_MESSAGE - 8..MAX_MESSAGE + 8, fds in 0_usize..6) {
+        fn oversized_packets_do_not_panic(length in MAX_MESSAGE - 8..MAX_MESSAGE + 8, fds in 0_usize..6) {
             message::<FromInit>(&vec![b'0'; length], fds);
         }
 
         #[test]
-        fn descriptors_as_many_as_the_kernel_passes(packet in bytes(to_init()), fds in 6_usize..=253) {
+        fn messages_with_many_descriptors_do_not_panic(packet in bytes(to_init()), fds in 6_usize..=253) {
             message::<ToInit>(&packet, fds);
         }
 
         #[test]
-        fn what_podman_says_of_itself(text in bytes(vec![br#"{"host":{"cgroupVersion":"v2","cgroupControllers":["cpu","memory","pids"],
+        fn malformed_podman_info_does_not_panic(text in bytes(vec![br#"{"host":{"cgroupVersion":"v2","cgroupControllers":["cpu","memory","pids"],
             "ociRuntime":{"version":"crun version 1.8.1\ncommit"}},"store":{"graphDriverName":"overlay",
             "graphStatus":{"Native Overlay Diff":"true"}},"version":{"Version":"4.3.1"}}"#.to_vec()])) {
             podman_info(&text);
         }
 
         #[test]
-        fn what_podman_writes_for_the_runtime(text in bytes(vec![oci_config::tests::SPEC.into()])) {
+        fn malformed_oci_configurations_do_not_panic(text in bytes(vec![oci_config::tests::SPEC.into()])) {
             oci_configuration(&text);
         }
     }

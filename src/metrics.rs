@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn names_end_as_their_kind_and_unit_ask_for() {
+    fn metric_names_end_with_their_unit() {
         for (kind, name, unit, help) in ALL {
             assert!(name.starts_with("coderunner_") && !help.ends_with('.'), "{name}");
             assert_eq!(name.ends_with("_total"), kind == MetricKind::Counter, "{name}");
@@ -314,13 +314,13 @@ mod tests {
     }
 
     #[test]
-    fn labels_are_the_words_of_the_api() {
+    fn label_values_match_the_api_words() {
         assert_eq!(api_name(&Verdict::TimeLimit), "time_limit");
         assert_eq!(api_name(&Stage::Compile), "compile");
     }
 
     #[test]
-    fn the_dashboard_shows_each_metric_and_no_other() {
+    fn dashboard_shows_exactly_the_known_metrics() {
         let dashboard: serde_json::Value = serde_json::from_str(DASHBOARD).unwrap();
         let panels = dashboard["panels"].as_array().unwrap();
         assert!(panels.iter().all(|panel| panel["title"].is_string()));

@@ -147,7 +147,7 @@ mod tests {
     use crate::config::tests::{load, refusal};
 
     #[test]
-    fn a_bad_value_is_named_with_what_is_allowed() {
+    fn errors_name_invalid_values_and_what_is_allowed() {
         let message = refusal("containers = 0");
         assert!(message.contains("containers") && message.contains("from 1 to"), "{message}");
         let message = refusal("containers = \"many\"");

@@ -141,14 +141,14 @@ mod tests {
     use crate::model::job::Stage;
 
     #[test]
-    fn the_direct_engine_is_known_by_its_former_name() {
+    fn engine_name_crun_is_an_alias_of_direct() {
         assert_eq!(load("engine = \"crun\"").unwrap().engine, EngineKind::Direct);
         assert_eq!(load("engine = \"direct\"").unwrap().engine, EngineKind::Direct);
         assert!(<EngineKind as clap::ValueEnum>::from_str("crun", false).is_ok());
     }
 
     #[test]
-    fn the_defaults_are_those_of_the_readme() {
+    fn defaults_match_the_documentation() {
         let settings = load("").unwrap();
         assert_eq!(settings.listen.to_string(), "127.0.0.1:8080");
         assert_eq!(settings.containers, 10);
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pivot_entry_is_what_its_compiler_needs() {
+    fn pivot_entry_matches_its_compiler() {
         let pivot = load("").unwrap().language("pivot").unwrap();
         assert_eq!(pivot.source, "main.pi");
         assert_eq!(pivot.files["Kagari.toml"], "entry = \"main.pi\"\nproject = \"main\"\n");
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn the_whole_catalogue_is_valid() {
+    fn every_catalogue_entry_is_valid() {
         let settings = load("").unwrap();
         let names: Vec<&str> = settings.catalogue().collect();
         assert_eq!(names, ["bash", "c", "cpp", "go", "javascript", "pivot", "python", "rust"]);
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_kept_to_the_byte() {
+    fn sizes_are_written_back_exactly() {
         let text = "[limits]\nmemory = \"1300MiB\"\noutput = 1100\n[ceilings]\nmemory = \"1300MiB\"\n[cache]\nsize = 0";
         let settings = load(text).unwrap();
         let limits = settings.language("c").unwrap().limits;

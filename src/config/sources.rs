@@ -111,7 +111,7 @@ mod tests {
     use crate::config::tests::{load, refusal};
 
     #[test]
-    fn a_file_overrides_single_keys() {
+    fn configuration_file_overrides_single_keys() {
         let settings =
             load("[cache]\nttl = \"1m\"\n[language.c]\nimage = \"localhost/c\"\nlimits = { memory = \"64MiB\" }")
                 .unwrap();
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_key_is_named() {
+    fn errors_name_unknown_keys() {
         assert!(refusal("containres = 3").contains("containres"));
         assert!(refusal("[cache]\nttll = \"1m\"").contains("ttll"));
         assert!(refusal("[language.c]\nimages = \"x\"").contains("images"));
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn every_setting_has_a_variable() {
+    fn every_setting_has_an_environment_variable() {
         let built_in = Figment::from(Toml::string(DEFAULTS));
         let keys = setting_keys(&built_in).unwrap();
         assert_eq!(keys["cache_ttl"], "cache.ttl");

@@ -35,7 +35,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_call_keeps_nobody_waiting_and_what_comes_late_is_dropped() {
+    async fn blocking_call_blocks_no_task_and_late_result_is_dropped() {
         let ((release, blocked), (on_drop, dropped)) = (mpsc::channel::<()>(), mpsc::channel());
         let called = tokio::spawn(run_blocking(move || {
             let _ = blocked.recv();

@@ -180,7 +180,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whose_memory_was_out_is_counted() {
+    fn own_and_foreign_oom_kills_are_distinguished() {
         let dir = tempfile::tempdir().unwrap();
         let counted = |events: &str| {
             fs::write(dir.path().join("memory.events"), events).unwrap();
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_that_takes_its_time_over_a_kill_keeps_no_other_work_waiting() {
+    fn slow_cgroup_kill_does_not_block_other_work() {
         crate::sandbox::fake::on_paused_clock(|| async {
             let below = tempfile::tempdir().unwrap();
             let dir = below.path().join("box");
@@ -214,7 +214,7 @@ mod tests {
 
     /// Tests nothing where this process may not make cgroups.
     #[tokio::test]
-    async fn what_is_in_a_cgroup_is_killed_before_it_is_removed() {
+    async fn processes_are_killed_before_their_cgroup_is_removed() {
         let (below, name) = (Delegated { path: "/".into() }, format!("coderunner-test-{}", std::process::id()));
         if !Path::new(ROOT).join("cgroup.controllers").exists() || below.make(&name, &[]).is_err() {
             return;

@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_a_full_disk_does_not_take_are_counted_and_told_of_once_it_does() {
+    fn unwritable_lines_are_counted_and_reported_later() {
         let (lines, reported) = (Lines::new(), Cell::new(None));
         let mut disk = Disk { room: 10, has: Vec::new() };
         let mut write = |line: &str, more: usize| {
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_wait_within_a_bound_of_bytes_and_none_is_cut() {
+    fn pending_lines_are_bounded_and_never_cut() {
         let (lines, reported) = (Lines::new(), Cell::new(None));
         let line = [&[b'x'; 999][..], b"\n"].concat();
         for _ in 0..2 * MAX_PENDING / line.len() {

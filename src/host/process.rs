@@ -272,19 +272,19 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn output_is_stdout() {
+    async fn output_returns_stdout_only() {
         assert_eq!(sh("echo out; echo err >&2").output(Duration::from_secs(5)).await.unwrap(), b"out\n");
     }
 
     #[tokio::test]
-    async fn a_failure_says_what_stderr_said() {
+    async fn failure_message_includes_stderr() {
         let error = sh("echo no such thing >&2; exit 7").output(Duration::from_secs(5)).await.unwrap_err();
         assert!(error.to_string().contains("no such thing"), "{error}");
         assert!(error.to_string().contains('7'), "{error}");
     }
 
     #[tokio::test]
-    async fn a_deadline_kills_the_whole_group() {
+    async fn timeout_kills_the_process_group() {
         let dir = tempfile::tempdir().unwrap();
         let alive = dir.path().join("alive");
         let script = format!("(sleep 1; touch {}) & sleep 60", alive.display());
@@ -295,14 +295,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_grandchild_that_holds_the_pipes_does_not_delay() {
+    async fn grandchild_holding_the_pipes_does_not_delay_output() {
         let before = std::time::Instant::now();
         assert_eq!(sh("sleep 30 & echo done").output(Duration::from_secs(20)).await.unwrap(), b"done\n");
         assert!(before.elapsed() < Duration::from_secs(10));
     }
 
     #[tokio::test]
-    async fn a_missing_program_is_named() {
+    async fn error_names_the_missing_program() {
         let error =
             Cmd::new(Path::new("/nonexistent/podman"), ["ps"]).output(Duration::from_secs(5)).await.unwrap_err();
         assert!(error.to_string().contains("/nonexistent/podman"), "{error}");

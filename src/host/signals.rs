@@ -106,7 +106,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_panic_ends_the_process_in_order_but_for_one_in_work_apart() {
+    async fn panic_starts_shutdown_except_in_isolated_tasks() {
         let shutdown = Shutdown::default();
         let _listener = listen(shutdown.clone(), Some(mpsc::channel(1).0)).unwrap();
         tokio::spawn(isolate_panics(async { on_panic() })).await.unwrap();

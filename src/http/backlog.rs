@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_read_late_is_told_in_order_and_in_fewer_messages() {
+    async fn slow_readers_get_merged_events_in_order() {
         let memory = allowance(1 << 20);
         let events = [
             Event::Queued(2),
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_change_of_stream_with_each_byte_costs_little() {
+    async fn alternating_streams_use_little_memory() {
         let memory = allowance(64 << 20);
         let changes = (0..200_000).map(|n| printed([Stream::Stdout, Stream::Stderr][n % 2], b"x"));
         let (backlog, result) = collected(&memory, changes).await;
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_waits_is_within_the_budget() {
+    async fn waiting_events_are_charged_to_the_budget() {
         let memory = allowance(1 << 20);
         let much = vec![b'x'; 64 * 1024];
         let events = |count| (0..count).map(|_| Event::Output(Stage::Run, Stream::Stdout, Bytes::from(much.clone())));

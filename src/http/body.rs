@@ -232,7 +232,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_streamed_is_what_serde_json_makes(
+        fn streamed_body_equals_serde_json_output(
             pieces in proptest::collection::vec((any::<bool>(), prop_oneof![
                 proptest::collection::vec(any::<u8>(), 0..40),
                 ".{0,40}".prop_map(String::into_bytes),
@@ -250,7 +250,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_cut_is_a_beginning_and_within_its_bound(
+        fn cut_output_is_a_prefix_within_its_limit(
             pieces in proptest::collection::vec((any::<bool>(), ".{0,60}".prop_map(String::into_bytes)), 0..8),
             max_json in 0usize..600,
         ) {
@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn chunks_are_bounded_and_made_one_by_one() {
+    fn body_chunks_are_bounded_in_size() {
         let outcome = outcome(&[(false, vec![1; 1 << 20]), (true, vec![0xff; 1 << 20])], usize::MAX);
         let (chunks, length) = in_chunks(answer(&outcome), Fields::AsDeclared);
         assert!(length > 18 << 20, "{length}");
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lease_is_held_until_the_last_chunk_is_let_go() {
+    fn lease_is_held_until_the_last_chunk_is_dropped() {
         let budget = Arc::new(Budget::new(1 << 20)).for_client(&Client::Unidentified);
         let outcome = outcome(&[(false, vec![1; 100_000])], usize::MAX);
         let lease = budget.try_lease(400 << 10).unwrap();

@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_has_half_at_most_and_what_is_given_back_can_be_had_again() {
+    fn client_gets_at_most_half_and_can_reuse_returned_memory() {
         let budget = budget();
         let first = budget.for_client(&client(1)).try_lease(50 * UNIT).unwrap();
         assert_eq!(budget.for_client(&client(1)).try_lease(1).err(), Some(Exhausted));
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_takes_more_than_there_is() {
+    fn leases_never_exceed_the_budget() {
         let budget = budget();
         let held: Vec<Lease> = (0..4).filter_map(|n| budget.for_client(&client(n)).try_lease(30 * UNIT).ok()).collect();
         assert_eq!(held.len(), 3);
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_larger_than_a_share_is_taken_alone() {
+    fn oversized_lease_takes_the_whole_share() {
         let budget = budget();
         let _whole = budget.for_client(&client(1)).try_lease(usize::MAX).unwrap();
         assert_eq!(budget.for_client(&client(1)).try_lease(1).err(), Some(Exhausted));
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn waiting_ends_with_memory_or_at_its_deadline() {
+    async fn wait_for_memory_ends_with_memory_or_at_its_deadline() {
         let budget = budget().for_client(&client(1));
         let held = budget.lease(50 * UNIT).await.unwrap();
         let waits = tokio::spawn({
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_waits_is_bounded_too() {
+    async fn concurrent_waits_for_memory_time_out_together() {
         let budget = budget();
         let memory = budget.for_client(&client(1));
         let _held = memory.lease(50 * UNIT).await.unwrap();
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn clients_that_have_no_answer_are_forgotten() {
+    fn clients_without_leases_are_forgotten() {
         let budget = budget();
         (0..=255).for_each(|n| drop(budget.client_semaphore(&Client::at([198, 51, 100, n].into()))));
         assert!(budget.clients.lock().unwrap().left.len() <= MIN_CLEANUP_SIZE);

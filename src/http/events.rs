@@ -305,7 +305,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_character_in_two_pieces_is_told_in_one() {
+    fn split_characters_are_sent_whole() {
         let mut encoder = MessageEncoder::default();
         let mut text = String::new();
         for byte in "aé€𝄞".bytes() {

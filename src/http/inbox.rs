@@ -67,7 +67,7 @@ mod tests {
     use crate::model::client::Client;
 
     #[test]
-    fn a_message_is_leased_while_it_arrives() {
+    fn incoming_messages_are_charged_until_complete() {
         let allowance = Arc::new(Budget::new(1 << 20)).for_client(&Client::Unidentified);
         let (one, other) = (Inbox::default(), Inbox::default());
         one.received(10 << 20).unwrap();

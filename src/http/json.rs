@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn half_a_character_is_the_replacement_character() {
+    fn lone_surrogates_become_the_replacement_character() {
         assert_eq!(text(r#""a\ud83d""#).as_deref(), Some("a\u{fffd}"));
         assert_eq!(text(r#""\ude00b\uD83D\ud83d\ude00""#).as_deref(), Some("\u{fffd}b\u{fffd}😀"));
         assert_eq!(text(r#""\\ud83d\ud83dx""#).as_deref(), Some("\\ud83d\u{fffd}x"));
@@ -141,13 +141,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_of_javascript_is_understood(units in proptest::collection::vec(any::<u16>(), 0..40)) {
+        fn any_utf16_text_is_parsed(units in proptest::collection::vec(any::<u16>(), 0..40)) {
             let json: String = units.iter().map(|unit| format!("\\u{unit:04x}")).collect();
             prop_assert_eq!(text(&format!("\"{json}\"")), Some(String::from_utf16_lossy(&units)));
         }
 
         #[test]
-        fn what_needs_no_mending_is_left_alone(any in any::<String>()) {
+        fn valid_json_is_left_unchanged(any in any::<String>()) {
             let json = serde_json::to_vec(&any).unwrap();
             prop_assert_eq!(replace_lone_surrogates(&json), None);
             prop_assert_eq!(parse::<String>(&json).ok(), Some(any));

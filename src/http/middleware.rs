@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_is_taken_if_it_is_sane() {
+    fn only_valid_request_ids_are_accepted() {
         for id in ["a", "0123-456_789.X", &"x".repeat(64)] {
             assert_eq!(client_request_id(&headers(REQUEST_ID, &[id])), Some(id));
         }
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn a_trace_context_is_taken_if_it_is_valid() {
+    fn only_valid_trace_contexts_are_accepted() {
         let (trace, parent) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
         let valid = format!("00-{trace}-{parent}-01");
         let later = format!("cc-{trace}-{parent}-01-what-ever");

@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn the_documentation_has_every_status() {
+    fn api_documentation_lists_every_status() {
         let api = include_str!("../../docs/api.md");
         let cells = api.lines().filter_map(|line| line.strip_prefix("| ")?.split(" |").next());
         let statuses: Vec<&str> = cells.flat_map(|cell| cell.split(", ")).collect();

@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_on_loopback_answers_to_its_own_names() {
+    fn loopback_server_answers_only_to_its_own_names() {
         let own = origins(&[], &[], "127.0.0.1:8080");
         for host in
             ["localhost", "LOCALHOST:8080", "127.0.0.1:1", "[::1]:8080", "127.1.2.3", "a.localhost", "localhost."]
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_for_others_answers_to_any_name_unless_it_has_some() {
+    fn public_server_answers_to_any_name_unless_configured() {
         assert!(answers(&origins(&[], &[], "0.0.0.0:80"), "any.example"));
         assert!(answers(&origins(&[], &[], "192.0.2.1:80"), "any.example"));
         assert!(answers(&origins(&["*"], &[], "127.0.0.1:80"), "any.example"));
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_is_told_once_and_is_one() {
+    fn host_header_must_be_single_and_valid() {
         let any = origins(&["*"], &["*"], "127.0.0.1:80");
         let refused = |headers: &[(&str, &str)]| any.admit(&asked(headers)).unwrap_err().to_string();
         assert!(refused(&[("host", "a"), ("host", "a")]).contains("more than one"));
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_those_that_may_call() {
+    fn only_allowed_origins_are_admitted() {
         let some = origins(&[], &["https://one.example"], "127.0.0.1:80");
         let from = |headers: &[(&str, &str)]| some.admit(&asked(&[&[("host", "localhost:80")], headers].concat()));
         assert_eq!(from(&[]).unwrap(), Caller::Direct);
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn a_preflight_is_told_what_it_asks_for() {
+    fn preflight_allows_the_requested_headers() {
         let page = Caller::Page("*".parse().unwrap());
         let request = |headers: &[(&str, &str)]| {
             let mut request = asked(&[&[("access-control-request-method", "POST")], headers].concat());
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_are_names_and_addresses() {
+    fn allowed_hosts_are_names_or_addresses() {
         for host in ["run.example.org", "localhost", "192.0.2.1", "::1", "[::1]", "a_b"] {
             assert!(is_host(host), "{host}");
         }

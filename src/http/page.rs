@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn the_page_names_files_that_exist() {
+    fn files_referenced_by_the_page_exist() {
         let page = ASSETS.iter().find(|asset| asset.name == PAGE).unwrap();
         let text = std::str::from_utf8(page.plain).unwrap();
         let is_file = |part: &&str| [".js", ".css", ".svg"].iter().any(|ending| part.ends_with(ending));
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn the_coding_is_what_the_client_takes() {
+    fn content_encoding_follows_accept_encoding() {
         for refuses in [&[][..], &[("accept-encoding", "br, gzip;q=0")]] {
             assert!(!get("/", refuses).headers().contains_key(CONTENT_ENCODING));
         }
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn who_has_a_file_is_not_sent_it_again() {
+    fn matching_etag_returns_304() {
         let tag = get("/embed.js", &[]).headers()[ETAG].to_str().unwrap().to_owned();
         for list in [tag.clone(), format!("\"other\", W/{tag}"), "*".into()] {
             assert_eq!(get("/embed.js", &[("if-none-match", &list)]).status(), StatusCode::NOT_MODIFIED, "{list}");

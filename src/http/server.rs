@@ -157,7 +157,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_address_takes_more_than_half_of_the_places() {
+    fn one_address_gets_at_most_half_of_the_connections() {
         let mut per_address = ClientPermits::new(10);
         let mut take = |address: &str| per_address.try_acquire(Client::at(address.parse().unwrap()));
         let mut held: Vec<_> = (0..5).filter_map(|_| take("192.0.2.1")).collect();
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_that_have_left_are_forgotten() {
+    fn addresses_without_connections_are_forgotten() {
         let mut per_address = ClientPermits::new(10);
         let _stays = per_address.try_acquire(Client::at([192, 0, 2, 1].into()));
         (0..=255).for_each(|last| drop(per_address.try_acquire(Client::at([198, 51, 100, last].into()))));

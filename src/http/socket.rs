@@ -243,25 +243,25 @@ mod tests {
     }
 
     #[test]
-    fn who_takes_nothing_is_given_up_after_its_time() {
+    fn clients_that_read_nothing_are_disconnected_after_a_minute() {
         assert_eq!(closed_after(0, 1), Some(MINUTE));
     }
 
     #[test]
-    fn who_takes_a_little_each_time_is_not_given_up() {
+    fn slow_but_steady_clients_are_not_disconnected() {
         assert_eq!(closed_after(60_000, 8), None);
         assert_eq!(closed_after(400_000, 55), None, "as when a closed receive window reopens");
         assert_eq!(closed_after(4096, 1), None);
     }
 
     #[test]
-    fn who_trickles_is_given_up() {
+    fn clients_that_read_too_slowly_are_disconnected() {
         assert!(closed_after(1, 1).is_some_and(|at| at <= MINUTE + 5));
         assert!(closed_after(1000, 1).is_some_and(|at| at <= 2 * MINUTE));
     }
 
     #[test]
-    fn time_in_which_there_was_nothing_to_send_does_not_count() {
+    fn idle_time_does_not_count_against_a_client() {
         let start = Instant::now();
         let mut stall_timer = StallTimer { left: STALL_TIMEOUT, waiting: None };
         stall_timer.check(start, 0);

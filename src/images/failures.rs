@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_that_cannot_be_pulled_is_retried_at_growing_pauses_of_at_most_an_hour() {
+    fn failed_pulls_are_retried_with_delays_growing_to_an_hour() {
         let failed = FailureKind::default();
         let times: Vec<u64> = tries(4 * 3600, failed, |_| failed).iter().map(|(time, _)| *time).collect();
         assert_eq!(times[..5], [10, 30, 70, 150, 310]);
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_that_works_is_forgotten() {
+    fn failures_of_working_images_are_forgotten() {
         let (now, mut failures) = (Instant::now(), Failures::default());
         failures.note("image", FailureKind::default(), now);
         assert!(failures.is_missing("image"));

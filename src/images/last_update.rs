@@ -56,7 +56,7 @@ mod tests {
     const INTERVAL: Duration = Duration::from_secs(3600);
 
     #[test]
-    fn an_update_is_due_an_interval_after_the_last_one_also_where_the_file_cannot_be_written() {
+    fn update_is_due_after_an_interval_even_if_the_file_is_unwritable() {
         let dir = tempfile::tempdir().unwrap();
         let in_the_way = dir.path().join("file");
         std::fs::write(&in_the_way, b"").unwrap();
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn a_restart_remembers_the_last_update_but_not_a_time_to_come() {
+    fn time_of_the_last_update_survives_a_restart_unless_in_the_future() {
         let dir = tempfile::tempdir().unwrap();
         let stamp = dir.path().join("stamp");
         for (time, due) in [(SystemTime::now() - 2 * INTERVAL, true), (SystemTime::now() + 2 * INTERVAL, false)] {

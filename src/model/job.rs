@@ -89,7 +89,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn files_have_room_as_the_kernel_counts() {
+    fn disk_and_inode_limits_are_checked_as_the_kernel_counts() {
         let with = |names: &[&str], inodes, length: usize| {
             let file = |name: &&str| SourceFile { name: (*name).into(), content: vec![b'x'; length].into() };
             let mut job = Job { files: names.iter().map(file).collect(), ..job(b"") };

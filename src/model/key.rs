@@ -88,7 +88,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_key_differs_whenever_an_input_does(
+        fn job_keys_differ_exactly_if_inputs_differ(
             a in (any::<String>(), any::<Vec<u8>>(), proptest::collection::vec(any::<String>(), 0..3), "[ab]{0,3}"),
             b in (any::<String>(), any::<Vec<u8>>(), proptest::collection::vec(any::<String>(), 0..3), "[ab]{0,3}"),
         ) {
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn the_key_differs_for_each_single_change() {
+    fn each_changed_field_changes_the_job_key() {
         let base = job(b"x");
         let mut others = vec![job(b"y")];
         others.push(Job { language: "d".into(), ..base.clone() });

@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_that_was_cut_short_says_why_in_its_last_line() {
+    fn last_line_says_why_a_run_was_cut_short() {
         let mut outcome = stage(Stage::Run, Ended::WallTime);
         outcome.output.push(Stream::Stdout, b"so far", 100);
         outcome.usage.wall_us = 5_000_000;

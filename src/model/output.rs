@@ -195,7 +195,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn output_keeps_order_and_counts_all() {
+    fn output_keeps_write_order_and_counts_every_byte() {
         let mut output = Output::default();
         output.push(Stream::Stdout, b"a", 2);
         output.push(Stream::Stderr, b"b", 2);

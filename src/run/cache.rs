@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn keeps_what_is_repeatable() {
+    fn repeatable_outcomes_are_kept() {
         let cache = cache(Duration::from_secs(60), 1 << 20);
         for (n, ended) in [(1, Ended::Exited(0)), (2, Ended::Exited(3)), (3, Ended::Signalled(11))] {
             cache.put(key(n), &outcome(ended, 1));
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn never_keeps_a_limit() {
+    fn outcomes_cut_by_a_limit_are_not_kept() {
         let cache = cache(Duration::from_secs(60), 1 << 20);
         for (n, ended) in [(1, Ended::WallTime), (2, Ended::CpuTime), (3, Ended::Killed)] {
             cache.put(key(n), &outcome(ended, 1));
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn forgets_after_its_time() {
+    fn entries_expire_after_their_ttl() {
         let cache = cache(Duration::from_millis(50), 1 << 20);
         cache.put(key(1), &outcome(Ended::Exited(0), 1));
         std::thread::sleep(Duration::from_millis(80));
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn stays_below_its_size_and_gives_up_the_oldest() {
+    fn oldest_entries_are_evicted_to_stay_within_size() {
         let cache = cache(Duration::from_secs(60), 10_000);
         for n in 0..100 {
             cache.put(key(n), &outcome(Ended::Exited(0), 1000));
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn giving_up_the_oldest_takes_no_longer_where_there_are_many() {
+    fn eviction_time_does_not_grow_with_entries() {
         let mut job = crate::model::job::tests::job(&[]);
         let mut key = |n: u32| {
             job.stdin = n.to_le_bytes().to_vec().into();
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_costs_what_it_takes() {
+    fn entry_cost_includes_all_its_memory() {
         let entry = size_of::<JobKey>() * 2 + size_of::<Entry>() + size_of::<Outcome>();
         let reason = "r".repeat(5000);
         assert!(cost(&outcome(Ended::Exited(0), 0)) > entry);
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn replacing_an_entry_counts_it_once() {
+    fn replaced_entry_is_counted_once() {
         let cache = cache(Duration::from_secs(60), 1 << 20);
         for _ in 0..3 {
             cache.put(key(1), &outcome(Ended::Exited(0), 1000));

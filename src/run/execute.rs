@@ -64,7 +64,7 @@ mod tests {
     use crate::scheduler::PoolError;
 
     #[test]
-    fn a_request_whose_sandbox_was_lost_waits_no_longer_than_others() {
+    fn retry_after_a_lost_sandbox_does_not_extend_the_wait() {
         fake::on_paused_clock(|| async {
             let (runner, mut starts) = runner(1);
             let begun = Instant::now();

@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_cannot_be_unpacked_is_compiled_again_and_a_sandbox_that_fails_before_is_lost() {
+    async fn build_is_discarded_only_if_a_prepared_sandbox_cannot_unpack_it() {
         let failures = || [FromInit::Failed("no files".into()), FromInit::NotCarried("no room".into())];
         for (prepared, failed, ended) in [(false, "sandbox_lost", "sandbox_lost"), (true, "not_carried", "not_carried")]
         {
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_not_read_or_written_any_more_is_not_waited_for() {
+    async fn unpack_and_pack_fail_at_once_if_the_sandbox_is_gone() {
         // Init's end of the pipe stays open in the message, which nobody receives.
         let (mut sandbox, _init) = sandbox(true);
         sandbox.gone.cancel();
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_sandbox_that_fails_over_packing_leaves_the_others_to_compile() {
+    async fn failed_pack_lets_the_other_sandboxes_compile() {
         let (mut sandbox, init) = sandbox(true);
         drop(init);
         let (sender, receiver) = oneshot::channel();
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn all_builds_together_have_a_bound() {
+    fn memory_of_all_builds_is_bounded() {
         let budget = BuildBudget::default();
         let mut permits: Vec<BuildPermit> = (0..MAX_BUILDS).map(|_| budget.reserve(1 << 20)).collect();
         assert_eq!((permits[0].bytes, budget.reserve(1 << 20).bytes), (1 << 20, 0));
@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_kept_is_bounded_and_cannot_be_changed() {
+    async fn stored_builds_are_bounded_and_sealed() {
         use std::io::Write;
         use std::os::unix::fs::FileExt;
         for (max_bytes, fits) in [(100_000, true), (99_999, false)] {

@@ -96,7 +96,7 @@ mod tests {
     use protocol::{MAX_MESSAGE, ToInit};
 
     #[tokio::test]
-    async fn what_is_sent_only_where_there_is_room_leaves_room_for_the_largest_message() {
+    async fn optional_messages_leave_room_for_the_largest_message() {
         let (channel, _init) = Channel::pair().unwrap();
         let mut signals = 0;
         while channel.has_room() {
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_leaves_without_having_read_all_is_gone() {
+    async fn send_reports_closed_if_init_exits_with_unread_messages() {
         let (channel, init) = Channel::pair().unwrap();
         channel.send(&ToInit::Signal(15), &[]).unwrap();
         drop(init);

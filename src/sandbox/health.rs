@@ -72,7 +72,7 @@ mod tests {
     use crate::sandbox::fake;
 
     #[test]
-    fn no_check_begins_before_the_sandbox_of_one_that_was_given_up_is_gone() {
+    fn health_check_waits_for_the_sandbox_of_an_aborted_check() {
         fake::on_paused_clock(|| async {
             let (engine, mut starts) = fake::engine();
             let checks = Arc::new(Checks::default());

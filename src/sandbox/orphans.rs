@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_of_one_instance() {
+    fn container_names_belong_to_one_instance() {
         let made = name("main", "box", 7);
         assert!(is_of("main", &made), "{made}");
         for other in ["mai", "main-1", "", "1", &format!("main-{}", std::process::id())] {
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn monitors_are_known_by_their_command_lines() {
+    fn conmon_processes_are_recognised_by_command_line() {
         assert_eq!(monitored_name("/usr/bin/conmon\0--syslog\0-c\0id\0-n\0name\0-l\0none\0"), Some("name"));
         assert_eq!(monitored_name("/usr/bin/conmon\0-c\0id\0"), None);
         assert_eq!(monitored_name("grep\0conmon\0-n\0name\0"), None);
@@ -115,14 +115,14 @@ mod tests {
     }
 
     #[test]
-    fn the_status_says_whose_a_process_is() {
+    fn process_owner_is_read_from_proc_status() {
         let own = getuid().as_raw();
         assert!(is_ours(&format!("Name:\tcrun\nUid:\t{own}\t0\t0\t0\n")));
         assert!(!is_ours(&format!("Name:\tcrun\nUid:\t{}\t{own}\n", own + 1)) && !is_ours(""));
     }
 
     #[test]
-    fn only_the_first_process_of_a_pid_namespace_counts() {
+    fn parent_is_found_only_for_pid_1_of_a_namespace() {
         let parent =
             |ids: &str| parent_outside(&format!("Name:\tcrun\nPid:\t9\nPPid:\t5\nNSpid:\t{ids}\nThreads:\t1\n"));
         assert_eq!(parent("9\t1"), Pid::from_raw(5));

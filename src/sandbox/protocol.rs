@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_and_its_pipes_arrive_together() {
+    fn message_and_descriptors_arrive_together() {
         let (server, init) = pair();
         let (reader, writer) = std::io::pipe().unwrap();
         send(server.as_fd(), &ToInit::Kill, &[reader.as_fd(), writer.as_fd()]).unwrap();
@@ -207,21 +207,21 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_channel_is_the_end() {
+    fn receive_returns_none_on_a_closed_channel() {
         let (server, init) = pair();
         drop(server);
         assert!(receive::<ToInit>(init.as_fd()).unwrap().is_none());
     }
 
     #[test]
-    fn what_is_no_message_is_an_error() {
+    fn malformed_messages_are_errors() {
         let (server, init) = pair();
         nix::unistd::write(&server, b"{\"Stage\":{}}").unwrap();
         assert!(receive::<ToInit>(init.as_fd()).is_err());
     }
 
     #[test]
-    fn a_message_too_large_is_refused_before_it_is_sent() {
+    fn oversized_messages_are_rejected_before_sending() {
         let (server, _init) = pair();
         let message =
             ToInit::Prepare { uid: 1, user: String::new(), own_cgroup: true, files: vec!["x".repeat(MAX_MESSAGE)] };
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_message_passes() {
+    fn largest_message_is_delivered() {
         let (server, init) = pair();
         let message = ToInit::Prepare {
             uid: 1,

@@ -31,7 +31,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_job_is_run_again_only_if_nothing_of_it_has_run_and_not_without_end() {
+    fn job_is_retried_a_bounded_number_of_times_if_nothing_ran() {
         let mut retries = Retries::default();
         assert!(!retries.allow(&SandboxError::Gone("killed".into())) && !retries.allow(&SandboxError::HostMemory));
         assert!((0..MAX_LOST).all(|_| retries.allow(&SandboxError::Lost)));

@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn waiting_requests_are_refused_at_once_when_their_language_becomes_unavailable() {
+    fn waiters_fail_at_once_if_their_language_becomes_unavailable() {
         fake::on_paused_clock(|| async {
             for image_goes in [true, false] {
                 let (pool, mut starts) = pool(1);

@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fair_queue_serves_one_of_each_client_in_turn() {
+    fn fair_queue_serves_clients_in_turn() {
         let mut queue = queue();
         assert_eq!(served(&mut queue, "xxxxyyz"), "xyzxyxx");
         assert_eq!(served(&mut queue, "yyxx"), "yxyx", "earlier rounds do not count");
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn who_was_just_served_comes_after_those_who_wait() {
+    fn just_served_client_goes_behind_waiting_clients() {
         let mut queue = queue();
         let _turns: Vec<_> = "xxxy".chars().map(|c| queue.join("a", &client(&c.to_string()))).collect();
         assert_eq!((serve(&mut queue), serve(&mut queue)), ("x".into(), "y".into()));
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_queue_that_is_not_fair_is_one_of_arrival() {
+    fn plain_queue_serves_in_order_of_arrival() {
         let mut queue = queue();
         queue.settings.fair = false;
         assert_eq!(served(&mut queue, "xxxxyyz"), "xxxxyyz");
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn newcomers_overtake_nobody_once_a_queue_is_fair_no_more() {
+    fn toggling_fairness_never_lets_newcomers_overtake() {
         let mut queue = queue();
         let turns = |queue: &mut Queue, arrivals: &str| -> Vec<_> {
             arrivals.chars().map(|c| queue.join("a", &client(&c.to_string())).unwrap()).collect()
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn who_fills_a_fair_queue_gives_way() {
+    fn full_fair_queue_evicts_from_the_largest_client() {
         let mut queue = queue();
         queue.settings.length = 3;
         let mut of_x: Vec<_> = (0..3).map(|_| queue.join("a", &client("x")).unwrap()).collect();

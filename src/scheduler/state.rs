@@ -231,7 +231,7 @@ pub(super) mod tests {
     }
 
     #[tokio::test]
-    async fn slots_shrink_and_grow_without_being_given_twice() {
+    async fn resizing_never_hands_out_a_slot_twice() {
         let mut state = state(4, &["a"]);
         let taken: Vec<u32> = (0..3).map(|_| state.free.pop().unwrap()).collect();
         state.resize(1);

@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_is_made_without_an_image_or_while_draining() {
+    async fn no_sandbox_is_started_without_image_or_while_draining() {
         let mut state = state(2, &["a"]);
         state.lanes.get_mut("a").unwrap().image = Image::Missing("not pulled".into());
         assert!(state.made().is_empty());

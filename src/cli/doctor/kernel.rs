@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn modules_are_told_where_programs_can_have_them_looked_for() {
+    fn module_loading_is_reported_on_kernels_before_6_14() {
         for (release, modprobe, status) in [
             ("6.1.0-44-amd64", Some("/sbin/modprobe"), Status::Note),
             ("6.12.90+deb13-amd64", Some("/sbin/modprobe"), Status::Note),
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_left_out_and_what_is_not_well_can_be_mended() {
+    fn unreadable_settings_are_skipped_and_findings_have_a_remedy() {
         assert_eq!(checked(&[]).into_keys().collect::<Vec<_>>(), ["module loading"]);
         let fixed = [
             ("vm/nr_hugepages", "0"),

@@ -310,7 +310,7 @@ mod tests {
     use super::equal_lines;
 
     #[test]
-    fn white_space_at_ends_does_not_matter() {
+    fn trailing_white_space_is_ignored() {
         for (one, other) in [("1\n2\n", "1\n2"), ("1 \r\n2\n\n", "1\n2"), ("", "\n"), (" 1", " 1")] {
             assert!(equal_lines(one, other), "{one:?} {other:?}");
         }

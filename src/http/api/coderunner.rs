@@ -101,7 +101,7 @@ mod tests {
     use crate::model::output::{Output, Stream};
 
     #[test]
-    fn an_answer_is_the_text_and_why_it_was_cut_short() {
+    fn run_output_is_the_text_followed_by_the_reason() {
         for (bytes, cap) in
             [(&b"a"[..], 9), (b"a\n", 9), (b"", 9), (b"ab\xe2\x82\xac", 4), (b"\n\xe2\x82\xac", 2), (b"\xe2\x82", 1)]
         {

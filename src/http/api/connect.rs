@@ -354,7 +354,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_client_takes_more_than_half_of_the_sockets() {
+    fn one_client_gets_at_most_half_of_the_sockets() {
         let sockets = Sockets::default();
         let alice = || sockets.acquire(&Client::Key("alice".into()));
         let mut held: Vec<_> = (0..MAX_SOCKETS).map_while(|_| alice().ok()).collect();

@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_taken_from_either_header_and_must_be_known() {
+    fn api_key_is_read_from_either_header_and_must_be_known() {
         let (gate, key) = with_keys();
         let alice = Client::Key("alice".into());
         let bearer = format!("Bearer {key}");
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hash_of_a_key_is_no_key() {
+    fn key_hash_is_not_accepted_as_key() {
         let (gate, key) = with_keys();
         let hash = KeyHash::of(&key).to_string();
         let client = gate.client(&Credentials { key: Some(&hash), ..from("192.0.2.1", &[]) });
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn each_client_has_a_rate_of_its_own() {
+    fn each_client_has_its_own_rate_limit() {
         let gate = Gate::new(&AccessSettings { rate: "1/h".parse().unwrap(), ..settings("") });
         let [one, other] = ["192.0.2.1", "192.0.2.2"].map(|address| Client::at(address.parse().unwrap()));
         assert_eq!((gate.check_rate(&one), gate.check_rate(&one)), (Ok(()), Ok(())), "the burst");

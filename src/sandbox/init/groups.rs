@@ -92,7 +92,7 @@ mod tests {
                          more:x:62:maker\nbad:x:many:maker\n";
 
     #[test]
-    fn a_user_has_the_groups_that_podman_gives_him() {
+    fn groups_match_those_that_podman_assigns() {
         let of = |user| find_gids(user, PASSWD, GROUP);
         for (user, groups) in [
             ("maker", &[1001, 0, 60, 62][..]),
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn root_has_no_group_for_programs_and_neither_has_who_is_not_mapped() {
+    fn root_group_and_unmapped_groups_are_excluded() {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("etc")).unwrap();
         fs::write(dir.path().join("etc/passwd"), "maker:x:1000:0::/:\nother:x:1001:4294967295::/:\n").unwrap();
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_that_are_none_are_as_good_as_empty() {
+    fn unreadable_passwd_and_group_files_count_as_empty() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(of_user("maker", dir.path()), []);
         let etc = dir.path().join("etc");

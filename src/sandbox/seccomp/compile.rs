@@ -283,7 +283,7 @@ pub mod tests {
     }
 
     #[test]
-    fn each_number_gets_its_own_answer() {
+    fn each_system_call_number_gets_its_own_action() {
         let only = |value| Rule::Where(vec![vec![Check::is(1, &[value])]], Action::Errno(7));
         // Enough rules for distances that a branch cannot cover.
         let rules: Rules = (0..600).filter(|n| n % 3 != 0).map(|n| (n, only(n))).collect();
@@ -302,7 +302,7 @@ pub mod tests {
     }
 
     #[test]
-    fn one_list_of_checks_has_to_hold() {
+    fn call_is_allowed_if_any_list_of_checks_holds() {
         let upper = Check { upper: true, ..Check::is(0, &[1, 2]) };
         let not = Check { negated: true, ..Check::is(1, &[3, 4]) };
         let lists = vec![vec![upper, Check::without(0, 0xf0)], vec![not, Check::is(2, &[9])]];
@@ -323,7 +323,7 @@ pub mod tests {
     }
 
     #[test]
-    fn runs_of_the_same_answer_are_one() {
+    fn adjacent_calls_with_the_same_action_share_one_range() {
         let rules = |from, to| (from..to).map(|n| (n, Rule::Always(Action::Allow))).collect::<Rules>();
         let length = |rules| compile(&rules, Action::Errno(1)).len();
         assert_eq!(length(rules(3, 4)), length(rules(3, 400)));

@@ -48,7 +48,7 @@ mod tests {
 
     #[test]
     #[cfg(target_arch = "x86_64")]
-    fn each_name_is_a_call_and_stands_once() {
+    fn each_listed_name_is_a_system_call_and_unique() {
         let listed = ALLOWED.iter().map(|(_, names)| *names).chain([NO_OPS, ATTRIBUTES]);
         let names = listed.flat_map(str::split_whitespace).chain(arguments().map(|(name, _)| name));
         let names: Vec<&str> = names.collect();
@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn what_reaches_the_host_is_refused() {
+    fn calls_that_reach_the_host_are_refused() {
         let refused = [
             Sysno::unshare,
             Sysno::setns,
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn arguments_decide_where_a_call_does_many_things() {
+    fn multiplexed_calls_are_filtered_by_argument() {
         let allows = |call, arguments| action(call, arguments) == Action::Allow;
         for (call, argument, good, bad) in [
             (Sysno::clone, 0, 0x11, 0x1000_0011_u64),
@@ -146,13 +146,13 @@ mod tests {
 
     /// Each step costs some 0.4 microseconds at each start of a program.
     #[test]
-    fn it_has_few_steps() {
+    fn filter_has_fewer_than_300_instructions() {
         assert!(filter().len() < 300, "{} steps", filter().len());
     }
 
     #[test]
     #[cfg(target_arch = "x86_64")]
-    fn other_numbers_of_the_same_calls_are_refused() {
+    fn x32_system_call_numbers_are_refused() {
         let filter = filter();
         for call in 0..600 {
             assert_eq!(verdict(&filter, 0x4000_0000 | call, [0; 6]), Action::Errno(libc::ENOSYS), "{call}");

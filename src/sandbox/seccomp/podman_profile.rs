@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn a_profile_that_allows_by_name_is_compiled() {
+    fn allow_list_profile_is_compiled() {
         let one = profile(
             r#"{"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [
             {"names": ["read", "write", "no_such_call"], "action": "SCMP_ACT_ALLOW"},
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn always_wins_over_sometimes() {
+    fn unconditional_rule_overrides_conditional_rule() {
         let text = |second: &str| {
             format!(
                 r#"{{"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn a_profile_of_another_kind_is_not_taken() {
+    fn unsupported_profiles_are_not_compiled() {
         assert_eq!(compiled(&profile(r#"{"defaultAction": "SCMP_ACT_ALLOW"}"#)), None);
         let less = r#"{"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW",
             "args": [{"index": 0, "value": 8, "op": "SCMP_CMP_LT"}]}]}"#;

@@ -221,14 +221,14 @@ mod tests {
     }
 
     #[test]
-    fn the_first_file_is_the_program_whatever_its_name() {
+    fn first_file_is_the_program_whatever_its_name() {
         let names = |placed: Vec<SourceFile>| placed.into_iter().map(|file| file.name).collect::<Vec<_>>();
         assert_eq!(names(files_named(&["cool.txt", "dir/b.h"]).unwrap()), ["main.c", "dir/b.h"]);
         assert_eq!(names(files_named(&["", ""]).unwrap()), ["main.c", "file1.code"]);
     }
 
     #[test]
-    fn names_that_lead_elsewhere_or_clash_are_refused() {
+    fn escaping_or_clashing_file_names_are_rejected() {
         for name in
             ["/etc/passwd", "..", "../x", "a/../../x", ".", "a//b", "a/", "nul\0", &"x".repeat(256), &"d/".repeat(20)]
         {
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn contents_are_decoded_and_bounded() {
+    fn file_contents_are_decoded_and_bounded() {
         let language = crate::config::tests::language("c");
         let one = |content: &str, encoding| {
             decode_files(&language, vec![File { name: None, content: content.into(), encoding: Some(encoding) }], 16)
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_are_lowered_never_raised_and_zero_is_a_number() {
+    fn requests_can_lower_limits_but_not_raise_or_zero_them() {
         let max = Duration::from_secs(5);
         assert_eq!(time("t", None, max).unwrap(), max);
         assert_eq!(time("t", Some(5000.0), max).unwrap(), max);

@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranges_are_those_of_npm() {
+    fn version_ranges_follow_npm_syntax() {
         let is = |range: &str| is_within(&semver::Version::new(3, 10, 2), range);
         for range in
             ["*", "", "x", "latest", "3", "3.x", "3.10", "3.10.x", "3.10.2", "v3.10.2", "=3.10.2", "^3.2", "~3.10.1"]

@@ -53,7 +53,7 @@ fn the_configuration_that_podman_writes_is_parsed() {
 }
 
 #[test]
-fn without_a_cgroup_of_its_own_a_sandbox_sees_none() {
+fn sandbox_without_its_own_cgroup_sees_none() {
     let config = config(false, |_| {}).unwrap();
     assert!(config.masked.contains(&"/sys/fs/cgroup".into()));
     assert!(config.mounts.iter().all(|mount| mount.destination != Path::new("/sys/fs/cgroup")));

@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_read_last_and_in_which_order_is_told_stays() {
+    fn copied_files_keep_access_times_and_directory_order() {
         let from = root();
         let time = |seconds| Timespec { tv_sec: seconds, tv_nsec: 123_456_789 };
         let times = Timestamps { last_access: time(1000), last_modification: time(-2000) };
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_written_of_what_is_too_much() {
+    fn pack_writes_nothing_if_a_limit_is_exceeded() {
         let from = root();
         fs::write(from.path().join("x"), [7; 100_000]).unwrap();
         let roots = [from.path().to_str().unwrap()];
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_list_of_files_makes_nothing() {
+    fn malformed_file_lists_are_rejected_and_create_nothing() {
         let root = root();
         let outside = root.path().join("outside");
         fs::create_dir(root.path().join("inside")).unwrap();

@@ -206,7 +206,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn there_is_an_end_to_the_time_that_it_takes() {
+    fn packing_stops_at_its_deadline() {
         let from = tempfile::tempdir_in("/dev/shm").unwrap();
         fs::write(from.path().join("x"), "x").unwrap();
         let mut tree = Tree { entries: Vec::new(), contents: 0, deadline: Deadline(Instant::now()) };
