@@ -279,3 +279,91 @@ impl ImageUpdater {
         self.pulled.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+    use crate::sandbox::fake;
+
+    /// An updater of bash, c and a second language with the image of bash; `has_problem` says which have no sandboxes.
+    fn updater(has_problem: impl Fn(&str) -> bool + Send + Sync + 'static) -> ImageUpdater {
+        let language = |name: &str, image: &str| {
+            let mut language = crate::config::tests::language("bash");
+            (language.name, language.image) = (name.to_owned(), image.to_owned());
+            Arc::new(language)
+        };
+        ImageUpdater {
+            podman: Podman::new(Path::new("/nonexistent/podman")),
+            engine: fake::engine().0,
+            instance: "test".into(),
+            languages: vec![language("bash", "shell"), language("c", "compiler"), language("sh", "shell")],
+            settings: UpdateSettings { interval: Duration::from_secs(3600), pull_timeout: Duration::from_secs(60) },
+            last_update: LastUpdate::new("/nonexistent/stamp".into()),
+            checks: health::Checks::default(),
+            announce: Box::new(|_, _| ()),
+            has_problem: Box::new(has_problem),
+            pulled: Mutex::default(),
+        }
+    }
+
+    fn names(images: &[ImageGroup]) -> Vec<&str> {
+        images.iter().map(|(name, _)| &**name).collect()
+    }
+
+    #[test]
+    fn images_are_grouped_and_that_of_the_default_language_is_first() {
+        let images = updater(|_| false).by_image();
+        assert_eq!(names(&images), ["shell", "compiler"]);
+        let languages: Vec<&str> = images[0].1.iter().map(|language| &*language.name).collect();
+        assert_eq!(languages, ["bash", "sh"]);
+    }
+
+    #[test]
+    fn images_of_languages_without_sandboxes_are_rechecked_after_growing_pauses() {
+        fake::on_paused_clock(|| async {
+            let updater = updater(|language| language == "sh");
+            let mut backoff = Backoff::new(RECHECK_FIRST, RECHECK_LONGEST);
+            let mut pauses = Vec::new();
+            for _ in 0..5 {
+                let started = Instant::now();
+                let found = updater.suspects(&Failures::default(), &mut backoff).await;
+                assert_eq!(names(&found), ["shell"]);
+                pauses.push(started.elapsed().as_secs());
+            }
+            assert_eq!(pauses, [5, 10, 20, 30, 30]);
+        });
+    }
+
+    #[test]
+    fn pauses_are_short_again_once_all_languages_have_sandboxes() {
+        fake::on_paused_clock(|| async {
+            let looks = Arc::new(AtomicU32::new(0));
+            let counted = Arc::clone(&looks);
+            // The problem is gone at the third look, and back at the fourth.
+            let updater = updater(move |language| language == "c" && counted.fetch_add(1, Ordering::SeqCst) != 2);
+            let mut backoff = Backoff::new(RECHECK_FIRST, RECHECK_LONGEST);
+            let failures = Failures::default();
+            for _ in 0..2 {
+                updater.suspects(&failures, &mut backoff).await;
+            }
+            let started = Instant::now();
+            updater.suspects(&failures, &mut backoff).await;
+            assert_eq!(looks.load(Ordering::SeqCst), 4);
+            assert_eq!(started.elapsed().as_secs(), 20 + 5);
+        });
+    }
+
+    #[test]
+    fn images_known_to_be_missing_are_left_to_their_retry() {
+        fake::on_paused_clock(|| async {
+            let updater = updater(|_| true);
+            let mut failures = Failures::default();
+            failures.note("shell", FailureKind::default(), Instant::now());
+            let found = updater.suspects(&failures, &mut Backoff::new(RECHECK_FIRST, RECHECK_LONGEST)).await;
+            assert_eq!(names(&found), ["compiler"]);
+        });
+    }
+}

@@ -48,6 +48,11 @@ impl Agent {
     pub fn start(podman: &Podman, executable: &Path) -> Result<Agent, SandboxError> {
         let (channel, theirs) = Channel::pair()?;
         let mut process = podman.unshare(executable, &[VERB]).spawn(Passed::Stdin(theirs))?;
+        Ok(Agent::new(channel, async move { process.end().await }))
+    }
+
+    /// The client of an agent at the other end of this channel. `end` completes when the agent's process has ended.
+    fn new(channel: Channel, end: impl Future<Output = Result<(), String>> + Send + 'static) -> Agent {
         let (channel, pending) = (Arc::new(channel), Pending::default());
         let (replies, waiters) = (Arc::clone(&channel), Arc::clone(&pending));
         let reader = tokio::spawn(async move {
@@ -56,7 +61,7 @@ impl Agent {
                 // Fails if the waiting task was cancelled.
                 let _ = waiter.map(|waiter| waiter.send(result));
             }
-            let ended = match timeout(END_TIME, process.end()).await {
+            let ended = match timeout(END_TIME, end).await {
                 Ok(Err(reason)) => format!("it has ended: {reason}"),
                 _ => "it has ended".to_owned(),
             };
@@ -65,7 +70,7 @@ impl Agent {
                 let _ = waiter.send(Err(ended.clone()));
             }
         });
-        Ok(Agent { channel, pending, last_id: Mutex::new(0), reader })
+        Agent { channel, pending, last_id: Mutex::new(0), reader }
     }
 
     /// Whether the agent has ended.
@@ -147,4 +152,77 @@ async fn with_deadline(done: BoxFuture<'static, Result<(), String>>) -> Result<(
 
 fn timed_out() -> String {
     format!("no answer within {}", humantime::format_duration(ORDER_TIME))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sandbox::fake::on_paused_clock;
+
+    /// A client, and the agent's end of its channel. The agent's process exits with this message.
+    fn agent(message: &'static str) -> (Agent, Channel) {
+        let (channel, theirs) = Channel::pair().unwrap();
+        let client = Agent::new(channel, std::future::ready(Err(message.to_owned())));
+        (client, Channel::from_fd(theirs).unwrap())
+    }
+
+    fn spawn(client: &Agent) -> PendingOrder {
+        let (_, channel) = Channel::pair().unwrap();
+        client.spawn("template", Path::new("/job"), 0, channel, None).unwrap()
+    }
+
+    async fn next_order(agent: &Channel) -> Order {
+        agent.receive().await.unwrap().unwrap()
+    }
+
+    #[test]
+    fn each_reply_completes_its_own_order() {
+        on_paused_clock(|| async {
+            let (client, agent) = agent("");
+            let (first, second) = (spawn(&client), spawn(&client));
+            assert_eq!((next_order(&agent).await.id, next_order(&agent).await.id), (first.id, second.id));
+            let failed = Done { id: second.id, result: Err("no memory".into()) };
+            agent.send(&failed, &[]).unwrap();
+            assert_eq!(second.done.await, Err("no memory".into()));
+            agent.send(&Done { id: first.id, result: Ok(()) }, &[]).unwrap();
+            assert_eq!(first.done.await, Ok(()));
+        });
+    }
+
+    #[test]
+    fn replies_to_unknown_and_dropped_orders_are_ignored() {
+        on_paused_clock(|| async {
+            let (client, agent) = agent("");
+            let (dropped, waits) = (spawn(&client).id, spawn(&client));
+            for id in [dropped, 999, waits.id] {
+                agent.send(&Done { id, result: Ok(()) }, &[]).unwrap();
+            }
+            assert_eq!(waits.done.await, Ok(()));
+            assert!(!client.is_gone());
+        });
+    }
+
+    #[test]
+    fn pending_and_later_orders_fail_when_the_agent_ends() {
+        on_paused_clock(|| async {
+            let (client, agent) = agent("killed by signal 9");
+            let pending = spawn(&client);
+            drop(agent);
+            assert_eq!(pending.done.await, Err("it has ended: killed by signal 9".into()));
+            assert!(client.is_gone());
+            assert!(client.kill(1).await.is_err());
+            assert!(client.pending.lock().unwrap().is_empty());
+        });
+    }
+
+    #[test]
+    fn orders_have_a_deadline() {
+        on_paused_clock(|| async {
+            let (client, _agent) = agent("");
+            let started = tokio::time::Instant::now();
+            assert!(matches!(client.preflight().await, Err(SandboxError::Agent(_))));
+            assert!(client.kill(1).await.unwrap_err().contains("no answer within"));
+            assert_eq!(started.elapsed(), 2 * ORDER_TIME);
+        });
+    }
 }
