@@ -100,11 +100,10 @@ async fn manage(shared: Arc<Shared>, mut freed_slots: mpsc::UnboundedReceiver<u3
             let now = Instant::now();
             match state.next_step(cores, now) {
                 Step::Make(name) => {
-                    let Some(number) = state.free.pop() else { break None };
-                    let Some(lane) = state.lanes.get_mut(&name) else {
-                        break None;
-                    };
+                    let state = &mut *state;
+                    let Some(lane) = state.lanes.get_mut(&name) else { break None };
                     let Ok(image) = lane.image_id() else { break None };
+                    let Some(number) = state.free.pop() else { break None };
                     lane.making.insert(number);
                     let generation = lane.generation;
                     let slot = Slot::new(number, shared.freed.clone());
