@@ -21,7 +21,8 @@ use crate::sandbox::sweep;
 const SUPERVISORS_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// How long the removal by force may take. The sum of both timeouts has to be longer than the deadline of any podman
-/// command. The sum of both and the drain has to be shorter than the unit's `TimeoutStopSec`.
+/// command. With the drain, the closing of connections and the end of the background tasks, 4.25 s in all, the sum has to be
+/// shorter than the unit's `TimeoutStopSec`.
 const SWEEP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The engine and all that sandboxes need: an instance name, podman, supervisors, and the clean-up at the end.

@@ -27,7 +27,7 @@ impl Tasks {
     pub async fn shut_down(&self, drain: Duration) {
         self.running.close();
         if tokio::time::timeout(drain, self.running.wait()).await.is_err() {
-            tracing::warn!(running = self.running.len(), "cancelling requests: the drain time is over");
+            tracing::warn!(running = self.running.len(), "cancelling the remaining runs");
         }
         self.stop.cancel();
         self.running.wait().await;

@@ -33,11 +33,11 @@ pub(super) struct AppBuilder {
 impl AppBuilder {
     /// Builds the application for these settings and languages.
     pub(super) fn build(&self, settings: &Settings, languages: &[Arc<Language>]) -> anyhow::Result<Arc<App>> {
-        let memo = OutcomeCache::new(settings.cache).context("cannot make the cache")?;
+        let cache = OutcomeCache::new(settings.cache).context("cannot make the cache")?;
         let (pool, tasks) = (Arc::clone(&self.pool), self.tasks.clone());
         let bytes = |size: ByteSize| usize::try_from(size.as_u64()).unwrap_or(usize::MAX);
         let api = Api {
-            runner: Arc::new(Runner::new(languages.to_vec(), memo, pool, tasks, settings.batch.build.as_u64())),
+            runner: Arc::new(Runner::new(languages.to_vec(), cache, pool, tasks, settings.batch.build.as_u64())),
             readiness: Readiness::new(settings.ready),
             metrics: self.metrics.clone(),
             answers: Arc::new(Budget::new(bytes(settings.answer_memory))),

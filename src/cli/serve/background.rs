@@ -25,8 +25,8 @@ use crate::scheduler::{Image, Pool};
 /// How many requests from the control socket may wait for the updater.
 const MAX_ORDERS: usize = 4;
 
-/// How long the tasks may take to end after they were cancelled.
-const END_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long the server waits at shutdown for the tasks, which were cancelled before the drain.
+const END_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Tasks that run until the server stops.
 pub(super) struct Background {

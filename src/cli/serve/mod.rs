@@ -73,26 +73,29 @@ pub(super) async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow
         sockets: Arc::default(),
     };
     let (app, current_app) = watch::channel(builder.build(&settings, &languages)?);
-    let (wanted, wants) = watch::channel((languages.clone(), settings.update));
+    let (updater_config, updater_config_rx) = watch::channel((languages.clone(), settings.update));
     let stop_background = shutdown.stop.child_token();
-    let background = Background::start(stop_background, &session, &settings, languages, &pool, wants, &metrics)?;
-    let reloader = Reloader { file, overrides, builder, app, wanted };
+    let background =
+        Background::start(stop_background, &session, &settings, languages, &pool, updater_config_rx, &metrics)?;
+    let reloader = Reloader { file, overrides, builder, app, updater_config };
     background.spawn(|stop| reloader.run(reloads, settings.clone(), stop));
     let (status_pool, status_tasks) = (Arc::clone(&pool), tasks.clone());
-    let _report = systemd::report(move || status(address, &status_pool, &status_tasks));
+    let report = systemd::report(move || status(address, &status_pool, &status_tasks));
     systemd::ready();
     tracing::info!(%address, languages = settings.languages.join(" "), "listening");
 
     // Serve until the first signal.
-    let closing = http::server::serve(listener, current_app, shutdown.stop.clone()).await;
+    let connections_closed = http::server::serve(listener, current_app, shutdown.stop.clone()).await;
 
-    // Shut down, in order: requests, connections, idle sandboxes, background tasks, the session.
+    // Shut down. The background tasks stop with the first signal. Then end, in order: requests, connections, idle
+    // sandboxes, what is left of these tasks, the session.
+    drop(report);
     systemd::stopping();
     tokio::select! {
         () = tasks.shut_down(settings.shutdown.drain) => {}
         () = shutdown.skip_drain.cancelled() => tasks.shut_down(Duration::ZERO).await,
     }
-    closing.await;
+    connections_closed.await;
     pool.drain();
     background.end().await;
     session.close().await;
@@ -104,12 +107,12 @@ pub(super) async fn serve(file: Option<PathBuf>, overrides: Overrides) -> anyhow
 /// The status line of `systemctl status`: the address, the running jobs, and the state of each language.
 fn status(address: SocketAddr, pool: &Pool, tasks: &Tasks) -> String {
     let lanes = pool.statuses();
-    let lane = |(name, status): &(String, LanguageStatus)| match (&status.problem, status.enforced) {
+    let describe = |(name, status): &(String, LanguageStatus)| match (&status.problem, status.enforced) {
         (Some(problem), _) => format!("{name}: {problem}"),
         (None, None) => format!("{name}: no sandbox yet"),
         (None, Some(_)) => format!("{name}: {} ready", status.ready),
     };
-    let lanes: Vec<String> = lanes.iter().map(lane).collect();
+    let lanes: Vec<String> = lanes.iter().map(describe).collect();
     format!("{address}; {} running; {}", tasks.running(), lanes.join("; "))
 }
 

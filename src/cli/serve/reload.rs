@@ -19,7 +19,7 @@ pub(super) struct Reloader {
     pub(super) overrides: Overrides,
     pub(super) builder: AppBuilder,
     pub(super) app: watch::Sender<Arc<App>>,
-    pub(super) wanted: watch::Sender<UpdaterConfig>,
+    pub(super) updater_config: watch::Sender<UpdaterConfig>,
 }
 
 impl Reloader {
@@ -59,7 +59,7 @@ impl Reloader {
         let app = self.builder.build(new, &languages)?;
         self.builder.pool.reconfigure(slots(new), new.queue, &languages);
         self.app.send_replace(app);
-        self.wanted.send_replace((languages, new.update));
+        self.updater_config.send_replace((languages, new.update));
         Ok(())
     }
 }
