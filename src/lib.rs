@@ -1,7 +1,8 @@
 //! coderunner compiles and runs untrusted code, each run in a fresh rootless container.
 //!
-//! A request passes through `http`, `run`, `scheduler` and `sandbox`, in this order. A module depends only on the
-//! modules after it in that order, on `host` and on `model`; `tests/layers.rs` holds the exact table.
+//! A request passes through `http`, `run`, `scheduler` and `sandbox`, in this order; each of them uses only later ones,
+//! `metrics`, `host` and `model`. `cli` starts everything and may use all modules; `config` and `images` may use those that
+//! they configure or feed. `tests/layers.rs` holds the exact table.
 
 pub mod cli; // one file per verb; `serve` builds the server from the settings
 pub mod config; // settings: types, sources, checks

@@ -106,7 +106,7 @@ impl App {
     ) -> Result<Response, Infallible> {
         let admitted = check_head_size(&request).and_then(|()| self.origins.admit(&request));
         let caller = admitted.as_ref().cloned().unwrap_or(origin::Caller::Direct);
-        let methods = route.map_or("GET, POST", |route| route.methods.for_pages());
+        let methods = route.map_or("GET, POST", |route| route.methods.cors_methods());
         let mut response = match (admitted, origin::preflight(&caller, &request, methods)) {
             (Err(refused), _) => refused.into_response(),
             (Ok(_), Some(answer)) => answer,

@@ -1,5 +1,8 @@
 //! The route table: every path of the server. Dispatch, `Allow`, CORS, the key check, the rate limit, metric labels and
 //! the OpenAPI document all use it.
+//!
+//! Paths have no parameters, and each path has one set of methods. An API that needs more has to extend [`find`] and
+//! [`Methods`] first.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -108,7 +111,7 @@ impl Methods {
     }
 
     /// The value of `Access-Control-Allow-Methods`.
-    pub fn for_pages(self) -> &'static str {
+    pub fn cors_methods(self) -> &'static str {
         match self {
             Methods::Read | Methods::Upgrade => "GET",
             Methods::Post => "POST",
@@ -127,7 +130,7 @@ impl Routes {
     /// Builds the filters.
     pub fn new(api: Api) -> Routes {
         let api = Arc::new(api);
-        let filter = |route: &Route| (route.filter)(&api).recover(refuse).unify().boxed();
+        let filter = |route: &Route| (route.filter)(&api).recover(response_of_rejection).unify().boxed();
         Routes { filters: ROUTES.iter().map(filter).collect(), asset: filter(&ASSET) }
     }
 
@@ -139,6 +142,6 @@ impl Routes {
 }
 
 /// Turns a rejection by a filter into a response.
-async fn refuse(rejection: Rejection) -> Result<Response, Infallible> {
+async fn response_of_rejection(rejection: Rejection) -> Result<Response, Infallible> {
     Ok(ApiError::from_rejection(&rejection).into_response())
 }

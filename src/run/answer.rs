@@ -1,4 +1,4 @@
-//! The result of a request to run a job: an answer or an error.
+//! Why a job has an outcome or none: [`Answer`] and [`RunError`].
 
 use std::sync::Arc;
 use std::time::Duration;

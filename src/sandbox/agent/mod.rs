@@ -10,8 +10,8 @@ pub(super) mod orders; // messages between the server and the agent
 mod rlimits;
 mod rootfs; // the mounts that the sandboxes of a template share
 mod spawn; // spawns a copy of this process in new namespaces
-mod spawner; // all templates and network namespaces
-mod template; // a template and its sandboxes
+mod template;
+mod templates; // all templates and network namespaces // a template and its sandboxes
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -26,7 +26,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::host::print;
 use crate::sandbox::agent::orders::{Action, Done, Order};
-use crate::sandbox::agent::spawner::Spawner;
+use crate::sandbox::agent::templates::Templates;
 use crate::sandbox::channel::Channel;
 
 /// The hidden verb that runs the agent.
@@ -66,15 +66,15 @@ fn failed(error: &std::io::Error) -> ExitCode {
 
 async fn serve(channel: OwnedFd) -> std::io::Result<()> {
     let channel = Arc::new(Channel::from_fd(channel)?);
-    let (mut spawner, children, sandboxes) = (Spawner::default(), TaskTracker::new(), Sandboxes::default());
+    let (mut templates, children, sandboxes) = (Templates::default(), TaskTracker::new(), Sandboxes::default());
     while let Some((Order { id, action }, fds)) = channel.receive_with_fds().await.map_err(std::io::Error::other)? {
         let channel = Arc::clone(&channel);
         // Fails if the server has exited.
         let done = move |result| drop(channel.send(&Done { id, result }, &[]));
         let spawned = match action {
             Action::Preflight => rootfs::preflight(),
-            Action::Prepare { template, config } => spawner.prepare(template, *config),
-            Action::Spawn { template, job_dir, slot } => spawner.spawn(&template, &job_dir, slot, fds),
+            Action::Prepare { template, config } => templates.prepare(template, *config),
+            Action::Spawn { template, job_dir, slot } => templates.spawn(&template, &job_dir, slot, fds),
             Action::Kill(order) => {
                 let sandboxes = Arc::clone(&sandboxes);
                 children.spawn(async move {
@@ -84,7 +84,7 @@ async fn serve(channel: OwnedFd) -> std::io::Result<()> {
                 continue;
             }
             Action::Forget(template) => {
-                spawner.forget(&template);
+                templates.forget(&template);
                 done(Ok(()));
                 continue;
             }

@@ -5,6 +5,16 @@
 //! setting. It is read once, into a [`SandboxConfig`](oci_config::SandboxConfig), from which the
 //! [agent](crate::sandbox::agent) creates each sandbox with its own job directory, tmpfs, cgroup and processes.
 //! Removing the template unmounts the image.
+//!
+//! How a sandbox is made, and starts a program:
+//! 1. The pool's manager (`scheduler::manager`) has a free slot, and calls [`Engine::start`](crate::sandbox::Engine).
+//! 2. [`DirectEngine`] makes the template of the image, if there is none yet, and has the agent set up its shared mounts.
+//! 3. It makes the job directory, the cgroup and the channel, and orders the agent to spawn.
+//! 4. The agent copies itself into new namespaces (`agent::spawn`, `agent::template`), drops its privileges, and is init
+//!    (`init::run`), which reports that it is ready. The pool hands the sandbox to a request, or keeps it.
+//! 5. [`Sandbox::run`](crate::sandbox::Sandbox) writes the files and sends a stage; init starts the program
+//!    (`init::stage`, `init::spawn`, `init::confine`) and reports its end.
+//! 6. The supervisor (`sandbox::supervisor`) has the agent kill what is left, and gives the slot back to the pool.
 
 mod agent_client; // sends orders to the agent
 mod engine;

@@ -37,7 +37,7 @@ use seccompiler::BpfProgram;
 
 use crate::host::print;
 use crate::sandbox::init::counters::Cgroup;
-use crate::sandbox::init::spawn::Spawner;
+use crate::sandbox::init::spawn::ProgramStarter;
 use crate::sandbox::protocol::{self, CHANNEL_FD, FromInit, ToInit, VERSION};
 use crate::sandbox::seccomp;
 
@@ -83,7 +83,7 @@ struct Init {
     channel: OwnedFd,
     children: SignalFd,
     cgroup: Cgroup,
-    spawner: Spawner,
+    spawner: ProgramStarter,
     /// Uid and gid of the programs, known after [`ToInit::Prepare`].
     ids: Option<(Uid, Gid)>,
     /// Whether a killed process has not died, because it is stuck in the kernel.
@@ -100,7 +100,7 @@ impl Init {
         mask.thread_block()?;
         let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         let cgroup = Cgroup { own: true };
-        let spawner = Spawner::new(environment, filter)?;
+        let spawner = ProgramStarter::new(environment, filter)?;
         Ok(Init { channel, children, cgroup, spawner, ids: None, has_stuck_process: false })
     }
 

@@ -50,7 +50,7 @@ impl SpawnError {
 }
 
 /// Starts programs. Holds everything that can be created before a job arrives.
-pub(super) struct Spawner {
+pub(super) struct ProgramStarter {
     filter: BpfProgram,
     streams: StandardStreams,
     rules: landlock::Rules,
@@ -61,14 +61,14 @@ pub(super) struct Spawner {
     stack: Stack,
 }
 
-impl Spawner {
+impl ProgramStarter {
     /// `environment` has the variables that the image and podman set.
-    pub(super) fn new(environment: Environment, filter: BpfProgram) -> io::Result<Spawner> {
+    pub(super) fn new(environment: Environment, filter: BpfProgram) -> io::Result<ProgramStarter> {
         let rules = landlock::rules(&WRITABLE_PATHS).map_err(io::Error::other)?;
         // podman adds these variables; they do not come from the image.
         let environment =
             environment.into_iter().filter(|(name, _)| name != "container" && name != "HOSTNAME" && name != "TERM");
-        Ok(Spawner {
+        Ok(ProgramStarter {
             filter,
             streams: StandardStreams::save()?,
             rules,
@@ -93,7 +93,7 @@ impl Spawner {
     ) -> Result<(Pid, Option<Listener>), SpawnError> {
         let program = Program::new(spec, &self.environment).map_err(SpawnError::Program)?;
         let limits = resource_limits(spec, pids_limited);
-        let Spawner { filter, streams, rules, groups, stack, .. } = self;
+        let ProgramStarter { filter, streams, rules, groups, stack, .. } = self;
         let (mut listener, mut failure) = (None, None);
         let child = || {
             failure = Some(match confine(pipes, ids, groups, &limits, filter, rules) {

@@ -15,13 +15,13 @@ use crate::sandbox::direct::oci_config::SandboxConfig;
 
 /// The templates and network namespaces for sandboxes.
 #[derive(Default)]
-pub(super) struct Spawner {
+pub(super) struct Templates {
     templates: HashMap<String, Template>,
     /// Network namespaces by slot. Each is used by one sandbox at a time.
     networks: HashMap<u32, File>,
 }
 
-impl Spawner {
+impl Templates {
     /// Sets up a template of this name.
     pub(super) fn prepare(&mut self, name: String, config: SandboxConfig) -> io::Result<Child> {
         let (template, child) = Template::prepare(config)?;
