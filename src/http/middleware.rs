@@ -22,7 +22,7 @@ use crate::http::Context;
 use crate::http::auth::{Credentials, Gate};
 use crate::http::error::ApiError;
 use crate::http::origin::{self, Origins};
-use crate::http::routes::{self, Access, Route, Routes};
+use crate::http::routes::{self, Access, RouteId, Routes};
 use crate::http::server::{ConnectionPermit, MAX_HEAD};
 use crate::metrics;
 use crate::model::client::Client;
@@ -101,7 +101,7 @@ impl App {
     async fn respond(
         &self,
         mut request: Request<Incoming>,
-        route: Option<&'static Route>,
+        route: Option<RouteId>,
         context: Context,
     ) -> Result<Response, Infallible> {
         let admitted = check_head_size(&request).and_then(|()| self.origins.admit(&request));
@@ -126,12 +126,7 @@ impl App {
 }
 
 /// Checks that the path has a route, that the route accepts the method, and that the client may use it.
-fn admit(
-    gate: &Gate,
-    method: &Method,
-    route: Option<&'static Route>,
-    client: &Client,
-) -> Result<&'static Route, ApiError> {
+fn admit(gate: &Gate, method: &Method, route: Option<RouteId>, client: &Client) -> Result<RouteId, ApiError> {
     let route = route.ok_or(ApiError::NotFound)?;
     if !route.methods.accept(method) {
         return Err(ApiError::MethodNotAllowed(route.methods.allow()));
@@ -147,7 +142,7 @@ fn admit(
 
 /// A request in progress. On drop it is counted and logged, also if the request was cancelled.
 struct RequestRecord {
-    route: Option<&'static Route>,
+    route: Option<RouteId>,
     client: Client,
     began: Instant,
     code: u16,
@@ -157,7 +152,7 @@ impl Drop for RequestRecord {
     fn drop(&mut self) {
         let took = self.began.elapsed();
         // Data from the client never becomes a label.
-        let route = self.route.map_or("other", |route| route.path);
+        let route = self.route.map_or(routes::OTHER, |route| route.path);
         metrics::request(route, self.code, took);
         tracing::debug!(route, code = self.code, took = ?took, client = self.client.to_string(), "answered");
     }

@@ -9,6 +9,7 @@ mod context;
 mod docs;
 mod error;
 mod events;
+mod headers;
 mod health;
 mod inbox;
 mod json;

@@ -1,7 +1,7 @@
 //! The OpenAPI document at `/openapi.json`, and its rendering at `/docs`. The types and doc comments of the code are
 //! its source.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use bytes::Bytes;
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
@@ -38,6 +38,9 @@ const STYLE: &str = include_str!("docs.css");
     modifiers(&KeySchemes)
 )]
 struct Document;
+
+/// The document, generated once.
+static DOCUMENT: LazyLock<Description> = LazyLock::new(Document::openapi);
 
 /// The error responses that every route may give.
 #[derive(IntoResponses)]
@@ -101,13 +104,13 @@ impl Modify for KeySchemes {
 /// Answers `/openapi.json`.
 pub fn document_filter(_: &Arc<Api>) -> BoxedFilter<(Response,)> {
     // `Bytes`, so that all responses share one copy.
-    let json = Bytes::from(serde_json::to_string(&Document::openapi()).unwrap_or_default());
+    let json = Bytes::from(serde_json::to_string(&*DOCUMENT).unwrap_or_default());
     warp::any().map(move || static_response("application/json", json.clone())).boxed()
 }
 
 /// Answers `/docs`.
 pub fn page_filter(_: &Arc<Api>) -> BoxedFilter<(Response,)> {
-    let html = Bytes::from(docs::html(&serde_json::to_value(Document::openapi()).unwrap_or_default()));
+    let html = Bytes::from(docs::html(&serde_json::to_value(&*DOCUMENT).unwrap_or_default()));
     warp::any().map(move || static_response("text/html; charset=utf-8", html.clone())).boxed()
 }
 

@@ -14,6 +14,7 @@ use warp::http::{HeaderName, HeaderValue, Method, Request, Version};
 use warp::reply::Response;
 
 use crate::http::error::ApiError;
+use crate::http::headers::list_items;
 
 /// How long a browser may cache the response to a preflight, in seconds: a day, the most that Firefox accepts.
 const PREFLIGHT_MAX_AGE: u32 = 86_400;
@@ -121,8 +122,7 @@ pub fn preflight<B>(caller: &Caller, request: &Request<B>, methods: &'static str
     if !is_preflight || *caller == Caller::Direct {
         return None;
     }
-    let asked = request.headers().get_all(ACCESS_CONTROL_REQUEST_HEADERS).iter();
-    let asked = asked.filter_map(|list| list.to_str().ok()).flat_map(|list| list.split(',')).map(str::trim);
+    let asked = list_items(request.headers(), ACCESS_CONTROL_REQUEST_HEADERS);
     let names: Vec<&str> = asked.filter(|name| HeaderName::try_from(*name).is_ok()).collect();
     let names = if names.is_empty() { DEFAULT_ALLOWED_HEADERS.to_owned() } else { names.join(", ") };
     let mut response = warp::reply().into_response();

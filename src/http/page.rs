@@ -1,7 +1,7 @@
 //! The playground at `/`, and `/embed.js` for other websites. `make web` builds the files, which are embedded in the
 //! executable.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use warp::filters::BoxedFilter;
 use warp::http::header::{
@@ -15,6 +15,7 @@ use warp::{Filter, Reply};
 
 use crate::http::Api;
 use crate::http::error::ApiError;
+use crate::http::headers::list_items;
 
 /// Content security policy: the page loads only files of this server and talks only to it, and text cannot become
 /// markup.
@@ -59,11 +60,12 @@ impl Encoded {
 
 /// Answers `/`, `/embed.js` and the files that pages load. All are 404 if the playground is off.
 pub fn filter(api: &Arc<Api>) -> BoxedFilter<(Response,)> {
-    let files = Arc::new(if api.playground { Files::new() } else { Files(Vec::new()) });
+    let files = api.playground.then(|| &*FILES);
     warp::path::full()
         .and(warp::header::headers_cloned())
         .map(move |path: FullPath, headers: HeaderMap| {
-            files.answer(path.as_str(), &headers).unwrap_or_else(|| ApiError::NotFound.into_response())
+            let response = files.and_then(|files| files.answer(path.as_str(), &headers));
+            response.unwrap_or_else(|| ApiError::NotFound.into_response())
         })
         .boxed()
 }
@@ -73,7 +75,10 @@ pub fn is_asset(path: &str) -> bool {
     path.strip_prefix('/').is_some_and(|name| ASSETS.iter().any(|asset| asset.name == name))
 }
 
-/// The served assets; none if the playground is off.
+/// All assets, for every route and configuration: hashing them for their tags takes a while.
+static FILES: LazyLock<Files> = LazyLock::new(Files::new);
+
+/// The served assets.
 struct Files(Vec<AssetResponses>);
 
 impl Files {
@@ -120,16 +125,6 @@ pub fn add_security_headers(headers: &mut HeaderMap) {
     headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY));
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
-}
-
-/// The items of a header with a comma-separated list.
-fn list_items(headers: &HeaderMap, name: warp::http::HeaderName) -> impl Iterator<Item = &str> {
-    headers
-        .get_all(name)
-        .into_iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|list| list.split(','))
-        .map(str::trim)
 }
 
 fn accepts_gzip(headers: &HeaderMap) -> bool {

@@ -14,6 +14,7 @@ use warp::{Filter, Reply};
 use crate::host::signals;
 use crate::http::budget::Allowance;
 use crate::http::error::ApiError;
+use crate::http::headers::list_items;
 use crate::http::text::Texts;
 use crate::http::{Api, Context, body, events, json};
 use crate::model::job::Job;
@@ -86,9 +87,7 @@ impl From<&HeaderMap> for Preferences {
 
 /// Whether a header with a list contains one of these words; parameters are ignored.
 fn list_contains(headers: &HeaderMap, name: HeaderName, words: &[&str]) -> bool {
-    let values = headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok());
-    values
-        .flat_map(|value| value.split(','))
+    list_items(headers, name)
         .filter_map(|item| item.split(';').next())
         .any(|item| words.iter().any(|word| item.trim().eq_ignore_ascii_case(word)))
 }

@@ -5,6 +5,7 @@
 //! [`Methods`] first.
 
 use std::convert::Infallible;
+use std::ops::Deref;
 use std::sync::Arc;
 
 use warp::filters::BoxedFilter;
@@ -53,7 +54,7 @@ pub enum Access {
 }
 
 /// All routes, the most used ones first.
-pub static ROUTES: [Route; 13] = [
+pub static ROUTES: [Route; 14] = [
     api("/coderunner", Methods::Post, Access::Run, coderunner::filter),
     api("/api/v2/execute", Methods::Post, Access::Run, piston::execute_filter),
     api("/api/v2/batch", Methods::Post, Access::Run, batch::filter),
@@ -67,10 +68,24 @@ pub static ROUTES: [Route; 13] = [
     file("/docs.css", openapi::style_filter),
     file("/", page::filter),
     file("/embed.js", page::filter),
+    file(OTHER, page::filter),
 ];
 
-/// The route of all other files that pages load. They share one label, since their names change with their contents.
-static ASSET: Route = file("other", page::filter);
+/// The label of paths that have none of their own: unknown ones, and the other files that pages load, whose names change
+/// with their contents. The route of these files has it as its path.
+pub const OTHER: &str = "other";
+
+/// A route of the table.
+#[derive(Clone, Copy)]
+pub struct RouteId(usize);
+
+impl Deref for RouteId {
+    type Target = Route;
+
+    fn deref(&self) -> &Route {
+        &ROUTES[self.0]
+    }
+}
 
 const fn api(
     path: &'static str,
@@ -86,9 +101,10 @@ const fn file(path: &'static str, filter: fn(&Arc<Api>) -> BoxedFilter<(Response
 }
 
 /// The route of a path, with or without a trailing slash.
-pub fn find(path: &str) -> Option<&'static Route> {
+pub fn find(path: &str) -> Option<RouteId> {
     let path = path.strip_suffix('/').filter(|path| !path.is_empty() && !path.ends_with('/')).unwrap_or(path);
-    ROUTES.iter().find(|route| route.path == path).or_else(|| page::is_asset(path).then_some(&ASSET))
+    let position = |path| ROUTES.iter().position(|route| route.path == path);
+    position(path).or_else(|| page::is_asset(path).then(|| position(OTHER)).flatten()).map(RouteId)
 }
 
 impl Methods {
@@ -123,7 +139,6 @@ impl Methods {
 pub struct Routes {
     /// In the order of the table.
     filters: Vec<BoxedFilter<(Response,)>>,
-    asset: BoxedFilter<(Response,)>,
 }
 
 impl Routes {
@@ -131,13 +146,12 @@ impl Routes {
     pub fn new(api: Api) -> Routes {
         let api = Arc::new(api);
         let filter = |route: &Route| (route.filter)(&api).recover(response_of_rejection).unify().boxed();
-        Routes { filters: ROUTES.iter().map(filter).collect(), asset: filter(&ASSET) }
+        Routes { filters: ROUTES.iter().map(filter).collect() }
     }
 
     /// The filter of a route.
-    pub fn filter(&self, route: &'static Route) -> BoxedFilter<(Response,)> {
-        let index = ROUTES.iter().position(|known| std::ptr::eq(known, route));
-        index.and_then(|index| self.filters.get(index)).unwrap_or(&self.asset).clone()
+    pub fn filter(&self, route: RouteId) -> BoxedFilter<(Response,)> {
+        self.filters[route.0].clone()
     }
 }
 
