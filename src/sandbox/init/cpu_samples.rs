@@ -14,10 +14,6 @@ use std::time::{Duration, Instant};
 use nix::time::ClockId;
 use nix::unistd::Pid;
 
-/// Time from the start of a stage to its first sample. Most programs have ended by then, and samples slow them down: each
-/// one interrupts a CPU that the program could use. Up to the first sample, a program can hide this time on each CPU.
-const FIRST: Duration = Duration::from_millis(100);
-
 /// Time between two samples.
 const INTERVAL: Duration = Duration::from_millis(20);
 
@@ -40,11 +36,6 @@ pub struct CpuSamples {
 }
 
 impl CpuSamples {
-    /// Begins with a stage that has just started.
-    pub fn begin(&mut self, started: Instant) {
-        self.next = Some(started + FIRST);
-    }
-
     /// Takes a sample if one is due. `pids` are the running processes.
     pub fn sample<P: Iterator<Item = Pid>>(&mut self, pids: impl FnOnce() -> P) {
         let started = Instant::now();

@@ -109,13 +109,9 @@ impl<'a> Watch<'a> {
         reaped: &'a mut Reaped,
     ) -> io::Result<Watch<'a>> {
         let cpu_limit = Duration::from_micros(spec.cpu_time_us);
-        let samples_cpu = init.cgroup.cpu_since(before).is_none();
-        if samples_cpu {
-            reaped.samples.begin(started);
-        }
         Ok(Watch {
             main_end: pidfd_open(rustix_pid(main)?, PidfdFlags::empty())?,
-            samples_cpu,
+            samples_cpu: init.cgroup.cpu_since(before).is_none(),
             deadline: started + Duration::from_micros(spec.time_us),
             next_cpu_check: started + cpu_limit.min(Duration::from_micros(spec.time_us)) / 4,
             next_memory_check: spec.memory.map(|_| started),
