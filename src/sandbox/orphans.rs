@@ -15,6 +15,22 @@ pub fn name(instance: &str, kind: &str, number: u64) -> String {
     format!("coderunner-{instance}-{}-{kind}-{number}", std::process::id())
 }
 
+/// The source of the volumes of a container, by which a sweep finds their owner. Programs can read it, so it does not
+/// tell them how many sandboxes there were.
+pub fn volume_source(instance: &str, name: &str) -> String {
+    format!("{}{}", volume_prefix(instance), &blake3::hash(name.as_bytes()).to_hex()[..16])
+}
+
+/// Whether [`volume_source`] made this source for a container of this instance.
+pub fn is_volume_of(instance: &str, source: &str) -> bool {
+    let hash = source.strip_prefix(&volume_prefix(instance)).unwrap_or_default();
+    hash.len() == 16 && hash.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+fn volume_prefix(instance: &str) -> String {
+    format!("coderunner-{instance}-")
+}
+
 /// Whether [`name`] made this name for this instance. The name of an instance may begin with that of another one.
 fn is_of(instance: &str, name: &str) -> bool {
     let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
@@ -103,6 +119,18 @@ mod tests {
         }
         for by_hand in ["coderunner-main", "coderunner-main-x-box-1", "coderunner-main-1-box-", "other"] {
             assert!(!is_of("main", by_hand), "{by_hand}");
+        }
+    }
+
+    #[test]
+    fn volumes_belong_to_one_instance() {
+        let source = volume_source("main", &name("main", "box", 7));
+        assert!(is_volume_of("main", &source), "{source}");
+        for other in ["mai", "main-1", ""] {
+            assert!(!is_volume_of(other, &source), "{other:?}");
+        }
+        for by_hand in ["tmpfs", "coderunner-main-", "coderunner-main-data", "", "/dev/sda1"] {
+            assert!(!is_volume_of("main", by_hand), "{by_hand}");
         }
     }
 

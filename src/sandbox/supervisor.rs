@@ -62,7 +62,12 @@ impl Supervised {
 
     /// Whether a container has a supervisor.
     pub fn contains(&self, name: &str) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(name)
+        self.any(|one| one == name)
+    }
+
+    /// Whether there is such a container.
+    pub fn any(&self, is_wanted: impl Fn(&str) -> bool) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|name| is_wanted(name))
     }
 }
 

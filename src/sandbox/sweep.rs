@@ -8,9 +8,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::host::process::ProcessError;
 use crate::model::backoff::Backoff;
-use crate::sandbox::Observer;
 use crate::sandbox::podman::Podman;
 use crate::sandbox::supervisor::Supervised;
+use crate::sandbox::{Observer, orphans};
 
 /// Time between two sweeps of a running server.
 const INTERVAL: Duration = Duration::from_secs(60);
@@ -19,13 +19,16 @@ const INTERVAL: Duration = Duration::from_secs(60);
 /// just ending.
 const RETRY: Duration = Duration::from_secs(2);
 
-/// Removes the containers of an instance that have no supervisor, and returns how many there were.
+/// Removes the containers of an instance that have no supervisor, with their volumes, and returns how many containers
+/// there were.
 pub async fn sweep(podman: &Podman, instance: &str, supervised: &Supervised) -> Result<usize, ProcessError> {
     // The list comes first: a container that is created later is not in it, and one created earlier is already
     // registered.
     let mut names = podman.list(instance).await?;
     names.retain(|name| !supervised.contains(name));
     podman.remove(&names).await?;
+    let is_owned = |source: &str| supervised.any(|name| orphans::volume_source(instance, name) == source);
+    podman.remove_lost_volumes(instance, is_owned).await?;
     Ok(names.len())
 }
 

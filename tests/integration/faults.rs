@@ -172,6 +172,29 @@ fn processes_orphaned_by_a_failed_podman_run_are_killed() {
 }
 
 #[test]
+fn volumes_of_a_failed_podman_run_are_removed() {
+    // Imitates a `podman run` that is killed after it has made the volumes, before it has recorded the container.
+    let fake = FakePodman::new(
+        "[ \"$1\" = run ] && [ -e killed ] || exit 0
+        for arg do
+            source=${arg#--mount=type=volume,*device=}
+            [ \"$source\" = \"$arg\" ] || podman volume create --opt type=tmpfs --opt device=\"${source%%,*}\" >>made
+        done
+        exit 137",
+    );
+    let server = Server::start(Options { containers: 1, ..options(&fake.config()) });
+    fake.set_flag("killed");
+    assert_runs(&server, "the last ready container");
+    server.wait_log(&["no sandbox; trying again", "137"]);
+    fake.clear_flag("killed");
+    server.stop();
+    let made = fs::read_to_string(fake.dir().join("made")).unwrap();
+    let left = leftovers::list(&["volume", "ls", "--quiet"]);
+    let left: Vec<&str> = made.lines().filter(|volume| left.iter().any(|one| one == volume)).collect();
+    assert!(made.lines().count() >= 3 && left.is_empty(), "{left:?} of {made}");
+}
+
+#[test]
 fn slow_podman_delays_answers_but_fails_none() {
     let fake = FakePodman::new("sleep 2");
     let server = Server::start(options(&fake.config()));

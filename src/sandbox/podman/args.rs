@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::model::language::Language;
 use crate::model::rootfs::{DEVICES, INIT, JOB_DIR, WRITABLE, WritableDir};
 use crate::sandbox::supervisor::EngineSettings;
-use crate::sandbox::{LABEL, LABEL_INSTANCE, LABEL_LANGUAGE};
+use crate::sandbox::{LABEL, LABEL_INSTANCE, LABEL_LANGUAGE, orphans};
 
 /// The arguments of `podman run` for a sandbox. They contain nothing of a request: code, arguments and input go through
 /// the job directory and the channel.
@@ -22,9 +22,10 @@ pub(super) fn run_args(
         .into_iter()
         .map(OsString::from)
         .collect();
+    let source = orphans::volume_source(&settings.instance, name);
     for dir in WRITABLE {
         let limits = &language.limits;
-        args.push(format!("--mount={}", volume(dir, limits.directory_size(), limits.inodes)).into());
+        args.push(format!("--mount={}", volume(dir, &source, limits.directory_size(), limits.inodes)).into());
     }
     args.push(format!("--volume={}:{JOB_DIR}:ro", job_dir.display()).into());
     // With a volume at /dev the OCI runtime mounts no devices there. Its own device mounts would let programs change
@@ -98,9 +99,11 @@ pub(in crate::sandbox) fn container_args(
 
 /// A `--mount` value for a tmpfs with a limit of inodes. It is a volume, because podman's tmpfs mounts refuse
 /// `nr_inodes`.
-fn volume(dir: WritableDir, size: u64, inodes: u64) -> String {
+fn volume(dir: WritableDir, source: &str, size: u64, inodes: u64) -> String {
     let (path, options) = (dir.path, dir.mount_options(size, inodes).join(","));
-    format!("type=volume,destination={path},volume-opt=type=tmpfs,volume-opt=device=tmpfs,\"volume-opt=o={options}\"")
+    format!(
+        "type=volume,destination={path},volume-opt=type=tmpfs,volume-opt=device={source},\"volume-opt=o={options}\""
+    )
 }
 
 #[cfg(test)]

@@ -43,6 +43,36 @@ impl Podman {
         }
     }
 
+    /// Removes the volumes of containers that podman no longer knows: it leaves them if it is killed, or fails, while it
+    /// creates or removes a container. `is_owned` says of the source of a volume whether its container may still exist.
+    pub async fn remove_lost_volumes(
+        &self,
+        instance: &str,
+        is_owned: impl Fn(&str) -> bool,
+    ) -> Result<(), ProcessError> {
+        // Calling podman takes much longer, and usually there is none.
+        if std::fs::read_dir(&self.info().await?.volumes).is_ok_and(|mut volumes| volumes.next().is_none()) {
+            return Ok(());
+        }
+        let format = "{{.Name}} {{index .Options \"device\"}}";
+        let removed = async {
+            let unused = self.text(&["volume", "ls", "--filter", "dangling=true", "--format", format]).await?;
+            let is_lost = |source: &str| orphans::is_volume_of(instance, source) && !is_owned(source);
+            let volumes = unused.lines().filter_map(|line| line.split_once(' '));
+            let lost: Vec<&str> = volumes.filter(|(_, source)| is_lost(source)).map(|(name, _)| name).collect();
+            if lost.is_empty() {
+                return Ok(());
+            }
+            tracing::info!(volumes = lost.len(), "removing volumes without a container");
+            self.verb(["volume", "rm", "--"].into_iter().chain(lost)).await.map(drop)
+        };
+        match removed.await {
+            // podman has removed one with its container meanwhile. The next sweep finds the others.
+            Err(error) if error.message_contains("no such volume") => Ok(()),
+            other => other,
+        }
+    }
+
     /// Creates a container with all of its mounts, but does not start it. Returns the path of the OCI configuration
     /// that podman wrote for it.
     pub async fn create(&self, name: &str, args: Vec<OsString>) -> Result<PathBuf, ProcessError> {

@@ -1,5 +1,7 @@
 //! Facts about podman and the host.
 
+use std::path::PathBuf;
+
 use crate::host::process::ProcessError;
 use crate::sandbox::podman::Podman;
 
@@ -14,6 +16,8 @@ pub struct Info {
     pub driver: String,
     /// Whether the overlay file system is the kernel's own; `None` if podman does not say.
     pub native_overlay: Option<bool>,
+    /// The directory in which each volume has one.
+    pub volumes: PathBuf,
     /// `v1` or `v2`.
     pub cgroup_version: String,
     /// The cgroup controllers that this user's containers get.
@@ -34,6 +38,7 @@ impl Info {
                 "false" => Some(false),
                 _ => None,
             },
+            volumes: text("/store/volumePath").into(),
             cgroup_version: text("/host/cgroupVersion"),
             controllers: value
                 .pointer("/host/cgroupControllers")
