@@ -115,7 +115,7 @@ impl<'a> Watch<'a> {
             deadline: started + Duration::from_micros(spec.time_us),
             next_cpu_check: started + cpu_limit.min(Duration::from_micros(spec.time_us)) / 4,
             next_memory_check: spec.memory.map(|_| started),
-            next_locks_check: started + locks::CHECK_INTERVAL,
+            next_locks_check: started + locks::FIRST_CHECK,
             locks_check_interval: locks::CHECK_INTERVAL,
             init,
             spec,
