@@ -1,5 +1,6 @@
 //! Runs podman commands, and retries those that fail for a known reason inside podman.
 
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use tokio::sync::{Mutex, OnceCell};
 
 use crate::host::process::{Cmd, ProcessError, xdg_runtime_dir};
 use crate::sandbox::podman::Info;
+use crate::sandbox::podman::images::ImageFacts;
 
 /// Deadline of a quick verb (ps, rm, inspect, tag). Under load podman waits for its locks.
 const VERB_TIME: Duration = Duration::from_secs(30);
@@ -41,12 +43,14 @@ pub struct Podman {
     resetting: Arc<Mutex<()>>,
     /// Read once, because `podman info` takes longer than creating a container.
     pub(super) info: Arc<OnceCell<Info>>,
+    /// Facts about images by content id.
+    pub(super) images: Arc<std::sync::Mutex<HashMap<String, ImageFacts>>>,
 }
 
 impl Podman {
     /// Uses the podman at this path, or of this name on PATH.
     pub fn new(program: &Path) -> Podman {
-        Podman { program: program.to_owned(), resetting: Arc::default(), info: Arc::default() }
+        Podman { program: program.to_owned(), resetting: Arc::default(), info: Arc::default(), images: Arc::default() }
     }
 
     pub(super) fn cmd(&self, args: impl IntoIterator<Item = impl Into<OsString>>) -> Cmd {

@@ -1,12 +1,11 @@
 //! The podman engine: creates each sandbox with `podman run`.
 
-use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures_util::future::BoxFuture;
 
-use crate::host::process::{Passed, ProcessError};
+use crate::host::process::Passed;
 use crate::model::language::Language;
 use crate::sandbox::channel::Channel;
 use crate::sandbox::podman::Podman;
@@ -20,35 +19,17 @@ pub struct PodmanEngine {
     podman: Podman,
     settings: EngineSettings,
     next_number: AtomicU64,
-    /// The user of each image by content id, until the image is released.
-    users: Mutex<HashMap<String, String>>,
 }
 
 impl PodmanEngine {
     /// An engine that uses this podman.
     pub fn new(podman: Podman, settings: EngineSettings) -> PodmanEngine {
-        PodmanEngine { podman, settings, next_number: AtomicU64::new(0), users: Default::default() }
-    }
-
-    fn users(&self) -> MutexGuard<'_, HashMap<String, String>> {
-        self.users.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The user that an image names. Asks podman once per image.
-    async fn user(&self, image: &str) -> Result<String, ProcessError> {
-        let known = self.users().get(image).cloned();
-        match known {
-            Some(user) => Ok(user),
-            None => {
-                let user = self.podman.image_user(image).await?;
-                Ok(self.users().entry(image.to_owned()).or_insert(user).clone())
-            }
-        }
+        PodmanEngine { podman, settings, next_number: AtomicU64::new(0) }
     }
 
     async fn create(&self, spec: SandboxSpec) -> Result<Sandbox, SandboxError> {
         let SandboxSpec { language, image, slot } = spec;
-        let user = self.user(&image).await?;
+        let user = self.podman.image_user(&image).await?;
         let job_dir = self.settings.job_directory()?;
         let number = self.next_number.fetch_add(1, Ordering::Relaxed);
         let name = orphans::name(&self.settings.instance, "box", number);
@@ -84,8 +65,8 @@ impl Engine for PodmanEngine {
     /// Does nothing: this engine keeps no resources per language.
     fn keep_only(&self, _: &[Arc<Language>]) {}
 
-    fn release<'a>(&'a self, image: Option<&'a str>) -> BoxFuture<'a, ()> {
-        self.users().retain(|known, _| image.is_some_and(|image| image != known));
+    /// Does nothing, for the same reason.
+    fn release<'a>(&'a self, _: Option<&'a str>) -> BoxFuture<'a, ()> {
         Box::pin(std::future::ready(()))
     }
 }
