@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use nix::time::ClockId;
 use nix::unistd::Pid;
 
-/// Time between two samples.
-const INTERVAL: Duration = Duration::from_millis(20);
+/// Time between two samples. Samples every 20 ms cost 2 % of the CPU time of a compiler beside 16 others.
+const INTERVAL: Duration = Duration::from_millis(50);
 
 /// Time between two samples after processes or threads were created.
 const SHORT_INTERVAL: Duration = Duration::from_millis(1);

@@ -10,10 +10,13 @@ use std::time::Duration;
 /// Most locks that a sandbox may hold at once: more than any database uses. A lock takes some 200 bytes.
 const MAX_LOCKS: usize = 10_000;
 
-/// Time from the start of a stage to its first check. The kernel takes 5 ms or more to give the list, because it waits
-/// until no process is inside a lock call, and init cannot notice the end of a program meanwhile: most compilers and
-/// programs end before the first check.
+/// Time from the start of a stage to its first check, after which most compilers and programs have ended.
 pub const FIRST_CHECK: Duration = Duration::from_millis(100);
+
+/// CPU time of the programs after which another check is made. The kernel takes 5 ms or more to give the list, because
+/// it waits until no process is inside a lock call. Init cannot notice the end of a program meanwhile, and lock calls of
+/// all programs are slower.
+pub const CPU_BETWEEN: Duration = Duration::from_millis(20);
 
 /// Time between two checks. In this time a CPU can create some 100,000 locks, which take 20 MB.
 pub const CHECK_INTERVAL: Duration = Duration::from_millis(50);

@@ -88,6 +88,8 @@ struct Watch<'a> {
     next_locks_check: Instant,
     /// Time between two checks of locks.
     locks_check_interval: Duration,
+    /// CPU time that the programs had used at the last check of locks.
+    cpu_at_locks_check: Duration,
 }
 
 /// The events that [`Watch::wait`] has found.
@@ -117,6 +119,7 @@ impl<'a> Watch<'a> {
             next_memory_check: spec.memory.map(|_| started),
             next_locks_check: started + locks::FIRST_CHECK,
             locks_check_interval: locks::CHECK_INTERVAL,
+            cpu_at_locks_check: Duration::ZERO,
             init,
             spec,
             before,
@@ -199,12 +202,24 @@ impl<'a> Watch<'a> {
             *check = now + MEMORY_CHECK_INTERVAL;
         }
         if now >= self.next_locks_check {
-            if locks::are_too_many() {
+            if self.may_hold_more_locks() && locks::are_too_many() {
                 return Some(Ended::Memory);
             }
             self.next_locks_check = now + self.locks_check_interval;
         }
         None
+    }
+
+    /// Whether the programs may hold many more locks than at the last check: making them takes CPU time.
+    fn may_hold_more_locks(&mut self) -> bool {
+        let used = self.init.cgroup.cpu_since(self.before).unwrap_or_else(|| self.reaped.samples.cpu());
+        // Locks whose process has ended are in no list for longer than it takes to hide them.
+        let hides_locks = self.locks_check_interval < locks::CHECK_INTERVAL;
+        let has_run = used >= self.cpu_at_locks_check + locks::CPU_BETWEEN;
+        if has_run {
+            self.cpu_at_locks_check = used;
+        }
+        has_run || hides_locks
     }
 
     /// Waits for a message, an ended process, a notification of the filter, or the next check. Does not block if `more`
@@ -271,3 +286,6 @@ fn cpus() -> u32 {
 fn rustix_pid(pid: Pid) -> io::Result<rustix::process::Pid> {
     rustix::process::Pid::from_raw(pid.as_raw()).ok_or_else(|| io::Error::other("a process has the pid 0"))
 }
+
+#[cfg(test)]
+mod tests;
