@@ -22,7 +22,7 @@ use crate::leftovers::{self, podman};
 const ENGINE: (&str, &str) = ("CODERUNNER_ENGINE", "podman");
 
 fn options(config: &str) -> Options<'_> {
-    Options { languages: &["bash"], config, env: &[ENGINE], ..Options::default() }
+    Options { languages: &["bash"], containers: 1, config, env: &[ENGINE], ..Options::default() }
 }
 
 /// A program that no other request has, so that its answer is not cached.
@@ -159,7 +159,7 @@ fn processes_orphaned_by_a_failed_podman_run_are_killed() {
         while ! pgrep -f \"sleep 10000 -n $name\" >>monitors; do sleep 0.1; done
         exit 126",
     );
-    let server = Server::start(Options { containers: 1, path: Some(fake.dir()), ..options("") });
+    let server = Server::start(Options { path: Some(fake.dir()), ..options("") });
     fake.set_flag("forgetful");
     assert_runs(&server, "the last ready container");
     server.wait_log(&["no sandbox; trying again", "126"]);
@@ -182,7 +182,7 @@ fn volumes_of_a_failed_podman_run_are_removed() {
         done
         exit 137",
     );
-    let server = Server::start(Options { containers: 1, ..options(&fake.config()) });
+    let server = Server::start(options(&fake.config()));
     fake.set_flag("killed");
     assert_runs(&server, "the last ready container");
     server.wait_log(&["no sandbox; trying again", "137"]);
@@ -197,7 +197,7 @@ fn volumes_of_a_failed_podman_run_are_removed() {
 #[test]
 fn slow_podman_delays_answers_but_fails_none() {
     let fake = FakePodman::new("sleep 2");
-    let server = Server::start(options(&fake.config()));
+    let server = Server::start(Options { containers: 2, ..options(&fake.config()) });
     let pending: Vec<_> = (0..4).map(|number| server.begin(&format!("echo {number}"))).collect();
     for (number, pending) in pending.into_iter().enumerate() {
         assert_eq!(pending.reply().answer(), Answer::ran(&format!("{number}\n")));
@@ -255,7 +255,7 @@ fn shutdown_ends_although_podman_cannot_remove_templates() {
     let env = [("CODERUNNER_ENGINE", "direct")];
     let languages = ["bash", "python", "c"];
     // With one container, most languages have a template but no sandbox; only the shutdown removes their templates.
-    let options = Options { languages: &languages, containers: 1, env: &env, ..options(&config) };
+    let options = Options { languages: &languages, env: &env, ..options(&config) };
     let mut server = Server::start(options.clone());
     for language in languages {
         server.wait_log(&["image in use", &format!("coderunner-{language}:")]);
@@ -413,7 +413,7 @@ on_each_engine! {
 fn killing_a_ready_container_fails_no_request(engine: &str) {
     let env = [("CODERUNNER_ENGINE", engine)];
     let config = "queue.wait = \"90s\"";
-    let server = Server::start(Options { containers: 1, env: &env, ..options(config) });
+    let server = Server::start(Options { env: &env, ..options(config) });
     for method in KillMethod::of(engine) {
         wait_sandbox_ready(&server);
         let inits = init_processes(&server);
@@ -430,7 +430,7 @@ fn killing_a_ready_container_fails_no_request(engine: &str) {
 fn killing_a_busy_container_fails_only_its_request(engine: &str) {
     let env = [("CODERUNNER_ENGINE", engine)];
     let config = "queue.wait = \"90s\"\n[limits]\nrun_time = \"1m\"";
-    let server = Server::start(Options { containers: 1, env: &env, ..options(config) });
+    let server = Server::start(Options { env: &env, ..options(config) });
     for method in KillMethod::of(engine) {
         let mark = marked_seconds(50);
         let running = server.begin(&format!("sleep {mark}"));
@@ -473,7 +473,8 @@ fn slow_template_creation_does_not_delay_other_languages() {
     let fake = FakePodman::new("case $* in create*language=python*) while [ -e slow ]; do sleep 0.05; done ;; esac");
     let env = [("CODERUNNER_ENGINE", "direct")];
     let config = fake.config() + "[queue]\nwait = \"10s\"";
-    let server = Server::start(Options { languages: &["bash", "python"], env: &env, ..options(&config) });
+    let options = Options { languages: &["bash", "python"], containers: 2, env: &env, ..options(&config) };
+    let server = Server::start(options);
     server.wait_each_ready();
     fake.set_flag("slow");
     // This removes the templates, too.
@@ -504,7 +505,7 @@ fn kills() -> u32 {
 
 fn repeatedly_killed_server_leaves_nothing_after_a_clean_stop(engine: &str) {
     let env = [("CODERUNNER_ENGINE", engine)];
-    let options = Options { env: &env, ..options("") };
+    let options = Options { containers: 2, env: &env, ..options("") };
     let mut files = Files::new(&options);
     for round in 0..kills() {
         let server = Server::launch_with(files, &options);
@@ -525,7 +526,7 @@ fn repeatedly_killed_server_leaves_nothing_after_a_clean_stop(engine: &str) {
 
 fn server_recovers_when_job_directories_can_be_made_again(engine: &str) {
     let env = [("CODERUNNER_ENGINE", engine)];
-    let server = Server::start(Options { containers: 1, env: &env, ..options("") });
+    let server = Server::start(Options { env: &env, ..options("") });
     let jobs = leftovers::runtime_dir(&server.instance).join("jobs");
     let set_mode = |mode| fs::set_permissions(&jobs, fs::Permissions::from_mode(mode)).unwrap();
     set_mode(0o500);
