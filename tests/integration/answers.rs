@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::client::{head, unchunked};
-use crate::harness::{Options, Server};
+use crate::harness::{Endpoint, Options, Server};
+use crate::shared::Shared;
 
 const JSON: (&str, &str) = ("Content-Type", "application/json");
 const EVENTS: (&str, &str) = ("Accept", "text/event-stream");
@@ -43,7 +44,7 @@ struct SlowClient {
 }
 
 impl SlowClient {
-    fn send(server: &Server, path: &str, headers: &[(&str, &str)], body: &Value) -> SlowClient {
+    fn send(server: &Endpoint, path: &str, headers: &[(&str, &str)], body: &Value) -> SlowClient {
         let body = body.to_string();
         let head = head("POST", path, &[headers, &[JSON]].concat(), body.len());
         let mut stream = TcpStream::connect(server.address).unwrap();
@@ -139,7 +140,7 @@ fn events(answer: &[u8]) -> Vec<(String, Value)> {
 
 #[test]
 fn cached_runs_send_the_same_events_as_fresh_runs() {
-    let server = serve(1);
+    let server = Shared::start(&["bash"], "");
     let body = program("printf 'a\\0b'; sleep 0.2; printf 'c\\xff' >&2; head -c 300000 /dev/zero").to_string();
     let watch =
         || events(&server.begin_request("POST", "/api/v2/execute", &[JSON, EVENTS], body.as_bytes()).read_to_end());
@@ -159,7 +160,6 @@ fn cached_runs_send_the_same_events_as_fresh_runs() {
         (&json!(false), &json!(true))
     );
     assert_eq!(first.last().unwrap().1["run"], second.last().unwrap().1["run"]);
-    server.stop();
 }
 
 #[test]
@@ -191,7 +191,7 @@ fn batch_results_are_bounded_in_their_json_form() {
 /// Reads for longer than the TCP_USER_TIMEOUT that once disconnected such clients.
 #[test]
 fn slow_but_steady_readers_get_the_whole_answer() {
-    let server = serve(1);
+    let server = Shared::start(&["bash"], "");
     let mut client = SlowClient::send(&server, "/api/v2/execute", &[], &program(LARGE));
     for _ in 0..6 {
         std::thread::sleep(Duration::from_secs(8));
@@ -205,7 +205,6 @@ fn slow_but_steady_readers_get_the_whole_answer() {
     let start = client.bytes.windows(4).position(|window| window == b"\r\n\r\n").unwrap() + 4;
     let answer: Value = serde_json::from_slice(&client.bytes[start..]).expect("the whole answer");
     assert_eq!(answer["run"]["stdout"].as_str().unwrap().len(), 262_144);
-    server.stop();
 }
 
 /// Sends a WebSocket frame of this kind and announced length as a browser would, but only `sent` bytes of its payload.

@@ -9,16 +9,21 @@ use tungstenite::{Message, WebSocket};
 
 use crate::client::{Pending, unchunked};
 use crate::faults::{KillMethod, init_processes};
-use crate::harness::{self, Options, PATIENCE, Server, eventually};
+use crate::harness::{self, Endpoint, Options, PATIENCE, Server, eventually};
+use crate::shared::Shared;
 
 fn serve(config: &str) -> Server {
     Server::start(Options { languages: &["bash"], config, ..Options::default() })
 }
 
+fn shared(config: &str) -> Shared {
+    Shared::start(&["bash"], config)
+}
+
 struct Socket(WebSocket<TcpStream>);
 
 impl Socket {
-    fn open(server: &Server) -> Socket {
+    fn open(server: &Endpoint) -> Socket {
         let stream = TcpStream::connect(server.address).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
@@ -27,7 +32,7 @@ impl Socket {
     }
 
     /// Opens a socket and sends the `init` message.
-    fn begin(server: &Server, code: &str) -> Socket {
+    fn begin(server: &Endpoint, code: &str) -> Socket {
         let mut socket = Socket::open(server);
         socket.send(json!({"type": "init", "language": "bash", "version": "*", "files": [{"content": code}]}));
         let runtime = socket.receive().unwrap();
@@ -66,7 +71,7 @@ impl Socket {
 fn websocket_from_a_disallowed_origin_returns_403() {
     for (config, foreign) in [("cors_origins = []", 403), ("cors_origins = [\"https://one.example\"]", 403), ("", 101)]
     {
-        let server = serve(config);
+        let server = shared(config);
         let status = |origin: &str| {
             let request = format!(
                 "GET /api/v2/connect HTTP/1.1\r\nHost: {}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
@@ -77,7 +82,6 @@ fn websocket_from_a_disallowed_origin_returns_403() {
         };
         assert_eq!(status("https://other.example"), foreign, "{config}");
         assert_eq!(status(&format!("http://{}", server.address)), 101, "{config}");
-        server.stop();
     }
 }
 
@@ -89,7 +93,7 @@ fn output(received: &[Value], stream: &str) -> String {
 
 #[test]
 fn websocket_exchanges_input_and_output_with_a_program() {
-    let server = serve("");
+    let server = shared("");
     let mut socket = Socket::begin(&server, "echo ready; read name; echo hello $name; echo wrong >&2; cat; exit 3");
     let (mut received, mut typed) = (Vec::new(), false);
     let code = loop {
@@ -113,12 +117,11 @@ fn websocket_exchanges_input_and_output_with_a_program() {
     let exit = received.last().unwrap();
     assert_eq!((&exit["type"], &exit["stage"], &exit["code"]), (&json!("exit"), &json!("run"), &json!(3)), "{exit}");
     assert_eq!((&exit["signal"], &exit["verdict"]), (&json!(null), &json!("runtime_error")));
-    server.stop();
 }
 
 #[test]
 fn websocket_forwards_signals_to_the_program() {
-    let server = serve("");
+    let server = shared("");
     let mut socket = Socket::begin(&server, "trap 'echo caught; exit 5' USR1; echo ready; while :; do sleep 0.1; done");
     while socket.receive().unwrap()["data"] != "ready\n" {}
     socket.send(json!({"type": "signal", "signal": "SIGUSR1"}));
@@ -131,7 +134,6 @@ fn websocket_forwards_signals_to_the_program() {
     socket.send(json!({"type": "signal", "signal": "SIGKILL"}));
     let (received, code) = socket.receive_all();
     assert_eq!((&received.last().unwrap()["signal"], code), (&json!("SIGKILL"), 4999));
-    server.stop();
 }
 
 #[test]
@@ -156,7 +158,7 @@ fn flood_of_signals_does_not_fail_the_run() {
 
 #[test]
 fn websocket_protocol_errors_close_with_piston_codes() {
-    let server = serve("");
+    let server = shared("");
     let closed = |messages: &[Value]| {
         let mut socket = Socket::open(&server);
         messages.iter().for_each(|message| socket.send(message.clone()));
@@ -177,18 +179,16 @@ fn websocket_protocol_errors_close_with_piston_codes() {
     let reply = server.get("/api/v2/connect");
     assert_eq!(reply.status, 400);
     assert!(reply.message().contains("WebSocket"));
-    server.stop();
 }
 
 #[test]
 fn websocket_output_has_the_usual_limits() {
-    let server = serve("limits = { output = \"1KiB\", output_total = \"64KiB\" }");
+    let server = shared("limits = { output = \"1KiB\", output_total = \"64KiB\" }");
     let mut socket = Socket::begin(&server, "while :; do echo 0123456789; done");
     let (received, code) = socket.receive_all();
     assert_eq!((output(&received, "stdout").len(), code), (1024, 4999));
     let exit = received.last().unwrap();
     assert_eq!((&exit["status"], &exit["verdict"]), (&json!("OL"), &json!("output_limit")), "{exit}");
-    server.stop();
 }
 
 #[test]
@@ -231,7 +231,7 @@ fn open_websockets_count_as_connections() {
 
 #[test]
 fn one_byte_writes_are_merged_into_fewer_events() {
-    let server = serve("limits = { run_time = \"60s\", run_cpu_time = \"60s\" }");
+    let server = shared("limits = { run_time = \"60s\", run_cpu_time = \"60s\" }");
     let trickle = "n=0; while [ $n -lt 60000 ]; do printf o; printf e >&2; n=$((n + 1)); done";
     let body = json!({"language": "bash", "version": "*", "files": [{"content": trickle}]}).to_string();
     let headers = [("Content-Type", "application/json"), ("Accept", "text/event-stream")];
@@ -243,7 +243,6 @@ fn one_byte_writes_are_merged_into_fewer_events() {
     assert!(events as u128 <= 2 * (1001 + began.elapsed().as_millis()), "{events}");
     assert_eq!(text.matches("\"stdout\":\"").count(), 1);
     assert!(text.contains(&"o".repeat(60_000)) && text.contains(&"e".repeat(60_000)), "all output is kept");
-    server.stop();
 }
 
 #[test]

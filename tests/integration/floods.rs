@@ -9,6 +9,7 @@ use serde_json::json;
 
 use crate::client::{Answer, Pending, head};
 use crate::harness::{Options, Server, eventually, marked_seconds};
+use crate::shared::Shared;
 
 const JSON: (&str, &str) = ("Content-Type", "application/json");
 
@@ -200,7 +201,7 @@ fn truncated_or_badly_framed_bodies_run_nothing() {
 
 #[test]
 fn deeply_nested_or_very_wide_json_is_refused_or_ignored() {
-    let server = Server::start(options(""));
+    let server = Shared::start(&["bash"], "");
     let deep = |open: &str, close: &str, times| open.repeat(times) + &close.repeat(times);
     let post = |path: &str, body: &str| server.request("POST", path, &[JSON], body.as_bytes());
     for path in ["/coderunner", "/api/v2/execute"] {
@@ -223,5 +224,4 @@ fn deeply_nested_or_very_wide_json_is_refused_or_ignored() {
     let wide: String = (0..30_000).map(|number| format!("\"{number}\":[],")).collect();
     let reply = post("/coderunner", &format!("{{{wide}\"code\":\"echo wide\"}}"));
     assert_eq!(reply.answer(), Answer::ran("wide\n"));
-    server.stop();
 }

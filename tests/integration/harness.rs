@@ -7,6 +7,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::ops::{Deref, Range};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -21,16 +22,20 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::client::{self, Answer, Pending, Reply};
-use crate::leftovers;
+use crate::{leftovers, shared};
 
 /// Timeout for things that normally happen at once.
 pub const PATIENCE: Duration = Duration::from_secs(90);
 
-/// Pause between two checks of a condition that is waited for.
-const POLL: Duration = Duration::from_millis(20);
+/// The first and the longest pause between two checks of a condition that is waited for. The pause grows with the time
+/// that has passed, because many checks call podman or read all of `/proc`, and that many tests wait at the same time.
+const POLL: Range<Duration> = Duration::from_millis(20)..Duration::from_millis(250);
 
 /// An upper bound of the number of tests that run at the same time.
 const SLOTS: u32 = 32;
+
+/// The ranges of uids of the servers that tests share; tests use those below for their own servers.
+pub const SHARED_RANGES: Range<u32> = SLOTS * 7..250;
 
 /// The languages with local images, which `make run` uses, too.
 const LOCAL: &str = include_str!("../../packaging/dev/local.toml");
@@ -54,12 +59,19 @@ pub struct Options<'a> {
     pub instance: Option<&'a str>,
 }
 
-/// A running server. Tests stop it with [`Server::stop`]; dropping it kills it, which happens only in failed tests.
+/// A server as its clients see it.
+#[derive(Debug, Clone, Copy)]
+pub struct Endpoint {
+    /// The address that it listens on.
+    pub address: SocketAddr,
+}
+
+/// A running server of one test, which stops it with [`Server::stop`]; dropping it kills it, which happens only in failed
+/// tests. As an [`Endpoint`] it takes requests. Tests that do nothing else use a [`crate::shared::Shared`] server.
 pub struct Server {
     /// Its instance name.
     pub instance: String,
-    /// The address that it listens on.
-    pub address: SocketAddr,
+    endpoint: Endpoint,
     child: Child,
     log: Log,
     started: Instant,
@@ -150,63 +162,7 @@ impl Files {
     }
 }
 
-impl Server {
-    /// Starts a server and waits until it is ready.
-    pub fn start(options: Options) -> Server {
-        let server = Server::launch(options);
-        server.wait_ready();
-        server
-    }
-
-    /// Starts a server and waits until it listens. It may not have a sandbox yet, or may never get one.
-    pub fn launch(options: Options) -> Server {
-        Server::launch_with(Files::new(&options), &options)
-    }
-
-    /// Like [`Server::launch`], with existing files: starts the same instance again.
-    pub fn launch_with(files: Files, options: &Options) -> Server {
-        let mut child = files.command("serve", options).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        let log = Log::of(&mut child);
-        let mut server = Server {
-            instance: files.instance.clone(),
-            address: SocketAddr::from(([0; 4], 0)),
-            child,
-            log,
-            started: Instant::now(),
-            files,
-            stopped: false,
-        };
-        server.address = eventually("a log line with the address", || {
-            let ended = server.child.try_wait().unwrap();
-            assert!(ended.is_none(), "the server exited during startup: {ended:?}");
-            let log = server.log();
-            let line = log.lines().find(|line| line.contains("listening"))?;
-            // The text or the JSON format of the log.
-            let address = line.split_once("address=").or_else(|| line.split_once("\"address\":\""))?.1;
-            Some(address.split(|c: char| c.is_whitespace() || c == '"').next()?.parse().unwrap())
-        });
-        server
-    }
-
-    /// Starts a server that writes its log to `stderr`, on a free address, and waits until it accepts connections.
-    pub fn launch_to(stderr: Stdio, options: &Options) -> Server {
-        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let files = Files::new(options);
-        let mut command = files.command("serve", options);
-        command.env("CODERUNNER_LISTEN", address.to_string()).stdout(Stdio::null()).stderr(stderr);
-        let child = command.spawn().unwrap();
-        // The command holds a copy of `stderr`, which may be a pipe.
-        drop(command);
-        let (instance, started) = (files.instance.clone(), Instant::now());
-        let mut server = Server { instance, address, child, log: Log::none(), started, files, stopped: false };
-        eventually("the server accepts connections", || {
-            let ended = server.child.try_wait().unwrap();
-            assert!(ended.is_none(), "the server exited during startup: {ended:?}");
-            TcpStream::connect(address).ok()
-        });
-        server
-    }
-
+impl Endpoint {
     /// Waits until `/readyz` answers 200.
     pub fn wait_ready(&self) {
         eventually("the server is ready (`make test` builds its images)", || {
@@ -259,6 +215,65 @@ impl Server {
         let body = self.get("/readyz").json();
         let missing = body["limitsNotEnforced"].as_array().expect("limitsNotEnforced");
         missing.iter().all(|name| name != limit)
+    }
+}
+
+impl Server {
+    /// Starts a server and waits until it is ready.
+    pub fn start(options: Options) -> Server {
+        let server = Server::launch(options);
+        server.wait_ready();
+        server
+    }
+
+    /// Starts a server and waits until it listens. It may not have a sandbox yet, or may never get one.
+    pub fn launch(options: Options) -> Server {
+        Server::launch_with(Files::new(&options), &options)
+    }
+
+    /// Like [`Server::launch`], with existing files: starts the same instance again.
+    pub fn launch_with(files: Files, options: &Options) -> Server {
+        let mut child = files.command("serve", options).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let log = Log::of(&mut child);
+        let mut server = Server {
+            instance: files.instance.clone(),
+            endpoint: Endpoint { address: SocketAddr::from(([0; 4], 0)) },
+            child,
+            log,
+            started: Instant::now(),
+            files,
+            stopped: false,
+        };
+        server.endpoint.address = eventually("a log line with the address", || {
+            let ended = server.child.try_wait().unwrap();
+            assert!(ended.is_none(), "the server exited during startup: {ended:?}");
+            let log = server.log();
+            let line = log.lines().find(|line| line.contains("listening"))?;
+            // The text or the JSON format of the log.
+            let address = line.split_once("address=").or_else(|| line.split_once("\"address\":\""))?.1;
+            Some(address.split(|c: char| c.is_whitespace() || c == '"').next()?.parse().unwrap())
+        });
+        server
+    }
+
+    /// Starts a server that writes its log to `stderr`, on a free address, and waits until it accepts connections.
+    pub fn launch_to(stderr: Stdio, options: &Options) -> Server {
+        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let files = Files::new(options);
+        let mut command = files.command("serve", options);
+        command.env("CODERUNNER_LISTEN", address.to_string()).stdout(Stdio::null()).stderr(stderr);
+        let child = command.spawn().unwrap();
+        // The command holds a copy of `stderr`, which may be a pipe.
+        drop(command);
+        let (instance, started) = (files.instance.clone(), Instant::now());
+        let endpoint = Endpoint { address };
+        let mut server = Server { instance, endpoint, child, log: Log::none(), started, files, stopped: false };
+        eventually("the server accepts connections", || {
+            let ended = server.child.try_wait().unwrap();
+            assert!(ended.is_none(), "the server exited during startup: {ended:?}");
+            TcpStream::connect(address).ok()
+        });
+        server
     }
 
     pub fn pid(&self) -> Pid {
@@ -319,6 +334,14 @@ impl Server {
         self.stopped = true;
         let nothing = Files { dir: TempDir::new().unwrap(), instance: String::new() };
         std::mem::replace(&mut self.files, nothing)
+    }
+}
+
+impl Deref for Server {
+    type Target = Endpoint;
+
+    fn deref(&self) -> &Endpoint {
+        &self.endpoint
     }
 }
 
@@ -417,28 +440,33 @@ pub fn eventually<T>(what: &str, probe: impl FnMut() -> Option<T>) -> T {
 }
 
 fn eventually_within<T>(patience: Duration, what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + patience;
+    let began = Instant::now();
     loop {
         if let Some(found) = probe() {
             return found;
         }
-        assert!(Instant::now() < deadline, "timeout after {patience:?}: {what}");
-        std::thread::sleep(POLL);
+        assert!(began.elapsed() < patience, "timeout after {patience:?}: {what}");
+        pause(began);
     }
 }
 
 /// Waits until `probe` finds nothing any more. The panic message lists what it still finds.
 pub fn eventually_none(what: &str, mut probe: impl FnMut() -> Vec<String>) {
     let mut found = Vec::new();
-    let deadline = Instant::now() + PATIENCE;
-    while Instant::now() < deadline {
+    let began = Instant::now();
+    while began.elapsed() < PATIENCE {
         found = probe();
         if found.is_empty() {
             return;
         }
-        std::thread::sleep(POLL);
+        pause(began);
     }
     panic!("still there after {PATIENCE:?}: {what}: {found:#?}");
+}
+
+/// Pauses before the next check of a condition that is waited for since this time.
+fn pause(began: Instant) {
+    std::thread::sleep((began.elapsed() / 8).clamp(POLL.start, POLL.end));
 }
 
 /// Removes the indentation that a program has inside a test.
@@ -471,15 +499,20 @@ pub fn wait_gone(mark: &str) {
 pub fn unique_name() -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    // A hash of the name selects one of 250 ranges of uids for programs, and the kernel counts processes per uid, so
-    // names in use at the same time must select different ranges. Each test is a process, and nextest gives tests that
-    // run at the same time different slots.
+    // Each test is a process, and nextest gives tests that run at the same time different slots.
+    let slot = std::env::var("NEXTEST_TEST_GLOBAL_SLOT").ok().and_then(|slot| slot.parse().ok()).unwrap_or(0);
+    name_in((slot + SLOTS * count) % SHARED_RANGES.start)
+}
+
+/// A unique instance name that selects this range of uids. A hash of the name selects one of 250 ranges of uids for
+/// programs, and the kernel counts processes per uid, so names in use at the same time must select different ranges.
+pub fn name_in(wanted: u32) -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
     let range = |name: &str| {
         let [first, second, ..] = *blake3::hash(name.as_bytes()).as_bytes();
-        u32::from(u16::from_le_bytes([first, second])) % 250
+        u32::from(u16::from_le_bytes([first, second])) % SHARED_RANGES.end
     };
-    let slot = std::env::var("NEXTEST_TEST_GLOBAL_SLOT").ok().and_then(|slot| slot.parse().ok()).unwrap_or(0);
-    let wanted = (slot + SLOTS * count) % 250;
     let mut names = (0..).map(|n| format!("test-{}-{count}-{n}", std::process::id()));
     names.find(|name| range(name) == wanted).unwrap()
 }
@@ -524,7 +557,11 @@ impl Log {
         let into = Arc::clone(&bytes);
         let reader = std::thread::spawn(move || {
             let mut chunk = [0; 4096];
+            let echo = shared::is_keeper();
             while let Ok(length @ 1..) = pipe.read(&mut chunk) {
+                if echo {
+                    let _ = std::io::stderr().write_all(&chunk[..length]);
+                }
                 into.lock().unwrap().extend_from_slice(&chunk[..length]);
             }
         });

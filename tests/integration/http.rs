@@ -3,12 +3,18 @@
 use serde_json::{Value, json};
 
 use crate::client::{Answer, Pending, Reply, head};
-use crate::harness::{Options, Server};
+use crate::harness::{Endpoint, Options, Server};
+use crate::shared::Shared;
 
 const JSON: (&str, &str) = ("Content-Type", "application/json");
 
-fn serve(config: &str) -> Server {
-    Server::start(Options { languages: &["bash"], containers: 1, config, ..Options::default() })
+/// Options of a server whose configuration no other test has.
+fn options(config: &str) -> Options<'_> {
+    Options { languages: &["bash"], containers: 1, config, ..Options::default() }
+}
+
+fn shared(config: &str) -> Shared {
+    Shared::start(&["bash"], config)
 }
 
 /// Checks that a request was refused with this status, and a message that contains these words.
@@ -24,17 +30,16 @@ fn assert_refused(reply: &Reply, status: u16, words: &[&str]) {
 
 #[test]
 fn answer_is_json_with_three_fields() {
-    let server = serve("");
+    let server = shared("");
     let reply = server.begin("echo hello").reply();
     assert_eq!(reply.status, 200);
     assert_eq!(reply.header("content-type"), Some("application/json"));
     assert_eq!(reply.json(), json!({"status": 1, "compileOutput": "", "runOutput": "hello\n"}));
-    server.stop();
 }
 
 #[test]
 fn malformed_bodies_return_400() {
-    let server = serve("");
+    let server = shared("");
     let bodies: [&[u8]; 10] = [
         b"",
         b"{",
@@ -51,31 +56,28 @@ fn malformed_bodies_return_400() {
         let reply = server.request("POST", "/coderunner", &[JSON], body);
         assert_refused(&reply, 400, &["{\"code\": \"…\"}"]);
     }
-    server.stop();
 }
 
 #[test]
 fn unknown_request_fields_are_ignored() {
-    let server = serve("");
+    let server = shared("");
     let body =
         json!({"code": "echo \"$1\"; cat", "language": "python", "version": "3", "stdin": "typed", "args": ["x"]});
     assert_eq!(server.begin_json(&body).reply().answer(), Answer::ran("\n"));
-    server.stop();
 }
 
 #[test]
 fn unknown_paths_return_404() {
-    let server = serve("");
+    let server = shared("");
     for path in ["/no-such-page", "/coderunner/more", "/Coderunner", "/api/v9/execute", "/../etc/passwd", "/%00"] {
         assert_refused(&server.get(path), 404, &["POST /coderunner"]);
         assert_refused(&server.request("POST", path, &[JSON], b"{\"code\": \"\"}"), 404, &[]);
     }
-    server.stop();
 }
 
 #[test]
 fn wrong_methods_return_405_with_allow() {
-    let server = serve("");
+    let server = shared("");
     for method in ["GET", "PUT", "DELETE", "PATCH", "HEAD"] {
         let reply = server.request(method, "/coderunner", &[], b"");
         assert_eq!((reply.status, reply.header("allow")), (405, Some("POST, OPTIONS")), "{method}");
@@ -86,12 +88,11 @@ fn wrong_methods_return_405_with_allow() {
         assert_refused(&reply, 405, &["GET"]);
         assert_eq!(reply.header("allow"), Some("GET, HEAD"));
     }
-    server.stop();
 }
 
 #[test]
 fn wrong_content_types_return_415() {
-    let server = serve("");
+    let server = shared("");
     let body = b"{\"code\": \"echo hello\"}";
     for kind in ["text/plain", "application/x-www-form-urlencoded", "application/jsonx", ""] {
         let reply = server.request("POST", "/coderunner", &[("Content-Type", kind)], body);
@@ -102,12 +103,11 @@ fn wrong_content_types_return_415() {
         let reply = server.request("POST", "/coderunner", &[("Content-Type", kind)], body);
         assert_eq!(reply.answer(), Answer::ran("hello\n"));
     }
-    server.stop();
 }
 
 #[test]
 fn oversized_sources_and_bodies_return_413() {
-    let server = serve("source_limit = \"1KiB\"\nbody_limit = \"8KiB\"");
+    let server = Server::start(options("source_limit = \"1KiB\"\nbody_limit = \"8KiB\""));
     let fits = format!("echo fits #{}", "x".repeat(1024 - 11));
     assert_eq!(fits.len(), 1024);
     assert_eq!(server.run(&fits), Answer::ran("fits\n"));
@@ -122,7 +122,7 @@ fn oversized_sources_and_bodies_return_413() {
 
 #[test]
 fn chunked_bodies_are_accepted_and_bounded() {
-    let server = serve("body_limit = \"64KiB\"");
+    let server = Server::start(options("body_limit = \"64KiB\""));
     let head = head("POST", "/coderunner", &[JSON, ("Transfer-Encoding", "chunked")], 0);
     let mut request = Pending::send(server.address, format!("{head}9\r\n{{\"code\": \r\n").as_bytes());
     request.send_more(b"d\r\n\"echo hello\"}\r\n0\r\n\r\n");
@@ -138,7 +138,7 @@ fn chunked_bodies_are_accepted_and_bounded() {
 
 #[test]
 fn truncated_or_invalid_requests_do_not_harm_the_server() {
-    let server = serve("");
+    let server = shared("");
     let head = head("POST", "/coderunner", &[JSON], 100);
     let broken = Pending::send(server.address, format!("{head}{{\"code\": \"echo").as_bytes());
     broken.end_of_request();
@@ -159,12 +159,11 @@ fn truncated_or_invalid_requests_do_not_harm_the_server() {
         assert!((400..500).contains(&reply.status), "{reply:?}");
     }
     assert_eq!(server.run("echo alive"), Answer::ran("alive\n"));
-    server.stop();
 }
 
 #[test]
 fn pipelined_requests_are_answered_in_order() {
-    let server = serve("");
+    let server = shared("");
     let request = |code: &str, connection: &str| {
         let body = json!({ "code": code }).to_string();
         let head = format!(
@@ -181,12 +180,11 @@ fn pipelined_requests_are_answered_in_order() {
     assert_eq!(text.matches("HTTP/1.1 200 OK").count(), 2, "{text}");
     let (first, second) = (text.find("\"first\\n\""), text.find("\"second\\n\""));
     assert!(first.is_some() && first < second, "{text}");
-    server.stop();
 }
 
 #[test]
 fn all_origins_may_call_by_default() {
-    let server = serve("");
+    let server = shared("");
     let preflight = [
         ("Origin", "https://example.org"),
         ("Access-Control-Request-Method", "POST"),
@@ -209,12 +207,11 @@ fn all_origins_may_call_by_default() {
     let reply = server.request("POST", "/coderunner", &[JSON, origin], b"{");
     assert_refused(&reply, 400, &[]);
     assert_allowed(&reply, "https://example.org");
-    server.stop();
 }
 
 #[test]
 fn only_configured_origins_may_call() {
-    let server = serve("cors_origins = [\"https://one.example\", \"http://two.example:8000\"]");
+    let server = shared("cors_origins = [\"https://one.example\", \"http://two.example:8000\"]");
     let ask = |method: &str, origin: &str| {
         let headers = [JSON, ("Origin", origin), ("Access-Control-Request-Method", "POST")];
         server.request(method, "/coderunner", &headers, b"{\"code\": \"echo hello\"}")
@@ -234,12 +231,11 @@ fn only_configured_origins_may_call() {
     }
     // Clients other than browsers send no `Origin`.
     assert_eq!(server.run("echo no browser"), Answer::ran("no browser\n"));
-    server.stop();
 }
 
 #[test]
 fn empty_cors_origins_refuse_all_foreign_pages() {
-    let server = serve("cors_origins = []");
+    let server = shared("cors_origins = []");
     let headers = [("Origin", "https://example.org"), ("Access-Control-Request-Method", "POST")];
     let reply = server.request("OPTIONS", "/coderunner", &headers, b"");
     assert_eq!(reply.header("access-control-allow-origin"), None);
@@ -252,12 +248,11 @@ fn empty_cors_origins_refuse_all_foreign_pages() {
         server.request("POST", "/coderunner", &[JSON, ("Origin", "http://localhost")], b"{\"code\": \"echo hello\"}");
     assert_eq!(reply.status, 200, "{reply:?}");
     assert_eq!(server.run("echo no browser"), Answer::ran("no browser\n"));
-    server.stop();
 }
 
 #[test]
 fn health_and_readiness_are_reported() {
-    let server = serve("");
+    let server = Server::start(options(""));
     let reply = server.get("/healthz");
     assert_eq!((reply.status, reply.json()), (200, json!({"status": "ok"})));
     let reply = server.get("/readyz");
@@ -278,14 +273,14 @@ fn assert_allowed(reply: &Reply, origin: &str) {
 }
 
 /// Sends these header lines unchanged.
-fn raw(server: &Server, lines: &str) -> Reply {
+fn raw(server: &Endpoint, lines: &str) -> Reply {
     Pending::send(server.address, format!("{lines}\r\n\r\n").as_bytes()).reply()
 }
 
 #[test]
 fn requests_for_foreign_host_names_return_403() {
-    let server = serve("cors_origins = []");
-    let post = |server: &Server, host: &str| {
+    let server = shared("cors_origins = []");
+    let post = |server: &Endpoint, host: &str| {
         let body = json!({"code": "echo hello"}).to_string();
         let head = format!(
             "POST /coderunner HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}\r\nSec-Fetch-Site: same-origin\r\n\
@@ -303,9 +298,8 @@ fn requests_for_foreign_host_names_return_403() {
     for host in ["localhost", "127.0.0.1:8080", "[::1]", "LOCALHOST."] {
         assert_eq!(post(&server, host).answer(), Answer::ran("hello\n"), "{host}");
     }
-    server.stop();
     for config in ["allowed_hosts = [\"runner.example\"]", "allowed_hosts = [\"*\"]", "listen = \"0.0.0.0:0\""] {
-        let server = Server::launch(Options { languages: &["bash"], containers: 1, config, ..Options::default() });
+        let server = Server::launch(options(config));
         let healthz = |host: &str| raw(&server, &format!("GET /healthz HTTP/1.1\r\nHost: {host}")).status;
         assert_eq!((healthz("runner.example:443"), healthz("localhost")), (200, 200), "{config}");
         assert_eq!(healthz("evil.example"), if config.contains("runner") { 403 } else { 200 }, "{config}");
@@ -315,18 +309,17 @@ fn requests_for_foreign_host_names_return_403() {
 
 #[test]
 fn host_header_must_be_single_and_valid() {
-    let server = serve("");
+    let server = shared("");
     let twice = raw(&server, "GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: localhost");
     assert_refused(&twice, 400, &["Host"]);
     assert_refused(&raw(&server, "GET /healthz HTTP/1.1"), 400, &["Host"]);
     assert_refused(&raw(&server, "GET /healthz HTTP/1.1\r\nHost: a@localhost"), 400, &["Host"]);
     assert_eq!(raw(&server, "GET /healthz HTTP/1.0").status, 200);
-    server.stop();
 }
 
 #[test]
 fn oversized_bodies_are_refused_before_they_are_sent() {
-    let server = serve("");
+    let server = shared("");
     let expects = ("Expect", "100-continue");
     let asked = head("POST", "/coderunner", &[JSON, expects], 10 << 20);
     // The answer is 413 instead of `100 Continue`, and the client never sends the body.
@@ -342,24 +335,22 @@ fn oversized_bodies_are_refused_before_they_are_sent() {
     request.send_more(body.as_bytes());
     let all = String::from_utf8(request.read_to_end()).unwrap();
     assert!(all.starts_with("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n"), "{all}");
-    server.stop();
 }
 
 #[test]
 fn oversized_request_heads_return_431() {
-    let server = serve("");
+    let server = shared("");
     for size in [40_000, 400_000, 3_000_000] {
         let line = format!("GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Long: {}", "x".repeat(size));
         assert_eq!(raw(&server, &line).status, 431, "{size}");
     }
     let many: String = (0..200).map(|number| format!("\r\nX-{number}: y")).collect();
     assert_eq!(raw(&server, &format!("GET /healthz HTTP/1.1\r\nHost: localhost{many}")).status, 431);
-    server.stop();
 }
 
 #[test]
 fn compressed_bodies_return_415() {
-    let server = serve("");
+    let server = shared("");
     let body = b"{\"code\": \"echo hello\"}";
     for coding in ["gzip", "br", "identity, gzip"] {
         let reply = server.request("POST", "/coderunner", &[JSON, ("Content-Encoding", coding)], body);
@@ -367,12 +358,11 @@ fn compressed_bodies_return_415() {
     }
     let reply = server.request("POST", "/coderunner", &[JSON, ("Content-Encoding", "identity")], body);
     assert_eq!(reply.answer(), Answer::ran("hello\n"));
-    server.stop();
 }
 
 #[test]
 fn lone_surrogates_become_the_replacement_character() {
-    let server = serve("");
+    let server = shared("");
     let post = |path: &str, body: &str| server.request("POST", path, &[JSON], body.as_bytes());
     let reply = post("/coderunner", r#"{"code": "printf '\ud83d%s\udE00' '\ud83d\ude00'", "other": "\ud800"}"#);
     assert_eq!(reply.answer(), Answer::ran("\u{fffd}😀\u{fffd}"));
@@ -381,12 +371,11 @@ fn lone_surrogates_become_the_replacement_character() {
     assert_eq!(post("/api/v2/execute", body).json()["run"]["stdout"], "\u{fffd}\u{fffd}\n");
     let body = r#"{"language": "bash", "files": [{"content": "cat"}], "inputs": [{"stdin": "a\ud83d", "expected_output": "a\ud83d"}]}"#;
     assert_eq!(post("/api/v2/batch", body).json()["passed"], true);
-    server.stop();
 }
 
 #[test]
 fn error_messages_state_sizes_and_times_and_are_short() {
-    let server = serve("");
+    let server = shared("");
     let execute = |body: Value| server.request("POST", "/api/v2/execute", &[JSON], body.to_string().as_bytes());
     let large = json!({"language": "bash", "version": "*", "files": [{"content": "#".repeat(70_000)}]});
     assert_refused(&execute(large), 413, &["the files together are too large: 700", "at most 65536"]);
@@ -398,12 +387,11 @@ fn error_messages_state_sizes_and_times_and_are_short() {
     let reply = execute(unknown);
     assert_refused(&reply, 400, &["runtime is unknown"].map(|_| "\u{1}"));
     assert!(reply.body.len() < 8000, "{} bytes", reply.body.len());
-    server.stop();
 }
 
 #[test]
 fn preflight_allows_requested_headers_and_answers_vary_by_origin() {
-    let server = serve("");
+    let server = shared("");
     let preflight = [
         ("Origin", "https://example.org"),
         ("Access-Control-Request-Method", "POST"),
@@ -417,9 +405,8 @@ fn preflight_allows_requested_headers_and_answers_vary_by_origin() {
     let other = [("Origin", "https://example.org"), ("Access-Control-Request-Method", "PUT")];
     let reply = server.request("OPTIONS", "/coderunner", &other, b"");
     assert_eq!((reply.status, reply.header("access-control-allow-methods")), (200, Some("POST")));
-    server.stop();
 
-    let server = serve("cors_origins = [\"https://one.example\"]");
+    let server = shared("cors_origins = [\"https://one.example\"]");
     for origin in ["https://one.example", "https://other.example"] {
         let headers = [JSON, ("Origin", origin)];
         let reply = server.request("POST", "/coderunner", &headers, b"{\"code\": \"echo hello\"}");
@@ -430,12 +417,11 @@ fn preflight_allows_requested_headers_and_answers_vary_by_origin() {
         403,
         &["https://other.example", "cors_origins"],
     );
-    server.stop();
 }
 
 #[test]
 fn client_errors_never_return_5xx() {
-    let server = serve("");
+    let server = shared("");
     let names: Vec<Value> =
         (0..100).map(|n| json!({"name": format!("{}{n}", "\u{1}".repeat(250)), "content": ""})).collect();
     let program = json!({"language": "bash", "version": "*", "files": names, "args": ["\u{1}".repeat(16_000)]});
@@ -460,5 +446,4 @@ fn client_errors_never_return_5xx() {
             }
         }
     }
-    server.stop();
 }

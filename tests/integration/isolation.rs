@@ -4,6 +4,7 @@
 use crate::client::Answer;
 use crate::harness::{Options, Server, code};
 use crate::leftovers::podman;
+use crate::shared::Shared;
 
 fn serve(engine: &str, containers: usize) -> Server {
     Server::start(Options {
@@ -44,7 +45,7 @@ fn is_refusal(line: &str) -> bool {
 }
 
 fn only_three_directories_are_writable(engine: &str) {
-    let server = serve(engine, 1);
+    let server = Shared::patient(engine, "python");
     let probe = "
         import os
 
@@ -73,11 +74,10 @@ fn only_three_directories_are_writable(engine: &str) {
                 pass
     ";
     assert_eq!(server.run(&code(probe)), Answer::ran("['/dev/shm', '/tmp', '/work']\n"));
-    server.stop();
 }
 
 fn there_is_no_network(engine: &str) {
-    let server = serve(engine, 1);
+    let server = Shared::patient(engine, "python");
     let probe = format!(
         "
         import os, socket
@@ -106,11 +106,10 @@ fn there_is_no_network(engine: &str) {
     // The /sys of the direct engine shows no network interfaces at all.
     let interfaces = if engine == "podman" { "['lo']" } else { "[]" };
     assert_eq!(server.run(&code(&probe)), Answer::ran(&format!("{interfaces}\nno names\n")));
-    server.stop();
 }
 
 fn only_unix_sockets_can_be_created(engine: &str) {
-    let server = serve(engine, 1);
+    let server = Shared::patient(engine, "python");
     // AF_VSOCK ignores network namespaces and would reach the hypervisor; other families are old and little tested.
     let probe = "
         import socket
@@ -126,11 +125,10 @@ fn only_unix_sockets_can_be_created(engine: &str) {
         print(set(made) == {socket.AF_UNIX})
     ";
     assert_eq!(server.run(&code(probe)), Answer::ran("True\n"));
-    server.stop();
 }
 
 fn programs_have_no_privileges_and_cannot_gain_any(engine: &str) {
-    let server = serve(engine, 1);
+    let server = Shared::patient(engine, "python");
     let probe = "
         import os
         print(os.getresuid() == os.getresgid(), min(os.getresuid()) >= 10000, os.getgroups())
@@ -151,11 +149,10 @@ fn programs_have_no_privileges_and_cannot_gain_any(engine: &str) {
     for line in tried.lines() {
         assert!(is_refusal(line), "{line}");
     }
-    server.stop();
 }
 
 fn dangerous_system_calls_are_refused(engine: &str) {
-    let server = serve(engine, 1);
+    let server = Shared::patient(engine, "python");
     // Calls by number, on x86-64 and on other architectures. A refusal is EPERM or ENOSYS.
     let probe = "
         import ctypes, os, platform
@@ -194,11 +191,10 @@ fn dangerous_system_calls_are_refused(engine: &str) {
         print('end')
     ";
     assert_eq!(server.run(&[TRIED, &code(probe)].concat()), Answer::ran("end\n"));
-    server.stop();
 }
 
 fn programs_cannot_reach_init_or_the_job_directory(engine: &str) {
-    let server = serve(engine, 1);
+    let server = Shared::patient(engine, "python");
     let probe = "
         import os, resource, signal
         for name in 'environ', 'maps', 'mem', 'auxv', 'io', 'stack', 'syscall':
@@ -223,11 +219,10 @@ fn programs_cannot_reach_init_or_the_job_directory(engine: &str) {
     for line in tried.lines() {
         assert!(is_refusal(line), "{line}");
     }
-    server.stop();
 }
 
 fn programs_inherit_only_three_pipes(engine: &str) {
-    let server = serve(engine, 1);
+    let server = Shared::patient(engine, "python");
     let probe = "
         import os, stat
         kinds = []
@@ -243,7 +238,6 @@ fn programs_inherit_only_three_pipes(engine: &str) {
         server.run(&[TRIED, &code(probe)].concat()),
         Answer::ran("[(0, True), (1, True), (2, True)] True /work\nterminal ENXIO\n")
     );
-    server.stop();
 }
 
 fn programs_do_not_see_the_environment_of_the_server(engine: &str) {

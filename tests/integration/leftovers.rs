@@ -9,8 +9,10 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
+use serde_json::Value;
 
 use crate::harness::{eventually, eventually_none, output};
+use crate::shared;
 
 /// Runs podman and returns its stdout; panics if it fails.
 pub fn podman(args: &[&str]) -> String {
@@ -190,8 +192,10 @@ pub fn rename(args: &[&str]) -> Output {
 
 /// Removes the names under which the instance keeps its images; the instance does not start again.
 fn remove_image_names(instance: &str) {
-    for name in image_names(instance) {
-        let _ = rename(&["rmi", "--", &name]);
+    let names = image_names(instance);
+    if !names.is_empty() && !shared::remove_at_end(&names) {
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let _ = rename(&[&["rmi", "--"], &names[..]].concat());
     }
 }
 
@@ -200,15 +204,21 @@ fn storage() -> PathBuf {
     PathBuf::from(std::env::var_os("HOME").unwrap()).join(".local/share/containers/storage")
 }
 
-/// The names under which the instance keeps its images.
+/// The names under which the instance keeps its images. Reads podman's list of images, because calling podman is slow.
 pub fn image_names(instance: &str) -> Vec<String> {
     let tag = blake3::hash(instance.as_bytes()).to_hex()[..12].to_owned();
     let known = fs::read_to_string(storage().join("overlay-images/images.json"));
-    if known.is_ok_and(|names| !names.contains(&tag)) {
-        return Vec::new();
-    }
+    let known: Option<Value> = known.ok().and_then(|known| known.parse().ok());
     let ours = ["current", "old"].map(|kind| format!("localhost/coderunner-{kind}:{tag}-"));
-    let mut names = list(&["images", "--format", "{{.Repository}}:{{.Tag}}"]);
+    let mut names = match &known {
+        Some(known) => {
+            let images = known.as_array().expect("an array of images").iter();
+            let names = images.filter_map(|image| image["names"].as_array()).flatten().filter_map(Value::as_str);
+            names.map(str::to_owned).collect()
+        }
+        // Another storage driver than overlay.
+        None => list(&["images", "--format", "{{.Repository}}:{{.Tag}}"]),
+    };
     names.retain(|name| ours.iter().any(|prefix| name.starts_with(prefix)));
     names
 }

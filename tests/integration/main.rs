@@ -41,5 +41,6 @@ mod reload;
 #[path = "../security/mod.rs"]
 mod security;
 mod settings;
+mod shared;
 mod shutdown;
 mod soak;

@@ -1,17 +1,15 @@
 //! Piston's API: requests and answers, refused requests, and the additional fields.
 
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 use crate::client::Reply;
-use crate::harness::{Options, Server, clients, run_program};
+use crate::harness::{Endpoint, Options, Server, clients, run_program};
+use crate::shared::Shared;
 
 const JSON: (&str, &str) = ("Content-Type", "application/json");
 
-fn serve(languages: &[&str], config: &str) -> Server {
-    Server::start(Options { languages, config, ..Options::default() })
-}
-
-fn execute(server: &Server, body: &Value) -> Reply {
+fn execute(server: &Endpoint, body: &Value) -> Reply {
     server.request("POST", "/api/v2/execute", &[JSON], body.to_string().as_bytes())
 }
 
@@ -43,7 +41,7 @@ fn assert_refused(reply: &Reply, status: u16, words: &[&str]) {
 
 #[test]
 fn runtimes_lists_the_configured_languages() {
-    let server = serve(&["python", "bash"], "");
+    let server = Shared::start(&["python", "bash"], "");
     for path in ["/api/v2/runtimes", "/api/v2/runtimes/"] {
         let reply = server.get(path);
         assert_eq!(reply.status, 200);
@@ -53,12 +51,11 @@ fn runtimes_lists_the_configured_languages() {
         ]);
         assert_eq!(reply.json(), expected);
     }
-    server.stop();
 }
 
 #[test]
 fn execute_runs_a_program_with_files_stdin_and_arguments() {
-    let server = serve(&["bash"], "");
+    let server = Shared::start(&["bash"], "");
     let code = "cat; cat lib/one lib/two; echo \"$# $1 $2\"; echo wrong >&2; exit 3";
     let body = json!({
         "language": "sh", "version": "5.x", "stdin": "typed ", "args": ["a b", ""], "unknown": [],
@@ -81,12 +78,11 @@ fn execute_runs_a_program_with_files_stdin_and_arguments() {
     assert_eq!((&answer["verdict"], &answer["truncated"]), (&json!("runtime_error"), &json!(false)));
     assert_eq!((&run["stdout_bytes"], &run["stderr_bytes"]), (&json!(21), &json!(6)));
     assert!(run["wall_time"].as_u64() > Some(0) && run["memory"].as_u64() > Some(0), "{run}");
-    server.stop();
 }
 
 #[test]
 fn compile_and_run_are_separate_stages() {
-    let server = serve(&["c"], "");
+    let server = Shared::start(&["c"], "");
     let code = "#include \"n.h\"\n#include <stdio.h>\nint main(void) { printf(\"%d\\n\", N); return 0; }\n";
     let body = json!({"language": "c", "version": "*", "files": [
         {"name": "anything", "content": code}, {"name": "n.h", "content": "#define N 42\n"}]});
@@ -98,12 +94,11 @@ fn compile_and_run_are_separate_stages() {
     assert_eq!((&answer["verdict"], answer.get("run")), (&json!("compile_error"), None));
     assert!(answer["compile"]["code"].as_i64() > Some(0), "{answer}");
     assert!(answer["compile"]["stderr"].as_str().unwrap().contains('x'), "{answer}");
-    server.stop();
 }
 
 #[test]
 fn status_says_how_the_program_ended() {
-    let server = serve(&["bash"], "limits = { output = \"1KiB\", output_total = \"64KiB\" }");
+    let server = Shared::start(&["bash"], "limits = { output = \"1KiB\", output_total = \"64KiB\" }");
     let ended = |code: &str, field: &str, value: Value| {
         let answer = assert_ok(&execute(&server, &with(program("bash", code), field, value)));
         let run = &answer["run"];
@@ -122,12 +117,11 @@ fn status_says_how_the_program_ended() {
     assert_eq!(run["stdout"].as_str().unwrap().len(), 1024);
     let (status, ..) = ended("while :; do echo 0123456789 >&2; done", "args", json!([]));
     assert_eq!(status, json!("EL"));
-    server.stop();
 }
 
 #[test]
 fn lower_memory_limit_is_enforced_on_any_host() {
-    let server = serve(&["python"], "");
+    let server = Shared::start(&["python"], "");
     let code = "import time\nx = bytearray(100_000_000)\nprint('had it', flush=True)\ntime.sleep(20)\n";
     let body = with(program("python", code), "run_memory_limit", 50_000_000);
     let answer = assert_ok(&execute(&server, &body));
@@ -136,12 +130,12 @@ fn lower_memory_limit_is_enforced_on_any_host() {
     let code = "x = bytearray(100_000_000)\nprint('had it')\n";
     let answer = assert_ok(&execute(&server, &with(program("python", code), "run_memory_limit", 300_000_000)));
     assert_eq!((&answer["verdict"], &answer["run"]["stdout"]), (&json!("ok"), &json!("had it\n")));
-    server.stop();
 }
 
 #[test]
 fn invalid_requests_return_400() {
-    let server = serve(&["bash"], "source_limit = \"4KiB\"\nlimits = { run_time = \"5s\", memory = \"64MiB\" }");
+    let config = "source_limit = \"4KiB\"\nlimits = { run_time = \"5s\", memory = \"64MiB\" }";
+    let server = Server::start(Options { languages: &["bash"], config, ..Options::default() });
     let base = || program("bash", "echo hello");
     for field in ["run_timeout", "compile_timeout", "run_cpu_time", "compile_cpu_time"] {
         for value in [json!(0), json!(-1), json!(10_000_000), json!(1e300)] {
@@ -189,7 +183,7 @@ fn invalid_requests_return_400() {
 
 #[test]
 fn cached_answers_are_marked_and_no_cache_runs_anew() {
-    let server = serve(&["bash"], "");
+    let server = Shared::start(&["bash"], "");
     let body = program("bash", "cat /proc/sys/kernel/random/uuid").to_string();
     let ask = |headers: &[(&str, &str)]| {
         let headers = [headers, &[JSON]].concat();
@@ -206,29 +200,28 @@ fn cached_answers_are_marked_and_no_cache_runs_anew() {
     assert_ne!(fresh["run"]["stdout"], first["run"]["stdout"]);
     // It replaces the previous answer in the cache.
     assert_eq!(ask(&[])["run"]["stdout"], fresh["run"]["stdout"]);
-    server.stop();
 }
 
 #[test]
 fn aiopyston_works_unmodified() {
-    let server = serve(&["python", "c"], "");
+    let server = Shared::start(&["python", "c"], "");
     server.wait_each_ready();
-    let script = server.files().dir().join("aiopyston.py");
+    let dir = TempDir::with_prefix("coderunner-test-").unwrap();
+    let script = dir.path().join("aiopyston.py");
     std::fs::write(&script, include_str!("clients/aiopyston.py")).unwrap();
     let url = format!("http://{}/api/v2/", server.address);
     let output = run_program(&format!("{}/python/bin/python", clients()), &[script.to_str().unwrap(), &url]);
     assert!(output.contains("all checks passed"), "{output}");
-    server.stop();
 }
 
 #[test]
 fn piston_client_works_unmodified() {
-    let server = serve(&["python", "c"], "");
+    let server = Shared::start(&["python", "c"], "");
     server.wait_each_ready();
-    let script = server.files().dir().join("piston-client.mjs");
+    let dir = TempDir::with_prefix("coderunner-test-").unwrap();
+    let script = dir.path().join("piston-client.mjs");
     std::fs::write(&script, include_str!("clients/piston-client.mjs")).unwrap();
     let url = format!("http://{}", server.address);
     let output = run_program("node", &[script.to_str().unwrap(), &url, &format!("{}/node", clients())]);
     assert!(output.contains("all checks passed"), "{output}");
-    server.stop();
 }

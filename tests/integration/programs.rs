@@ -2,6 +2,7 @@
 
 use crate::client::Answer;
 use crate::harness::{Options, Server};
+use crate::shared::Shared;
 
 /// A language whose programs print their own source unchanged.
 const VERBATIM: &str = r#"
@@ -12,27 +13,26 @@ const VERBATIM: &str = r#"
     health = { code = "hello", output = "hello" }
 "#;
 
-fn serve<'a>(language: &'a [&'a str]) -> Server {
-    Server::start(Options { languages: language, ..Options::default() })
+fn shared(language: &str) -> Shared {
+    Shared::start(&[language], "")
 }
 
 #[test]
 fn hello_runs_in_each_local_language() {
     let hello = [
-        (["c"], "#include <stdio.h>\nint main(void) { puts(\"hello\"); return 0; }\n"),
-        (["python"], "print('hello')"),
-        (["bash"], "echo hello"),
+        ("c", "#include <stdio.h>\nint main(void) { puts(\"hello\"); return 0; }\n"),
+        ("python", "print('hello')"),
+        ("bash", "echo hello"),
     ];
     for (language, code) in hello {
-        let server = serve(&language);
-        assert_eq!(server.run(code), Answer::ran("hello\n"), "{language:?}");
-        server.stop();
+        assert_eq!(shared(language).run(code), Answer::ran("hello\n"), "{language}");
     }
 }
 
 #[test]
 fn source_files_arrive_unchanged() {
-    let server = Server::start(Options { languages: &["verbatim"], config: VERBATIM, ..Options::default() });
+    let server =
+        Server::start(Options { languages: &["verbatim"], containers: 1, config: VERBATIM, ..Options::default() });
     // 64 KiB is the default limit of a source; escaped as JSON it is much longer.
     let large: String = "\u{1}é€🦀\\\"\n".chars().cycle().take(65_536).collect();
     let large = &large[..(0..=65_536).rev().find(|&at| large.is_char_boundary(at)).unwrap()];
@@ -57,7 +57,7 @@ fn source_files_arrive_unchanged() {
 
 #[test]
 fn source_that_does_not_compile_is_not_run() {
-    let server = serve(&["c"]);
+    let server = shared("c");
     let answer = server.run("int main(void) { return missing; }\n");
     assert_eq!(answer.status, 0);
     assert!(answer.compile_output.contains("main.c:1:"), "{answer:?}");
@@ -66,21 +66,20 @@ fn source_that_does_not_compile_is_not_run() {
     let answer = server.run("");
     assert_eq!((answer.status, answer.run_output.as_str()), (0, ""), "there is no main: {answer:?}");
     assert_ne!(answer.compile_output, "");
-    server.stop();
 }
 
 #[test]
 fn compiler_warnings_are_returned_with_the_program_output() {
-    let server = serve(&["c"]);
+    let server = shared("c");
     let answer = server.run("int main(void) { puts(\"ran\"); return 0; }\n");
     assert_eq!((answer.status, answer.run_output.as_str()), (1, "ran\n"), "{answer:?}");
     assert!(answer.compile_output.contains("warning"), "{answer:?}");
-    server.stop();
 }
 
 #[test]
 fn silent_compiler_without_artifact_counts_as_failed() {
     let server = Server::start(Options {
+        containers: 1,
         // Imitates a compiler that exits with 0 although linking failed.
         config: r#"
             [language.c]
@@ -99,27 +98,25 @@ fn silent_compiler_without_artifact_counts_as_failed() {
 
 #[test]
 fn failing_programs_keep_their_output() {
-    let server = serve(&["bash"]);
+    let server = shared("bash");
     // 125, 126 and 127 are podman's own codes.
     for code in [0, 1, 3, 125, 126, 127, 137, 255] {
         assert_eq!(server.run(&format!("echo before; exit {code}")), Answer::ran("before\n"), "exit code {code}");
     }
-    server.stop();
 }
 
 #[test]
 fn uncaught_exceptions_appear_in_the_output() {
-    let server = serve(&["python"]);
+    let server = shared("python");
     let answer = server.run("print('so far')\nraise ValueError('boom')\n");
     assert_eq!((answer.status, answer.compile_output.as_str()), (1, ""));
     assert!(answer.run_output.starts_with("so far\nTraceback"), "{answer:?}");
     assert!(answer.run_output.ends_with("\nValueError: boom\n"), "{answer:?}");
-    server.stop();
 }
 
 #[test]
 fn death_by_signal_is_reported() {
-    let server = serve(&["c"]);
+    let server = shared("c");
     let end = |how: &str| {
         server.run(&format!(
             "#include <stdio.h>\n#include <stdlib.h>\n#include <signal.h>\n\
@@ -132,29 +129,26 @@ fn death_by_signal_is_reported() {
     assert_eq!(end("abort()"), ended("6 (SIGABRT)"));
     // Not mistaken for a kill by the server.
     assert_eq!(end("raise(SIGKILL)"), ended("9 (SIGKILL)"));
-    server.stop();
 }
 
 #[test]
 fn stdout_and_stderr_keep_write_order() {
-    let server = serve(&["bash"]);
+    let server = shared("bash");
     let code = "for n in 1 2 3; do echo out $n; echo err $n >&2; done";
     let expected = "out 1\nerr 1\nout 2\nerr 2\nout 3\nerr 3\n";
     assert_eq!(server.run(code), Answer::ran(expected));
-    server.stop();
 }
 
 #[test]
 fn standard_streams_can_be_opened_by_path() {
-    let server = serve(&["bash"]);
+    let server = shared("bash");
     let code = "echo out >/dev/stdout; echo err >/dev/stderr; cat </dev/stdin; echo three >/proc/self/fd/2";
     assert_eq!(server.run(code), Answer::ran("out\nerr\nthree\n"));
-    server.stop();
 }
 
 #[test]
 fn arbitrary_output_bytes_become_valid_text() {
-    let server = serve(&["bash"]);
+    let server = shared("bash");
     assert_eq!(
         server.run(r"printf '\xff\xfe|\0|\x1b[31mred\x1b]0;title\x07|\xe2\x82'"),
         Answer::ran("\u{fffd}\u{fffd}|\0|\u{1b}[31mred\u{1b}]0;title\u{7}|\u{fffd}")
@@ -164,13 +158,16 @@ fn arbitrary_output_bytes_become_valid_text() {
     // Output that looks like part of the answer has no effect.
     let framing = "{\"status\": 0}\r\n\r\nHTTP/1.1 500 no\r\n";
     assert_eq!(server.run(&format!("printf '%s' '{framing}'")), Answer::ran(framing));
-    server.stop();
 }
 
 #[test]
 fn output_is_truncated_between_characters() {
-    let server =
-        Server::start(Options { languages: &["bash"], config: "[limits]\noutput = \"10B\"", ..Options::default() });
+    let server = Server::start(Options {
+        languages: &["bash"],
+        containers: 1,
+        config: "[limits]\noutput = \"10B\"",
+        ..Options::default()
+    });
     assert_eq!(server.run("printf '€€€€'"), Answer::ran("€€€\ncoderunner: output cut: 10 of 12 bytes shown\n"));
     assert_eq!(server.run("printf 0123456789"), Answer::ran("0123456789"));
     server.stop();
@@ -178,27 +175,29 @@ fn output_is_truncated_between_characters() {
 
 #[test]
 fn standard_input_is_empty() {
-    let server = serve(&["bash"]);
+    let server = shared("bash");
     assert_eq!(server.run("read -r line && echo got; echo end"), Answer::ran("end\n"));
     assert_eq!(server.run("wc -c"), Answer::ran("0\n"));
-    server.stop();
 }
 
 #[test]
 fn programs_start_with_default_signal_handling() {
-    let server = serve(&["bash"]);
+    let server = shared("bash");
     let ignored = server.run("grep -E '^Sig(Ign|Blk)' /proc/self/status");
     assert_eq!(ignored, Answer::ran("SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n"));
     // SIGPIPE kills `yes` silently when `head` exits.
     assert_eq!(server.run("yes | head -n 1"), Answer::ran("y\n"));
-    server.stop();
 }
 
 #[test]
 fn end_of_long_output_is_never_lost() {
     // podman sometimes loses the end of a stream; the server's pipes do not go through podman.
-    let server =
-        Server::start(Options { languages: &["bash"], config: "[limits]\noutput = \"1MiB\"", ..Options::default() });
+    let server = Server::start(Options {
+        languages: &["bash"],
+        containers: 1,
+        config: "[limits]\noutput = \"1MiB\"",
+        ..Options::default()
+    });
     for round in 0..10 {
         let code = format!("for n in $(seq 50); do seq {round} 1500; done");
         let once: String = (round..=1500).map(|n| format!("{n}\n")).collect();

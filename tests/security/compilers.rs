@@ -4,8 +4,10 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use super::{attack, serve};
+use super::{attack, attack_at_once, serve};
+use crate::client::Answer;
 use crate::harness::{PATIENCE, code};
+use crate::shared::Shared;
 
 on_each_engine! {
     compiler_cannot_read_files_of_the_host
@@ -29,10 +31,20 @@ const SHELL: &str = r#"
     health = { code = "printf '#!/bin/sh\\necho made\\n' >out; chmod +x out", output = "made\n" }
 "#;
 
+/// How many attacks run at once, to save neighbours. With a neighbour they need all containers of a shared server.
+const AT_ONCE: usize = 3;
+
+/// The server of all attacks in [`SHELL`].
+fn shell(engine: &str) -> Shared {
+    Shared::start(&["made"], &format!("engine = \"{engine}\"\n{SHELL}"))
+}
+
 fn compiler_cannot_read_files_of_the_host(engine: &str) {
-    let server = serve(engine, "c", "");
-    for file in ["/proc/1/environ", "/job/main.c", "/proc/1/maps", "/etc/shadow", "/proc/kcore", "/dev/mem"] {
-        let answer = attack(&server, "c", &format!("#include \"{file}\"\nint main(void) {{ return 0; }}\n"));
+    let server = Shared::patient(engine, "c");
+    let files = ["/proc/1/environ", "/job/main.c", "/proc/1/maps", "/etc/shadow", "/proc/kcore", "/dev/mem"];
+    let sources = files.map(|file| format!("#include \"{file}\"\nint main(void) {{ return 0; }}\n"));
+    let answers = sources.chunks(AT_ONCE).flat_map(|sources| attack_at_once(&server, "c", sources));
+    for (file, answer) in files.iter().zip(answers) {
         assert_eq!((answer.status, answer.run_output.as_str()), (0, ""), "{file}");
         assert!(answer.compile_output.ends_with(&format!("error: include file '{file}' not found\n")), "{answer:?}");
     }
@@ -41,18 +53,20 @@ fn compiler_cannot_read_files_of_the_host(engine: &str) {
     let own_line =
         users.lines().find(|line| line.split(':').nth(2) == Some(&nix::unistd::getuid().to_string())).unwrap();
     let name = own_line.split(':').next().unwrap();
-    for file in ["/etc/passwd", "/proc/self/environ", "/proc/version"] {
-        let answer = attack(&server, "c", &format!("#include \"{file}\"\n"));
+    let files = ["/etc/passwd", "/proc/self/environ", "/proc/version"];
+    let answers = attack_at_once(&server, "c", &files.map(|file| format!("#include \"{file}\"\n")));
+    for (file, answer) in files.iter().zip(answers) {
         assert_eq!((answer.status, answer.run_output.as_str()), (0, ""), "{file}");
         assert!(!answer.compile_output.contains(name), "{file}: {answer:?}");
     }
     let incbin = "__asm__(\".incbin \\\"/proc/1/environ\\\"\");\nint main(void) { return 0; }\n";
     assert_eq!(attack(&server, "c", incbin).status, 0);
-    server.stop();
 }
 
 fn expensive_sources_are_cut_off_by_limits(engine: &str) {
-    let server = serve(engine, "c", "[limits]\ncompile_time = \"3s\"\noutput_total = \"1MiB\"\ndisk = \"16MiB\"");
+    const LIMITS: &str =
+        "[limits]\ncompile_time = \"3s\"\ncompile_cpu_time = \"1s\"\noutput_total = \"1MiB\"\ndisk = \"16MiB\"";
+    let server = serve(engine, "c", LIMITS);
     let doubling: String = (1..64).map(|n| format!("#define M{n} M{m} M{m}\n", m = n - 1)).collect();
     let sources = [
         ("macros", format!("#define M0 0,\n{doubling}int x[] = {{ M63 }};\nint main(void) {{ return 0; }}\n")),
@@ -78,7 +92,7 @@ fn expensive_sources_are_cut_off_by_limits(engine: &str) {
 }
 
 fn compiler_is_confined_like_the_program(engine: &str) {
-    let server = serve(engine, "made", SHELL);
+    let server = shell(engine);
     // The same script runs as compiler and as program; both must see the same.
     let look = r#"
         look() {
@@ -97,31 +111,30 @@ fn compiler_is_confined_like_the_program(engine: &str) {
     assert_eq!(answer.status, 1, "{answer:?}");
     assert!(answer.run_output.contains("NoNewPrivs:\t1"), "{answer:?}");
     assert_eq!(answer.compile_output, answer.run_output);
-    server.stop();
 }
 
 fn artifact_is_run_only_if_it_is_a_regular_program(engine: &str) {
-    let server = serve(engine, "made", SHELL);
-    let run = |script: &str| attack(&server, "made", script);
+    let server = shell(engine);
+    let run = |scripts: &[&str]| -> Vec<Answer> {
+        scripts.chunks(AT_ONCE).flat_map(|scripts| attack_at_once(&server, "made", scripts)).collect()
+    };
     // The artifact is missing or not a regular file.
-    for script in
-        ["true", "mkdir out", "mkfifo out", "ln -s /bin/sh out", "ln -s out out", "ln -s /run/coderunner-init out"]
-    {
-        let answer = run(script);
+    let scripts =
+        ["true", "mkdir out", "mkfifo out", "ln -s /bin/sh out", "ln -s out out", "ln -s /run/coderunner-init out"];
+    for (script, answer) in scripts.iter().zip(run(&scripts)) {
         assert_eq!((answer.status, answer.run_output.as_str()), (0, ""), "{script}: {answer:?}");
         assert!(answer.compile_output.contains("coderunner: the compiler made no program"), "{script}: {answer:?}");
     }
     // An artifact that cannot be started is an error of the program.
-    for script in [">out", "echo x >out; chmod 0 out", "echo '#!/x' >out; chmod +x out"] {
-        let answer = run(script);
+    let scripts = [">out", "echo x >out; chmod 0 out", "echo '#!/x' >out; chmod +x out"];
+    for (script, answer) in scripts.iter().zip(run(&scripts)) {
         assert_eq!(answer.status, 1, "{script}: {answer:?}");
         assert!(answer.run_output.contains("cannot start"), "{script}: {answer:?}");
     }
     // Processes that the compiler started are killed before the program runs, and do not delay it.
     let daemon = "(trap '' TERM HUP; while :; do sleep 50; done) & setsid sleep 50 &\n\
                   printf '#!/bin/sh\\nps | grep -c [s]leep\\n' >out; chmod +x out";
-    assert_eq!(run(daemon).run_output, "0\n");
-    server.stop();
+    assert_eq!(run(&[daemon])[0].run_output, "0\n");
 }
 
 /// An ELF executable of these program headers, each of a type, an offset and a size.
@@ -145,7 +158,7 @@ fn elf(headers: &[(u32, u64, u64)], rest: &[u8]) -> Vec<u8> {
 fn malformed_artifacts_never_cause_server_errors(engine: &str) {
     const LOAD: u32 = 1;
     const INTERPRETER: u32 = 3;
-    let server = serve(engine, "made", SHELL);
+    let server = shell(engine);
     let name = |name: &str| elf(&[(INTERPRETER, 120, name.len() as u64 + 1)], &[name.as_bytes(), b"\0"].concat());
     let elves = [
         ("an interpreter beyond the end", elf(&[(INTERPRETER, 1 << 40, 20)], b"")),
@@ -170,10 +183,18 @@ fn malformed_artifacts_never_cause_server_errors(engine: &str) {
     let scripts = scripts.iter().map(|interpreter| format!("#!{interpreter}\n"));
     let long = [format!("#!/{}\n", "x".repeat(300)), format!("#!{}\n", "/x".repeat(3000)), "#!".into()];
     let scripts = scripts.chain(long).map(|text| (text.trim_end().to_owned(), text.into_bytes()));
-    for (what, artifact) in elves.into_iter().map(|(what, elf)| (what.to_owned(), elf)).chain(scripts) {
-        let octal: String = artifact.iter().map(|byte| format!("\\{byte:03o}")).collect();
-        let script = format!("mkfifo fifo; ln -s loop loop; printf '{octal}' >out; chmod +x out\n");
-        let answer = attack(&server, "made", &script);
+    let artifacts: Vec<(String, String)> = elves
+        .into_iter()
+        .map(|(what, elf)| (what.to_owned(), elf))
+        .chain(scripts)
+        .map(|(what, artifact)| {
+            let octal: String = artifact.iter().map(|byte| format!("\\{byte:03o}")).collect();
+            (what, format!("mkfifo fifo; ln -s loop loop; printf '{octal}' >out; chmod +x out\n"))
+        })
+        .collect();
+    let (what, sources): (Vec<String>, Vec<String>) = artifacts.into_iter().unzip();
+    let answers = sources.chunks(AT_ONCE).flat_map(|sources| attack_at_once(&server, "made", sources));
+    for (what, answer) in what.iter().zip(answers) {
         assert_eq!(answer.status, 1, "{what}: {answer:?}");
         assert!(answer.run_output.starts_with("coderunner: "), "{what}: {answer:?}");
     }
@@ -188,11 +209,10 @@ fn malformed_artifacts_never_cause_server_errors(engine: &str) {
     let full = "printf '#!/bin/sh\\necho made\\n' >out; chmod +x out\n\
                 for d in /work /tmp /dev/shm; do cat /dev/zero >$d/x; n=0; while true >$d/$n; do n=$((n+1)); done; done 2>/dev/null\ntrue\n";
     assert_eq!(attack(&server, "made", full).run_output, "made\n");
-    server.stop();
 }
 
 fn hostile_builds_copied_to_other_sandboxes_are_harmless(engine: &str) {
-    let server = serve(engine, "made", SHELL);
+    let server = shell(engine);
     // The build is copied to the other sandboxes of a batch; if that is impossible, each of them compiles.
     for left in [
         "ln -s /proc/1/environ x",
@@ -225,5 +245,4 @@ fn hostile_builds_copied_to_other_sandboxes_are_harmless(engine: &str) {
         }
     }
     assert_eq!(attack(&server, "made", "printf '#!/bin/sh\\necho made\\n' >out; chmod +x out").run_output, "made\n");
-    server.stop();
 }

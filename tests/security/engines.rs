@@ -8,8 +8,8 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::serve;
 use crate::harness::code;
+use crate::shared::Shared;
 
 /// What a program observes of its container.
 #[derive(Debug, Deserialize)]
@@ -80,11 +80,8 @@ const OBSERVE: &str = r"
 ";
 
 fn observe(engine: &str) -> Observed {
-    let server = serve(engine, "python", "");
-    let answer = server.run(&code(OBSERVE));
-    let observed = serde_json::from_str(&answer.run_output).unwrap_or_else(|error| panic!("{error}: {answer:?}"));
-    server.stop();
-    observed
+    let answer = Shared::patient(engine, "python").run(&code(OBSERVE));
+    serde_json::from_str(&answer.run_output).unwrap_or_else(|error| panic!("{error}: {answer:?}"))
 }
 
 /// The bits of a hexadecimal mask that another mask does not have.
@@ -196,9 +193,7 @@ const CALLS: &str = r#"
 #[test]
 fn direct_allows_no_system_call_that_podman_refuses() {
     let [podman, direct] = ["podman", "direct"].map(|engine| {
-        let server = serve(engine, "c", "[limits]\nrun_time = \"60s\"");
-        let answer = server.run(&code(CALLS));
-        server.stop();
+        let answer = Shared::patient(engine, "c").run(&code(CALLS));
         let line = |line: &str| -> Option<(u32, i32)> {
             let (call, how) = line.split_once(' ')?;
             Some((call.parse().ok()?, how.parse().ok()?))

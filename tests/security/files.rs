@@ -3,9 +3,9 @@
 
 use serde_json::{Value, json};
 
-use super::serve;
 use crate::client::Reply;
-use crate::harness::{Server, code};
+use crate::harness::{Endpoint, code};
+use crate::shared::Shared;
 
 on_each_engine! {
     unusual_file_names_arrive_unchanged
@@ -13,7 +13,7 @@ on_each_engine! {
 }
 
 /// Runs a program with additional files of these names.
-fn execute(server: &Server, program: &str, names: &[&str]) -> Reply {
+fn execute(server: &Endpoint, program: &str, names: &[&str]) -> Reply {
     let others = names.iter().map(|name| json!({"name": name, "content": format!("<{name}>")}));
     let files: Vec<Value> = std::iter::once(json!({"content": code(program)})).chain(others).collect();
     let body = json!({"language": "python", "version": "*", "files": files}).to_string();
@@ -21,7 +21,7 @@ fn execute(server: &Server, program: &str, names: &[&str]) -> Reply {
 }
 
 fn unusual_file_names_arrive_unchanged(engine: &str) {
-    let server = serve(engine, "python", "");
+    let server = Shared::patient(engine, "python");
     let long = "x".repeat(255);
     let names = [
         "-rf",
@@ -73,11 +73,10 @@ fn unusual_file_names_arrive_unchanged(engine: &str) {
     expected.insert("main.py".into(), json!(""));
     assert_eq!(serde_json::from_str::<Value>(found).unwrap(), Value::Object(expected));
     assert_eq!(tmp, "[]");
-    server.stop();
 }
 
 fn escaping_file_names_are_refused(engine: &str) {
-    let server = serve(engine, "python", "");
+    let server = Shared::patient(engine, "python");
     let (long, longer, deep) = ("x".repeat(256), "x".repeat(4096), "d/".repeat(1000) + "x");
     for names in [
         &["/etc/passwd"][..],
@@ -108,5 +107,4 @@ fn escaping_file_names_are_refused(engine: &str) {
     }
     let answer = execute(&server, "print('it ran')", &["x/y", "x/z"]).json();
     assert_eq!(answer["run"]["stdout"], "it ran\n", "{answer}");
-    server.stop();
 }

@@ -2,8 +2,9 @@
 
 use serde_json::json;
 
-use super::{assert_prints, serve};
-use crate::harness::{code, eventually, marked_seconds};
+use super::assert_prints;
+use crate::harness::{Endpoint, code, eventually, marked_seconds};
+use crate::shared::Shared;
 
 on_each_engine! {
     filter_allows_only_unix_sockets
@@ -43,7 +44,7 @@ fn filter_allows_only_unix_sockets(engine: &str) {
         print(pipe.recv())
     ";
     let printed = "b'local'\nb'asyncio\\n'\nmultiprocessing\n";
-    assert_prints(engine, "python", "", families, printed);
+    assert_prints(engine, "python", families, printed);
 }
 
 fn x32_and_32_bit_system_calls_are_refused(engine: &str) {
@@ -79,7 +80,7 @@ fn x32_and_32_bit_system_calls_are_refused(engine: &str) {
             return 0;
         }
     "#;
-    assert_prints(engine, "c", "", other, "killed\n");
+    assert_prints(engine, "c", other, "killed\n");
 }
 
 fn host_wide_kernel_resources_are_refused(engine: &str) {
@@ -105,7 +106,7 @@ fn host_wide_kernel_resources_are_refused(engine: &str) {
         except OSError as error:
             print(error.strerror)
     ";
-    assert_prints(engine, "python", "", calls, "Permission denied\n");
+    assert_prints(engine, "python", calls, "Permission denied\n");
 }
 
 fn clone_cannot_create_namespaces(engine: &str) {
@@ -137,7 +138,7 @@ fn clone_cannot_create_namespaces(engine: &str) {
             return 0;
         }
     "#;
-    assert_prints(engine, "c", "", clones, "end\n");
+    assert_prints(engine, "c", clones, "end\n");
 }
 
 /// Calls that use memory outside of any cgroup, cause work on the host, or change state that containers share.
@@ -195,11 +196,11 @@ fn uncharged_memory_and_shared_state_are_refused(engine: &str) {
         SO_ATTACH_FILTER ENOPROTOOPT\nPR_SET_SECCOMP EINVAL\nPR_SET_VMA EINVAL\nMAP_HUGETLB ENOMEM\nMFD_HUGETLB EINVAL\n\
         O_DIRECT EINVAL\nF_SETFL of O_DIRECT EINVAL\nfsync done\nfdatasync done\nsyncfs done\nposix_fadvise done\n\
         readahead done\nutime of a device EROFS\noom_score_adj EACCES\ncomm EACCES\n1000\n";
-    assert_prints(engine, "python", "", calls, printed);
+    assert_prints(engine, "python", calls, printed);
 }
 
 /// Runs a C program and returns its exit code and verdict.
-fn run_c(server: &crate::harness::Server, program: &str) -> (i64, String) {
+fn run_c(server: &Endpoint, program: &str) -> (i64, String) {
     let body = json!({"language": "c", "files": [{"content": code(program)}]});
     let reply =
         server.request("POST", "/api/v2/execute", &[("Content-Type", "application/json")], body.to_string().as_bytes());
@@ -208,7 +209,7 @@ fn run_c(server: &crate::harness::Server, program: &str) -> (i64, String) {
 }
 
 fn ptrace_stop_is_not_mistaken_for_exit(engine: &str) {
-    let server = serve(engine, "c", "");
+    let server = Shared::patient(engine, "c");
     let traced = r#"
         #include <signal.h>
         #include <sys/ptrace.h>
@@ -222,11 +223,10 @@ fn ptrace_stop_is_not_mistaken_for_exit(engine: &str) {
         }
     "#;
     assert_eq!(run_c(&server, traced), (7, "runtime_error".to_owned()));
-    server.stop();
 }
 
 fn tracer_cannot_delay_the_end_of_a_stage(engine: &str) {
-    let server = serve(engine, "c", "");
+    let server = Shared::patient(engine, "c");
     let mark = marked_seconds(0);
     // The child traces its parent and never waits for it, so the exit of the parent is not reported to init.
     let held = r#"
@@ -251,7 +251,6 @@ fn tracer_cannot_delay_the_end_of_a_stage(engine: &str) {
     "#;
     let outcome = eventually("an answer", || Some(run_c(&server, &held.replace("SECONDS", &mark))));
     assert_eq!(outcome, (3, "runtime_error".to_owned()));
-    server.stop();
 }
 
 /// /proc lists a lock under the process that took it, and not at all once that process is dead, even if another process
@@ -282,7 +281,7 @@ fn number_of_clone_files_processes_is_limited(engine: &str) {
             return 0;
         }
     "#;
-    assert_prints(engine, "c", "", hidden, "8 Function not implemented\n");
+    assert_prints(engine, "c", hidden, "8 Function not implemented\n");
 }
 
 fn core_limit_cannot_be_changed_to_start_the_dump_handler(engine: &str) {
@@ -295,5 +294,5 @@ fn core_limit_cannot_be_changed_to_start_the_dump_handler(engine: &str) {
         resource.setrlimit(resource.RLIMIT_NOFILE, (10, 10))
         print(resource.getrlimit(resource.RLIMIT_NOFILE))
     ";
-    assert_prints(engine, "python", "", lowered, "(1, 1) (1, 1)\n(10, 10)\n");
+    assert_prints(engine, "python", lowered, "(1, 1) (1, 1)\n(10, 10)\n");
 }

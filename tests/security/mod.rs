@@ -11,10 +11,12 @@ mod files;
 mod filter;
 mod toolchains;
 
-use crate::client::Answer;
-use crate::harness::{Options, Server, code, marked_seconds};
+use crate::client::{Answer, Pending};
+use crate::harness::{Endpoint, Options, Server, code, marked_seconds};
+use crate::shared::Shared;
 
-/// A server with one container for the attack and one for its neighbour.
+/// A server with one container for the attack and one for its neighbour, for attacks that need limits of their own. The
+/// others share a [`Shared::patient`] server.
 fn serve(engine: &str, language: &str, config: &str) -> Server {
     Server::start(Options {
         languages: &[language],
@@ -26,22 +28,29 @@ fn serve(engine: &str, language: &str, config: &str) -> Server {
 
 /// Runs a hostile program beside a harmless one of the same language, which must not be affected.
 #[track_caller]
-fn attack(server: &Server, language: &str, code: &str) -> Answer {
+fn attack(server: &Endpoint, language: &str, code: &str) -> Answer {
+    attack_at_once(server, language, &[code]).remove(0)
+}
+
+/// Runs hostile programs at the same time, and beside them a harmless one of the same language, which must not be
+/// affected.
+#[track_caller]
+fn attack_at_once(server: &Endpoint, language: &str, codes: &[impl AsRef<str>]) -> Vec<Answer> {
     let (harmless, printed) = neighbour(language);
     // Unique, so that it is not answered from the cache.
     let neighbour = server.begin(&harmless.replace("UNIQUE", &marked_seconds(0)));
-    let answer = server.run(code);
-    assert_eq!(neighbour.reply().answer(), Answer::ran(printed), "beside {code}");
+    let answers: Vec<Pending> = codes.iter().map(|code| server.begin(code.as_ref())).collect();
+    let answers = answers.into_iter().map(|answer| answer.reply().answer()).collect();
+    let beside = || codes.iter().map(AsRef::as_ref).collect::<Vec<&str>>();
+    assert_eq!(neighbour.reply().answer(), Answer::ran(printed), "beside {:?}", beside());
     assert_eq!(server.get("/healthz").status, 200);
-    answer
+    answers
 }
 
-/// Runs a program on a new server and checks that it prints exactly this.
+/// Runs a program as an attack and checks that it prints exactly this.
 #[track_caller]
-fn assert_prints(engine: &str, language: &str, config: &str, program: &str, printed: &str) {
-    let server = serve(engine, language, config);
-    assert_eq!(attack(&server, language, &code(program)), Answer::ran(printed));
-    server.stop();
+fn assert_prints(engine: &str, language: &str, program: &str, printed: &str) {
+    assert_eq!(attack(&Shared::patient(engine, language), language, &code(program)), Answer::ran(printed));
 }
 
 /// A harmless program that forks, allocates, writes files and computes a little, and its output.
