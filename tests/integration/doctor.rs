@@ -8,8 +8,9 @@ use nix::unistd::Pid;
 use serde::Deserialize;
 
 use crate::fake_podman::FakePodman;
-use crate::harness::{self, Files, Options, Server, eventually};
+use crate::harness::{self, Files, Options, eventually};
 use crate::leftovers;
+use crate::shared::Shared;
 
 /// The checks that are made in sandboxes.
 const SANDBOX_CHECKS: [&str; 21] = [
@@ -117,9 +118,8 @@ fn doctor_tries_every_check_and_names_remedies(engine: &str) {
     let config = format!("engine = \"{engine}\"");
     let options = Options { languages: &["bash"], containers: 1, config: &config, ..Options::default() };
     // The server, which reads it from inside a sandbox, says which limits are enforced on this host.
-    let server = Server::start(options.clone());
+    let server = Shared::patient(engine, "bash");
     let unenforced: Vec<&str> = CGROUP_LIMITS.into_iter().filter(|limit| !server.enforces(limit)).collect();
-    server.stop();
     let report = Report::parse(&doctor(&options, &["--json"]));
     for name in SANDBOX_CHECKS {
         let check = report.check(Some(engine), name);
@@ -143,11 +143,14 @@ fn doctor_tries_every_check_and_names_remedies(engine: &str) {
 }
 
 fn doctor_reports_missing_isolation(engine: &str) {
-    let fake = FakePodman::replacing(&[
+    let changes = [
         ("--network=none", "--network=host"),
         ("--read-only", ""),
         ("--security-opt=no-new-privileges", "--security-opt=unmask=ALL"),
-    ]);
+        // Saves the checks in sandboxes of the podman engine.
+        ("run", "no-such-verb"),
+    ];
+    let fake = FakePodman::replacing(if engine == "podman" { &changes[..3] } else { &changes });
     let config = format!("engine = \"{engine}\"\n{}", fake.config());
     let options = Options { languages: &["bash"], config: &config, ..Options::default() };
     let report = Report::parse(&doctor(&options, &["--json"]));
@@ -213,8 +216,11 @@ fn doctor_recommends_the_subids_script_for_missing_ids() {
 
 #[test]
 fn doctor_reports_missing_images_with_a_command_to_get_them() {
-    let config = "language.bash.image = \"localhost/none\"\nlanguage.c.image = \"registry.invalid/none\"";
-    let options = Options { languages: &["bash", "c", "python"], config, ..Options::default() };
+    // Saves the checks in sandboxes of the engine that is not in use.
+    let fake = FakePodman::new("[ \"$1\" != run ] || exit 125");
+    let images = "language.bash.image = \"localhost/none\"\nlanguage.c.image = \"registry.invalid/none\"\n";
+    let config = fake.config() + images + "engine = \"direct\"";
+    let options = Options { languages: &["bash", "c", "python"], config: &config, ..Options::default() };
     let report = Report::parse(&doctor(&options, &["--json"]));
     for (name, status, mend) in [
         ("language bash", "fail", "podman build -t localhost/none"),

@@ -75,7 +75,6 @@ on_each_engine! {
     update_under_load_fails_no_request
     image_deleted_under_load_is_pulled_again
     server_killed_during_an_image_check_restarts_with_the_old_image
-    programs_have_the_same_groups_as_with_podman_run
 }
 
 /// The abbreviated form of an image id.
@@ -588,7 +587,8 @@ fn groups_with_podman(image: &Image) -> BTreeSet<u32> {
     podman(&args).split_whitespace().filter_map(|word| word.parse().ok()).filter(|gid| *gid != 0).collect()
 }
 
-fn programs_have_the_same_groups_as_with_podman_run(engine: &str) {
+#[test]
+fn programs_have_the_same_groups_as_with_podman_run() {
     // Home directories have these modes in Debian. The user is also in the root group, which programs must not get.
     let home = "RUN echo maker:x:1000:1001::/home/maker:/bin/sh >>/etc/passwd \
         && printf 'maker:x:1001:\\ntools:x:60:other,maker\\nwheel:x:0:maker\\nothers:x:61:other\\n' >>/etc/group \
@@ -632,20 +632,26 @@ fn programs_have_the_same_groups_as_with_podman_run(engine: &str) {
     }
     let names: Vec<String> = (0..users.len()).map(|number| format!("user-{number}")).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    let server = Server::start(Options {
-        languages: &names,
-        containers: users.len(),
-        config: &format!("engine = {engine:?}\n{languages}"),
-        ..options("", &[])
-    });
-    server.wait_each_ready();
-    for (name, (user, groups, found)) in names.iter().zip(users) {
-        let body = json!({ "language": name, "files": [{ "content": format!("exec 2>/dev/null\n{look}") }] });
-        let headers = [("Content-Type", "application/json")];
-        let answer = server.request("POST", "/api/v2/execute", &headers, body.to_string().as_bytes()).json();
-        let groups: Vec<String> = groups.iter().map(u32::to_string).collect();
-        let expected: String = found.split_whitespace().map(|word| format!("{word}\n")).collect();
-        assert_eq!(answer["run"]["stdout"], format!("{expected}Groups:\t{} \n", groups.join(" ")), "{user}: {answer}");
+    for engine in ["podman", "direct"] {
+        let server = Server::start(Options {
+            languages: &names,
+            containers: users.len(),
+            config: &format!("engine = {engine:?}\n{languages}"),
+            ..options("", &[])
+        });
+        server.wait_each_ready();
+        for (name, (user, groups, found)) in names.iter().zip(users) {
+            let body = json!({ "language": name, "files": [{ "content": format!("exec 2>/dev/null\n{look}") }] });
+            let headers = [("Content-Type", "application/json")];
+            let answer = server.request("POST", "/api/v2/execute", &headers, body.to_string().as_bytes()).json();
+            let groups: Vec<String> = groups.iter().map(u32::to_string).collect();
+            let expected: String = found.split_whitespace().map(|word| format!("{word}\n")).collect();
+            assert_eq!(
+                answer["run"]["stdout"],
+                format!("{expected}Groups:\t{} \n", groups.join(" ")),
+                "{engine}, {user}: {answer}"
+            );
+        }
+        server.stop();
     }
-    server.stop();
 }

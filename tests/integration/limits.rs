@@ -9,12 +9,14 @@ use serde_json::{Value, json};
 
 use crate::client::Answer;
 use crate::harness::{Options, Server, code};
+use crate::shared::Shared;
 
 /// Timeout of answers that must not wait for a sleeping program. It is shorter than these programs sleep.
 const AT_ONCE: Duration = Duration::from_secs(40);
 
+/// A server with one container: most tests run one program after another.
 fn serve(language: &[&str], config: &str) -> Server {
-    Server::start(Options { languages: language, config, ..Options::default() })
+    Server::start(Options { languages: language, containers: 1, config, ..Options::default() })
 }
 
 fn serve_on(engine: &str, language: &[&str], config: &str) -> Server {
@@ -72,7 +74,7 @@ fn wall_time_limit_kills_the_program_and_keeps_its_output() {
 
 #[test]
 fn cpu_time_limit_covers_all_processes() {
-    let server = serve(&["c"], "[limits]\nrun_time = \"60s\"\nrun_cpu_time = \"1s\"");
+    let server = serve(&["c"], "[limits]\nrun_time = \"60s\"\nrun_cpu_time = \"500ms\"");
     assert_out_of("CPU time", &server.run("int main(void) { for (;;); }"), "");
     // The CPU time of all processes counts together.
     let two = "#include <unistd.h>\nint main(void) { fork(); fork(); for (;;); }";
@@ -81,7 +83,8 @@ fn cpu_time_limit_covers_all_processes() {
 }
 
 fn compiler_cpu_time_is_not_charged_to_the_run(engine: &str) {
-    // The compiler uses two seconds of CPU time, and so does the program. Together they would exceed the limit of the run.
+    // The compiler of a program that says so uses 1.2 seconds of CPU time, and so does the program. Together they would
+    // exceed the limit of the run.
     let server = serve_on(
         engine,
         &["python"],
@@ -90,17 +93,25 @@ fn compiler_cpu_time_is_not_charged_to_the_run(engine: &str) {
         compile_time = "60s"
         compile_cpu_time = "60s"
         run_time = "60s"
-        run_cpu_time = "3s"
+        run_cpu_time = "2s"
         [language.python]
         compile = ["python3", "-c", """
-import time
-while time.process_time() < 2: pass"""]
-        artifact = "main.py"
+import shutil, time
+shutil.copy('main.py', 'out')
+while 'slow to compile' in open('out').read() and time.process_time() < 1.2: pass"""]
+        artifact = "out"
+        run = ["python3", "out"]
         "#,
     );
     let burn = |seconds| format!("import time\nwhile time.process_time() < {seconds}: pass\nprint('end')\n");
-    assert_eq!(server.run(&burn(2)), Answer::ran("end\n"));
-    assert_out_of("CPU time", &server.run(&burn(30)), "");
+    let body = json!({"language": "python", "files": [{"content": format!("# slow to compile\n{}", burn(1.2))}]});
+    let headers = [("Content-Type", "application/json")];
+    let answer = server.request("POST", "/api/v2/execute", &headers, body.to_string().as_bytes()).json();
+    assert_eq!(answer["run"]["stdout"], "end\n", "{answer}");
+    for stage in ["compile", "run"] {
+        assert!(answer[stage]["cpu_time"].as_u64() >= Some(1200), "{stage}: {answer}");
+    }
+    assert_out_of("CPU time", &server.run(&burn(30.0)), "");
     server.stop();
 }
 
@@ -138,7 +149,7 @@ fn endless_compilers_are_killed() {
         output_total = "1MiB"
         [language.c]
         compile = ["sh", "-c", """
-            grep -q LOOP main.c && while :; do :; done
+            grep -q LOOP main.c && while :; do sleep 0.1; done
             grep -q CHATTER main.c && yes
             exec tcc -o out main.c"""]
         "#,
@@ -200,7 +211,7 @@ fn output_limit_kills_the_program() {
 }
 
 fn daemon_holding_the_streams_does_not_delay_the_answer(engine: &str) {
-    let server = serve_on(engine, &["python"], "[limits]\nrun_time = \"60s\"");
+    let server = Shared::patient(engine, "python");
     let started = Instant::now();
     let daemon = "
         import os, time
@@ -220,7 +231,6 @@ fn daemon_holding_the_streams_does_not_delay_the_answer(engine: &str) {
     let answer = server.run(&code(daemon));
     assert_eq!(answer, Answer::ran("parent\ndaemon\n"));
     assert!(started.elapsed() < AT_ONCE);
-    server.stop();
 }
 
 fn programs_that_ignore_signals_or_stop_themselves_are_killed(engine: &str) {
@@ -261,12 +271,13 @@ fn process_limit_counts_processes_and_threads(engine: &str) {
 }
 
 fn fork_bomb_is_contained_and_neighbour_unaffected(engine: &str) {
-    let server = serve_on(
-        engine,
-        &["c"],
-        "[limits]\nprocesses = 24\nrun_time = \"4s\"\nrun_cpu_time = \"60s\"\ncompile_time = \"60s\"",
-    );
-    let bomb = server.begin("#include <unistd.h>\nint main(void) { for (;;) fork(); }");
+    let limits = "[limits]\nprocesses = 24\nrun_time = \"60s\"\nrun_cpu_time = \"60s\"\ncompile_time = \"60s\"";
+    let config = format!("engine = \"{engine}\"\n{limits}");
+    let server = Server::start(Options { containers: 2, config: &config, ..Options::default() });
+    let bomb = "#include <unistd.h>\nint main(void) { for (;;) fork(); }";
+    let bomb = json!({"language": "c", "files": [{"content": bomb}], "run_timeout": 2000}).to_string();
+    let headers = [("Content-Type", "application/json")];
+    let bomb = server.begin_request("POST", "/api/v2/execute", &headers, bomb.as_bytes());
     let forking = "
         #include <stdio.h>
         #include <unistd.h>
@@ -281,13 +292,14 @@ fn fork_bomb_is_contained_and_neighbour_unaffected(engine: &str) {
         }
     ";
     assert_eq!(server.run(forking), Answer::ran("20 children\n"));
-    let answer = bomb.reply().answer();
-    if server.enforces("processes") {
-        assert_eq!(last_line(&answer), ("", "failed: no more processes or threads allowed"));
-    } else {
-        // Without a pids cgroup, a limit per uid bounds the processes. It does not report that it refused one.
-        assert_out_of("time", &answer, "");
-    }
+    let answer = bomb.reply().json();
+    // Without a pids cgroup, a limit per uid bounds the processes. It does not report that it refused one.
+    let (verdict, why) = match server.enforces("processes") {
+        true => ("process_limit", "failed: no more processes or threads allowed"),
+        false => ("time_limit", "killed: out of time after "),
+    };
+    assert_eq!((&answer["verdict"], &answer["run"]["output"]), (&json!(verdict), &json!("")), "{answer}");
+    assert!(answer["run"]["message"].as_str().unwrap().starts_with(why), "{answer}");
     assert_eq!(server.run(&format!("{forking}\n// again")), Answer::ran("20 children\n"));
     server.stop();
 }
@@ -305,12 +317,7 @@ fn memory_limit_kills_the_program_where_enforced(engine: &str) {
 }
 
 fn disk_limits_are_enforced_and_disks_start_empty(engine: &str) {
-    let server = Server::start(Options {
-        languages: &["python"],
-        containers: 1,
-        config: &format!("engine = \"{engine}\"\n[limits]\ndisk = \"4MiB\"\ninodes = 200\nrun_time = \"60s\""),
-        ..Options::default()
-    });
+    let server = serve_on(engine, &["python"], "[limits]\ndisk = \"4MiB\"\ninodes = 200\nrun_time = \"60s\"");
     let fill = "
         import os, errno
         for place in '/work', '/tmp', '/dev/shm':
