@@ -91,7 +91,8 @@ enum Target {
 type Position = usize;
 
 /// Compiles rules into a program. Numbers without a rule get `default`, including those of x86-64's x32 ABI. A call of
-/// another architecture, which has other numbers, kills the process.
+/// another architecture, which has other numbers, fails with ENOSYS. If it killed the process, the kernel would write an
+/// audit record each time, at the cost of the host.
 pub fn compile(rules: &Rules, default: Action) -> BpfProgram {
     let mut program = Program::default();
     let mut ranges = vec![(0, Target::Action(default))];
@@ -112,7 +113,7 @@ pub fn compile(rules: &Rules, default: Action) -> BpfProgram {
     let search = program.search(&ranges);
     program.jump_to(search);
     let same = program.push(step(LOAD, 0, 0, NUMBER));
-    let other = program.push(step(RETURN, 0, 0, libc::SECCOMP_RET_KILL_PROCESS));
+    let other = program.push(returns(Action::Errno(libc::ENOSYS)));
     program.branch(EQUAL, ARCHITECTURE, same, other);
     program.push(step(LOAD, 0, 0, ARCH));
     program.steps.reverse();

@@ -15,9 +15,9 @@ const REFUSAL: Action = Action::Errno(nix::libc::ENOSYS);
 /// A step of a filter, with the fields of the kernel's `struct sock_filter`: `code`, `jt`, `jf`, `k`.
 pub type Step = (u16, u8, u8, u32);
 
-/// Compiles a profile. The filter allows the calls that the profile allows, refuses all others, and kills calls of
-/// other architectures even if the profile allows them. `None` if the profile is not an allow-list, or has conditions
-/// that are not supported.
+/// Compiles a profile. The filter allows the calls that the profile allows, and refuses all others, also calls of other
+/// architectures that the profile allows. `None` if the profile is not an allow-list, or has conditions that are not
+/// supported.
 pub fn compiled(profile: &LinuxSeccomp) -> Option<Vec<Step>> {
     if profile.default_action() != LinuxSeccompAction::ScmpActErrno {
         return None;
