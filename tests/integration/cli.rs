@@ -3,7 +3,6 @@
 use std::io::Read;
 use std::path::PathBuf;
 use std::process::{Child, Output, Stdio};
-use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -43,11 +42,10 @@ impl RunCommand {
 
     /// Runs a program to its end, and checks that nothing is left behind.
     fn run(&self, name: &str, code: &str, args: &[&str], stdin: &[u8]) -> Output {
-        let started = Instant::now();
         let child = self.start(name, code, args);
         let instance = format!("run-{}", child.id());
         let output = harness::finish(child, stdin);
-        leftovers::assert_none(&instance, started);
+        leftovers::assert_none(&instance);
         output
     }
 }
@@ -223,7 +221,6 @@ fn interrupted_run_command_leaves_nothing() {
     // SIGHUP is what a closed terminal sends.
     for signal in [Signal::SIGINT, Signal::SIGHUP] {
         let mark = marked_seconds(100);
-        let started = Instant::now();
         let mut child = cli.start("main.sh", &format!("sleep {mark}"), &[]);
         let instance = format!("run-{}", child.id());
         wait_running(&mark);
@@ -232,7 +229,7 @@ fn interrupted_run_command_leaves_nothing() {
         let status = eventually("the command exits", || child.try_wait().unwrap());
         assert_eq!(status.code(), Some(130));
         wait_gone(&mark);
-        leftovers::assert_none(&instance, started);
+        leftovers::assert_none(&instance);
     }
 }
 
@@ -268,14 +265,13 @@ fn run_command_can_be_interrupted_during_an_image_pull() {
     let files = Files::new(&options);
     let path = files.dir().join("main.sh");
     std::fs::write(&path, "echo never").unwrap();
-    let started = Instant::now();
     let mut child = files.command("run", &options).arg(path).stderr(Stdio::null()).spawn().unwrap();
     wait_running(&mark);
     kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
     let status = eventually("the command exits", || child.try_wait().unwrap());
     assert_eq!(status.code(), Some(130));
     wait_gone(&mark);
-    leftovers::assert_none(&format!("run-{}", child.id()), started);
+    leftovers::assert_none(&format!("run-{}", child.id()));
 }
 
 #[test]
@@ -319,10 +315,9 @@ fn version_and_help_need_no_configuration() {
 
 /// Runs a command with these for stdout and stderr to its end, and checks that it leaves nothing behind.
 fn run_with_output_to(command: &mut std::process::Command, stdout: Stdio, stderr: Stdio) -> Output {
-    let started = Instant::now();
     let mut child = command.stdin(Stdio::null()).stdout(stdout).stderr(stderr).spawn().unwrap();
     eventually("the command exits", || child.try_wait().unwrap());
-    leftovers::assert_none(&format!("run-{}", child.id()), started);
+    leftovers::assert_none(&format!("run-{}", child.id()));
     child.wait_with_output().unwrap()
 }
 

@@ -1,7 +1,6 @@
 //! `coderunner doctor`: which checks it makes, how it reports missing isolation, and that it leaves nothing behind.
 
 use std::process::{Output, Stdio};
-use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -93,16 +92,15 @@ impl Report {
 
 /// Runs `coderunner doctor` to its end, and checks that it leaves nothing behind.
 fn doctor(options: &Options, flags: &[&str]) -> Output {
-    let started = Instant::now();
     let files = Files::new(options);
     let output = harness::output(files.command("doctor", options).args(flags), b"");
-    assert_nothing_left(&files.instance, started);
+    assert_nothing_left(&files.instance);
     output
 }
 
-fn assert_nothing_left(instance: &str, started: Instant) {
+fn assert_nothing_left(instance: &str) {
     for engine in ["podman", "direct"] {
-        leftovers::assert_none(&format!("{instance}-doctor-{engine}"), started);
+        leftovers::assert_none(&format!("{instance}-doctor-{engine}"));
         let tag = blake3::hash(format!("{instance}-doctor-{engine}").as_bytes()).to_hex()[..12].to_owned();
         let images = leftovers::list(&["images", "--format", "{{.Repository}}:{{.Tag}}"]);
         assert!(!images.contains(&format!("localhost/coderunner-probe:{tag}")), "an image is left behind: {images:?}");
@@ -237,7 +235,6 @@ fn doctor_reports_missing_images_with_a_command_to_get_them() {
 fn interrupted_doctor_leaves_nothing() {
     // SIGHUP is what a closed terminal sends.
     for signal in [Signal::SIGINT, Signal::SIGHUP] {
-        let started = Instant::now();
         let options = Options { languages: &["bash"], ..Options::default() };
         let files = Files::new(&options);
         let mut command = files.command("doctor", &options);
@@ -247,6 +244,6 @@ fn interrupted_doctor_leaves_nothing() {
         kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
         let output = harness::finish(child, b"");
         assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0), "{signal}: no report");
-        assert_nothing_left(&files.instance, started);
+        assert_nothing_left(&files.instance);
     }
 }

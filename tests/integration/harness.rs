@@ -74,7 +74,6 @@ pub struct Server {
     endpoint: Endpoint,
     child: Child,
     log: Log,
-    started: Instant,
     files: Files,
     stopped: bool,
 }
@@ -240,7 +239,6 @@ impl Server {
             endpoint: Endpoint { address: SocketAddr::from(([0; 4], 0)) },
             child,
             log,
-            started: Instant::now(),
             files,
             stopped: false,
         };
@@ -265,9 +263,9 @@ impl Server {
         let child = command.spawn().unwrap();
         // The command holds a copy of `stderr`, which may be a pipe.
         drop(command);
-        let (instance, started) = (files.instance.clone(), Instant::now());
+        let instance = files.instance.clone();
         let endpoint = Endpoint { address };
-        let mut server = Server { instance, endpoint, child, log: Log::none(), started, files, stopped: false };
+        let mut server = Server { instance, endpoint, child, log: Log::none(), files, stopped: false };
         eventually("the server accepts connections", || {
             let ended = server.child.try_wait().unwrap();
             assert!(ended.is_none(), "the server exited during startup: {ended:?}");
@@ -323,7 +321,7 @@ impl Server {
     pub fn wait_clean_exit(mut self) {
         let status = self.wait_exit();
         assert_eq!(status.code(), Some(0), "the server exited with {status}");
-        leftovers::assert_none(&self.instance, self.started);
+        leftovers::assert_none(&self.instance);
         self.stopped = true;
     }
 

@@ -3,10 +3,8 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::process::{Command, Output};
-use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -106,30 +104,12 @@ pub fn runtime_dir(instance: &str) -> PathBuf {
     PathBuf::from(dir).join("coderunner").join(instance)
 }
 
-/// Waits until nothing of the instance is left, and panics on a timeout. Volumes have no label, so no volume without a
-/// container may remain that was created since `started`.
-pub fn assert_none(instance: &str, started: Instant) {
+/// Waits until nothing of the instance is left, and panics on a timeout.
+pub fn assert_none(instance: &str) {
     assert_eq!(containers(instance), [""; 0], "containers are left behind");
     assert!(!runtime_dir(instance).exists(), "the runtime directory is left behind");
     assert_nothing_runs(instance);
-    let age = started.elapsed() + Duration::from_secs(1);
-    let mut suspects: Option<Vec<String>> = None;
-    let result = std::panic::catch_unwind(AssertUnwindSafe(|| {
-        eventually_none("volumes without a container", || {
-            // A new volume of another server has no container for a moment. Only a volume that stays so is left over.
-            let mut unused = unused_volumes(age);
-            unused.retain(|volume| suspects.as_ref().is_none_or(|before| before.contains(volume)));
-            suspects = Some(unused.clone());
-            unused
-        });
-    }));
-    if let Err(panic) = result {
-        // The volume may belong to another test. Removing it makes one test fail instead of all that run meanwhile.
-        for name in suspects.iter().flatten().filter_map(|volume| volume.split_whitespace().next()) {
-            let _ = output(Command::new("podman").args(["volume", "rm", "--", name]), b"");
-        }
-        std::panic::resume_unwind(panic);
-    }
+    eventually_none("volumes without a container", || unused_volumes(instance));
     remove_image_names(instance);
 }
 
@@ -163,24 +143,16 @@ pub fn remove(instance: &str) {
     remove_image_names(instance);
 }
 
-/// Volumes that no container uses and that are younger than `age`: name and creation time of each.
-fn unused_volumes(age: Duration) -> Vec<String> {
-    // Calling podman is slow, and usually there is no new volume.
-    let young = |entry: fs::DirEntry| {
-        let made = entry.metadata().and_then(|meta| meta.modified());
-        made.map_or(true, |made| made.elapsed().is_ok_and(|since| since <= age))
-    };
-    if fs::read_dir(storage().join("volumes")).is_ok_and(|mut volumes| !volumes.any(|entry| entry.is_ok_and(young))) {
+/// Volumes of the instance that no container uses: name and source of each.
+fn unused_volumes(instance: &str) -> Vec<String> {
+    // Calling podman is slow, and usually there is no volume.
+    if fs::read_dir(storage().join("volumes")).is_ok_and(|mut volumes| volumes.next().is_none()) {
         return Vec::new();
     }
-    let format = "{{.Name}} {{.CreatedAt.Unix}} {{.CreatedAt}}";
-    let all = list(&["volume", "ls", "--filter", "dangling=true", "--format", format]);
-    let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs();
-    let young = |line: &str| {
-        let made: u64 = line.split_whitespace().nth(1)?.parse().unwrap();
-        (made + age.as_secs() >= now).then(|| line.to_owned())
-    };
-    all.iter().filter_map(|line| young(line)).collect()
+    let format = "{{.Name}} {{index .Options \"device\"}}";
+    let mut unused = list(&["volume", "ls", "--filter", "dangling=true", "--format", format]);
+    unused.retain(|line| line.contains(&format!(" coderunner-{instance}-")));
+    unused
 }
 
 /// Runs a podman command that changes image names, under the lock that servers take for this: podman before 4.8 loses
