@@ -4,8 +4,8 @@
 //! parent. If a parent ignores SIGCHLD nobody reaps its children, and their time is lost. So init takes samples every
 //! [`INTERVAL`], or every [`SHORT_INTERVAL`] while processes are being created, and keeps the last sample of each
 //! process. The sum is never more than the time that the processes used. It misses the time that each process used
-//! after its last sample, which is most of the time of a process that lives shorter than [`SHORT_INTERVAL`]. The time
-//! for creating such processes counts for their parent, and the wall time limit bounds the rest.
+//! after its last sample, which on a busy host is most of the time of a process that lives shorter than [`INTERVAL`]. The
+//! time for creating such processes counts for their parent, and the wall time limit bounds the rest.
 
 use std::collections::HashMap;
 use std::fs;
