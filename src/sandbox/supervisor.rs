@@ -62,7 +62,7 @@ impl Supervised {
 
     /// Whether a container has a supervisor.
     pub fn contains(&self, name: &str) -> bool {
-        self.any(|one| one == name)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(name)
     }
 
     /// Whether there is such a container.

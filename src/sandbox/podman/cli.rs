@@ -24,16 +24,19 @@ const LOCK_PAUSE: Duration = Duration::from_millis(10);
 /// Part of podman's error after its pause process, which holds the user namespace, was killed with all containers.
 const NAMESPACE_LOST: &str = "invalid internal status";
 
-/// Parts of podman's errors when it reads an image that another process is creating or deleting. The command may be
-/// about a different image that shares a layer (https://github.com/containers/podman/issues/12582). For an image that
-/// does not exist podman only says "image not known".
-const IMAGE_CHANGING: [&str; 3] = ["image with ID", "reading image", "layer not known"];
+/// Parts of podman's errors when it reads an image or a volume that another process is creating or deleting. The command
+/// may be about a different image that shares a layer (https://github.com/containers/podman/issues/12582), or about all
+/// volumes. For an image that does not exist podman only says "image not known".
+const CHANGING: [&str; 4] = ["image with ID", "reading image", "layer not known", VOLUME_UNKNOWN];
 
-/// How often to try a verb that fails because of such an image: the other process needs milliseconds.
-const IMAGE_CHANGING_TRIES: u32 = 10;
+/// Part of podman's error for a volume that does not exist.
+pub(super) const VOLUME_UNKNOWN: &str = "no such volume";
+
+/// How often to try a verb that fails because of such an object: the other process needs milliseconds.
+const CHANGING_TRIES: u32 = 10;
 
 /// Time between two of these tries.
-const IMAGE_CHANGING_PAUSE: Duration = Duration::from_millis(100);
+const CHANGING_PAUSE: Duration = Duration::from_millis(100);
 
 /// The podman of this user, with one function per verb.
 #[derive(Debug, Clone)]
@@ -107,12 +110,12 @@ impl Podman {
     }
 }
 
-/// Runs a quick verb, and retries it if it fails because an image is being created or deleted.
+/// Runs a quick verb, and retries it if it fails because an image or a volume is being created or deleted.
 async fn run_with_retries(cmd: &Cmd) -> Result<Vec<u8>, ProcessError> {
-    for _ in 1..IMAGE_CHANGING_TRIES {
+    for _ in 1..CHANGING_TRIES {
         match cmd.output(VERB_TIME).await {
-            Err(error) if IMAGE_CHANGING.iter().any(|words| error.message_contains(words)) => {
-                tokio::time::sleep(IMAGE_CHANGING_PAUSE).await
+            Err(error) if CHANGING.iter().any(|words| error.message_contains(words)) => {
+                tokio::time::sleep(CHANGING_PAUSE).await
             }
             other => return other,
         }

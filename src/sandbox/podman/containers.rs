@@ -2,18 +2,12 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use crate::host::blocking::run_blocking;
 use crate::host::process::ProcessError;
 use crate::sandbox::podman::Podman;
+use crate::sandbox::podman::cli::VOLUME_UNKNOWN;
 use crate::sandbox::{LABEL, LABEL_INSTANCE, orphans};
-
-/// How often to try to remove volumes while others are being removed.
-const VOLUME_TRIES: u32 = 10;
-
-/// Time between two of these tries.
-const VOLUME_PAUSE: Duration = Duration::from_millis(100);
 
 impl Podman {
     /// Names of all containers of an instance in any state, including those that podman no longer knows.
@@ -61,17 +55,6 @@ impl Podman {
         if std::fs::read_dir(&self.info().await?.volumes).is_ok_and(|mut volumes| volumes.next().is_none()) {
             return Ok(());
         }
-        for _ in 1..VOLUME_TRIES {
-            match self.remove_unused_volumes(instance, &is_owned).await {
-                Err(error) if error.message_contains("no such volume") => tokio::time::sleep(VOLUME_PAUSE).await,
-                removed => return removed,
-            }
-        }
-        self.remove_unused_volumes(instance, &is_owned).await
-    }
-
-    /// Fails if any volume of this user is removed meanwhile, as it is whenever a container ends.
-    async fn remove_unused_volumes(&self, instance: &str, is_owned: impl Fn(&str) -> bool) -> Result<(), ProcessError> {
         let format = "{{.Name}} {{index .Options \"device\"}}";
         let unused = self.text(&["volume", "ls", "--filter", "dangling=true", "--format", format]).await?;
         let is_lost = |source: &str| orphans::is_volume_of(instance, source) && !is_owned(source);
@@ -81,7 +64,11 @@ impl Podman {
             return Ok(());
         }
         tracing::info!(volumes = lost.len(), "removing volumes without a container");
-        self.verb(["volume", "rm", "--"].into_iter().chain(lost)).await.map(drop)
+        match self.verb(["volume", "rm", "--"].into_iter().chain(lost)).await {
+            // podman itself has removed one, with its container, and this call has removed the others.
+            Err(error) if error.message_contains(VOLUME_UNKNOWN) => Ok(()),
+            removed => removed.map(drop),
+        }
     }
 
     /// Creates a container with all of its mounts, but does not start it. Returns the path of the OCI configuration
