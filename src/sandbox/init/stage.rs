@@ -213,7 +213,7 @@ impl<'a> Watch<'a> {
     /// Whether the programs may hold many more locks than at the last check: making them takes CPU time.
     fn may_hold_more_locks(&mut self) -> bool {
         let used = self.init.cgroup.cpu_since(self.before).unwrap_or_else(|| self.reaped.samples.cpu());
-        // Locks whose process has ended are in no list for longer than it takes to hide them.
+        // After a clone that can hide locks, they have to be seen before the process that made them ends.
         let hides_locks = self.locks_check_interval < locks::CHECK_INTERVAL;
         let has_run = used >= self.cpu_at_locks_check + locks::CPU_BETWEEN;
         if has_run {

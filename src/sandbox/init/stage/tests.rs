@@ -49,32 +49,43 @@ impl Stage {
         protocol::send(self.server.as_ref().unwrap().as_fd(), message, &[]).unwrap();
     }
 
-    /// How the stage ended, and the reaped processes. Kills what is left of it.
-    fn ended(&mut self) -> (Option<Ended>, Reaped) {
+    /// Watches the stage to its end, and returns the reaped processes, too.
+    fn watch(&mut self) -> (io::Result<Option<Ended>>, Reaped) {
         let (started, before) = (Instant::now(), Counters::default());
         let mut reaped = Reaped::of(Some(self.main));
         let watch = Watch::new(&mut self.init, &self.spec, self.main, None, started, &before, &mut reaped).unwrap();
-        let ended = watch.until_ended().unwrap();
+        let ended = watch.until_ended();
         assert!(started.elapsed() < LONG, "it waited for the deadline");
-        let _ = nix::sys::signal::killpg(self.main, Signal::SIGKILL);
         (ended, reaped)
+    }
+
+    /// How the stage ended.
+    fn ended(&mut self) -> Option<Ended> {
+        self.watch().0.unwrap()
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        // Fails if nothing is left of it.
+        let _ = nix::sys::signal::killpg(self.main, Signal::SIGKILL);
     }
 }
 
 #[test]
 fn stage_ends_with_its_main_process() {
-    assert_eq!(Stage::start("exit 3").ended().0, Some(Ended::Exited(3)));
-    assert_eq!(Stage::start("kill -SEGV $$").ended().0, Some(Ended::Signalled(libc::SIGSEGV)));
+    assert_eq!(Stage::start("exit 3").ended(), Some(Ended::Exited(3)));
+    assert_eq!(Stage::start("kill -SEGV $$").ended(), Some(Ended::Signalled(libc::SIGSEGV)));
     // A process that it leaves behind does not keep the stage.
-    assert_eq!(Stage::start("sleep 1000 & exit 0").ended().0, Some(Ended::Exited(0)));
+    assert_eq!(Stage::start("sleep 1000 & exit 0").ended(), Some(Ended::Exited(0)));
 }
 
 #[test]
 fn orphans_are_reaped_and_counted_while_the_main_process_runs() {
     nix::sys::prctl::set_child_subreaper(true).unwrap();
     let orphans = "for n in 1 2 3; do (sh -c 'n=0; while [ $n -lt 20000 ]; do n=$((n + 1)); done' &); done; sleep 1";
-    let (ended, reaped) = Stage::start(orphans).ended();
-    assert_eq!(ended, Some(Ended::Exited(0)));
+    let (ended, reaped) = Stage::start(orphans).watch();
+    assert_eq!(ended.unwrap(), Some(Ended::Exited(0)));
     assert!(reaped.cpu > Duration::ZERO && reaped.max_rss > 0);
 }
 
@@ -82,14 +93,14 @@ fn orphans_are_reaped_and_counted_while_the_main_process_runs() {
 fn wall_time_limit_ends_the_stage() {
     let mut stage = Stage::start("sleep 1000");
     stage.spec.time_us = 100_000;
-    assert_eq!(stage.ended().0, Some(Ended::WallTime));
+    assert_eq!(stage.ended(), Some(Ended::WallTime));
 }
 
 #[test]
 fn kill_message_ends_the_stage() {
     let mut stage = Stage::start("sleep 1000");
     stage.send(&ToInit::Kill);
-    assert_eq!(stage.ended().0, Some(Ended::Killed));
+    assert_eq!(stage.ended(), Some(Ended::Killed));
 }
 
 #[test]
@@ -97,24 +108,19 @@ fn signal_message_reaches_the_main_process() {
     let mut stage = Stage::start("exec sleep 1000");
     stage.send(&ToInit::Signal(-1));
     stage.send(&ToInit::Signal(libc::SIGTERM));
-    assert_eq!(stage.ended().0, Some(Ended::Signalled(libc::SIGTERM)));
+    assert_eq!(stage.ended(), Some(Ended::Signalled(libc::SIGTERM)));
 }
 
 #[test]
 fn stage_has_no_result_once_the_server_is_gone() {
     let mut stage = Stage::start("sleep 1000");
     stage.server = None;
-    assert_eq!(stage.ended().0, None);
+    assert_eq!(stage.ended(), None);
 }
 
 #[test]
 fn messages_that_do_not_belong_to_a_stage_are_errors() {
     let mut stage = Stage::start("sleep 1000");
     stage.send(&ToInit::Unpack);
-    let before = Counters::default();
-    let mut reaped = Reaped::of(Some(stage.main));
-    let watch =
-        Watch::new(&mut stage.init, &stage.spec, stage.main, None, Instant::now(), &before, &mut reaped).unwrap();
-    assert!(watch.until_ended().unwrap_err().to_string().contains("Unpack"));
-    let _ = nix::sys::signal::killpg(stage.main, Signal::SIGKILL);
+    assert!(stage.watch().0.unwrap_err().to_string().contains("Unpack"));
 }
