@@ -46,7 +46,7 @@ impl Shared {
         let config = format!("queue.wait = \"100s\"\n{config}");
         let options = json!({"engine": engine(), "languages": languages, "config": config}).to_string();
         let Some(directory) = directory() else {
-            let server = parse(&options, None).start();
+            let server = start(&options, None);
             return Shared { endpoint: *server, log: PathBuf::new(), own: Some(server) };
         };
         let name = &blake3::hash(options.as_bytes()).to_hex()[..16];
@@ -111,33 +111,13 @@ fn read(address: &Path) -> Option<Endpoint> {
     Some(Endpoint { address })
 }
 
-/// The options of a shared server.
-struct Parsed {
-    languages: Vec<String>,
-    config: String,
-    instance: Option<String>,
-}
-
-fn parse(options: &str, instance: Option<String>) -> Parsed {
+/// Starts a server with the options of a shared one, and this instance name or a unique one.
+fn start(options: &str, instance: Option<&str>) -> Server {
     let options: Value = options.parse().unwrap();
-    let languages = options["languages"].as_array().unwrap().iter().map(|name| name.as_str().unwrap().to_owned());
-    Parsed { languages: languages.collect(), config: options["config"].as_str().unwrap().to_owned(), instance }
-}
-
-impl Parsed {
-    /// Starts a server with these options.
-    fn start(&self) -> Server {
-        let languages: Vec<&str> = self.languages.iter().map(String::as_str).collect();
-        let instance = self.instance.as_deref();
-        let options = Options {
-            languages: &languages,
-            containers: CONTAINERS,
-            config: &self.config,
-            instance,
-            ..Options::default()
-        };
-        Server::start(options)
-    }
+    let languages: Vec<&str> =
+        options["languages"].as_array().unwrap().iter().map(|name| name.as_str().unwrap()).collect();
+    let config = options["config"].as_str().unwrap();
+    Server::start(Options { languages: &languages, containers: CONTAINERS, config, instance, ..Options::default() })
 }
 
 fn directory() -> Option<PathBuf> {
@@ -174,7 +154,7 @@ fn keeper() {
         .find(|(_, file)| file.try_lock().is_ok())
         .expect("a range of uids for each shared server");
 
-    let server = parse(&options, Some(name_in(range))).start();
+    let server = start(&options, Some(&name_in(range)));
     let (address, partial) = (directory.join(&name), directory.join(format!("{name}.partial")));
     fs::write(&partial, server.address.to_string()).unwrap();
     fs::rename(&partial, &address).unwrap();
